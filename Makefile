@@ -1,0 +1,80 @@
+# make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
+# make test     the tests (ARGS="-k flatness")
+# make check    lint, formatting, types
+# make bench    the optimizer's own arithmetic against the authors' order of operations and torch._foreach
+# make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
+# make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
+#
+# Each target installs what it needs and is missing, once. If `python` (or `python3`) has torch, as in an active environment,
+# that environment is used as it is and only missing packages are added; otherwise .venv is made with pinned versions.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: train test check bench sweep probe wheel clean
+
+HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
+ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
+PYTHON := $(or $(ACTIVE),$(CURDIR)/.venv/bin/python)
+RUN := PATH="$(dir $(PYTHON)):$$PATH"
+INSTALL := $(PYTHON) -m pip install --quiet $(if $(ACTIVE),,--constraint requirements-dev.txt)
+
+# One folder of stamps per environment: setting up another one does not count for this one.
+STAMPS := build/setup-$(shell echo "$(PYTHON)" | cksum | cut -d' ' -f1)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -name '*.[ch]*')
+CLANG_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+train: $(STAMPS)/train
+	$(PYTHON) -m examples.digits $(if $(QUICK),--quick) $(ARGS)
+
+test: $(STAMPS)/test
+	$(RUN) pytest $(ARGS)
+
+check: $(STAMPS)/check
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) clang-format --dry-run -Werror $(CLANG_FORMATTED)
+	$(RUN) mypy -p gam_fused
+
+bench: $(STAMPS)/train
+	$(PYTHON) -m benchmarks.optimizer_only $(ARGS)
+
+sweep: $(STAMPS)/train
+	$(PYTHON) -m benchmarks.sweep_digits $(ARGS)
+
+probe: $(STAMPS)/train
+	$(PYTHON) -m benchmarks.probe_cosine $(ARGS)
+
+wheel: $(STAMPS)/environment
+	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist out *.egg-info gam_fused/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks
+
+$(STAMPS)/environment: requirements-dev.txt
+ifeq ($(ACTIVE),)
+	@echo "Making .venv with torch (a large download on a fresh machine) ..."
+	test -x .venv/bin/python || python3 -m venv .venv
+	$(INSTALL) torch
+else
+	@echo "Using $(PYTHON)"
+endif
+	$(INSTALL) 'setuptools>=77' wheel ninja
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/build: $(STAMPS)/environment $(SOURCES)
+	@echo "Building gam_fused ..."
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(STAMPS)/train: $(STAMPS)/build
+	$(INSTALL) numpy scikit-learn matplotlib tqdm
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/train
+	$(INSTALL) pytest pytest-benchmark hypothesis
+	@touch $@
+
+$(STAMPS)/check: $(STAMPS)/environment
+	$(INSTALL) ruff mypy clang-format
+	@touch $@

@@ -1,0 +1,188 @@
+// What the operators' arguments must be, checked once for every device: torch is known here, the math is not.
+//
+// A list operand comes as `Tensor[]`, or, on the hot path, as an int64 CPU tensor of addresses that the caller vouches
+// for; the same operator template takes both.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "gam_math.h"
+
+namespace gam {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline std::string describe(const Tensor& t) {
+  std::string text = "shape [";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "], dtype " + torch::headeronly::toString(t.scalar_type());
+}
+
+inline bool equal_strides(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i) || (a.size(i) != 1 && a.stride(i) != b.stride(i))) return false;
+  return true;
+}
+
+// Whether the elements fill one gapless stretch of memory, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) != 1) dimensions.emplace_back(t.stride(i), t.size(i));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (auto [stride, size] : dimensions) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline ScalarType storage_dtype(int64_t dtype) {
+  switch (dtype) {
+    case DType::FLOAT32:
+      return ScalarType::Float;
+    case DType::FLOAT64:
+      return ScalarType::Double;
+    case DType::BFLOAT16:
+      return ScalarType::BFloat16;
+    case DType::FLOAT16:
+      return ScalarType::Half;
+  }
+  STD_TORCH_CHECK(false, "gam_fused: dtype code ", dtype, " is not one of 0 (float32), 1, 2, 3; see gam_fused/ops.py");
+}
+
+// The layout table and the lists that go with it.
+class Lists {
+ public:
+  // `table`: int64 [3, T + 1] on the CPU: starts, groups, counted.
+  Lists(const Tensor& table, int64_t chunk, int64_t dtype, bool on_cpu)
+      : storage_(storage_dtype(dtype)),
+        compute_(dtype == DType::FLOAT64 ? ScalarType::Double : ScalarType::Float),
+        on_cpu_(on_cpu) {
+    STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
+                        table.size(0) == 3 && table.size(1) >= 1 && table.is_contiguous(),
+                    "gam_fused: layout must be a contiguous int64 CPU tensor [3, T + 1], got ", describe(table));
+    STD_TORCH_CHECK(chunk > 0, "gam_fused: chunk must be positive, got ", chunk);
+    tensors_ = table.size(1) - 1;
+    starts_ = static_cast<const int64_t*>(table.const_data_ptr());
+  }
+
+  int64_t tensors() const { return tensors_; }
+  const int64_t* starts() const { return starts_; }
+  const int64_t* groups() const { return starts_ + tensors_ + 1; }
+  const int64_t* counted() const { return groups() + tensors_ + 1; }
+
+  // A list in the dtype of storage, of compute (acc), or of step counters; tensors may be missing.
+  template <class List>
+  const int64_t* storage(const char* name, const List& list) {
+    return take(name, list, storage_);
+  }
+  // The same, complete: no tensor may be missing, though the whole list may be.
+  template <class List>
+  const int64_t* complete(const char* name, const List& list) {
+    const int64_t* addresses = take(name, list, storage_);
+    for (int64_t i = 0; addresses && i < tensors_; ++i) require(name, addresses, i);
+    return addresses;
+  }
+  template <class List>
+  const int64_t* compute(const char* name, const List& list) {
+    return take(name, list, compute_);
+  }
+  template <class List>
+  const int64_t* counters(const char* name, const List& list) {
+    return take(name, list, ScalarType::Float, true);
+  }
+
+  void require(const char* name, const int64_t* addresses, int64_t i) const {
+    STD_TORCH_CHECK((addresses && addresses[i]) || starts_[i + 1] == starts_[i], "gam_fused: ", name, "[", i,
+                    "] is missing, the layout gives it ", starts_[i + 1] - starts_[i], " elements");
+  }
+
+ private:
+  const int64_t* take(const char* name, const Tensor& addresses, ScalarType, bool = false) {
+    const int64_t count = addresses.numel();
+    if (count == 0) return nullptr;
+    STD_TORCH_CHECK(count == tensors_ && addresses.is_cpu() && addresses.scalar_type() == ScalarType::Long,
+                    "gam_fused: ", name, " must be ", tensors_, " int64 addresses on the CPU, got ",
+                    describe(addresses));
+    return static_cast<const int64_t*>(addresses.const_data_ptr());
+  }
+
+  const int64_t* take(const char* name, const Tensors& list, ScalarType dtype, bool scalars = false) {
+    if (list.empty()) return nullptr;
+    const int64_t count = static_cast<int64_t>(list.size());
+    STD_TORCH_CHECK(count == tensors_, "gam_fused: ", name, " has ", count, " tensors, the layout ", tensors_);
+    owned_.emplace_back(count);
+    if (!scalars) strides_.resize(count, nullptr);
+    for (int64_t i = 0; i < count; ++i) {
+      const Tensor& t = list[i];
+      const int64_t numel = t.numel();
+      if (numel == 0) continue;  // stands for a missing tensor: address 0
+      check(name, i, t, numel, dtype, scalars ? 1 : starts_[i + 1] - starts_[i]);
+      if (!scalars) check_strides(name, i, t);
+      owned_.back()[i] = reinterpret_cast<int64_t>(t.mutable_data_ptr());
+    }
+    return owned_.back().data();
+  }
+
+  void check(const char* name, int64_t i, const Tensor& t, int64_t numel, ScalarType dtype, int64_t expected) const {
+    STD_TORCH_CHECK(t.is_cpu() == on_cpu_, "gam_fused: ", name, "[", i, "] (", describe(t), ") is on another device");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, "gam_fused: ", name, "[", i, "] has ", describe(t), ", expected dtype ",
+                    torch::headeronly::toString(dtype));
+    STD_TORCH_CHECK(numel == expected, "gam_fused: ", name, "[", i, "] has ", describe(t), ": ", numel,
+                    " elements, the layout says ", expected);
+  }
+
+  void check_strides(const char* name, int64_t i, const Tensor& t) {
+    STD_TORCH_CHECK(is_dense(t), "gam_fused: ", name, "[", i, "] (", describe(t), ") has gaps or overlaps in memory");
+    if (strides_[i] == nullptr) strides_[i] = &t;
+    STD_TORCH_CHECK(equal_strides(*strides_[i], t), "gam_fused: ", name, "[", i, "] (", describe(t),
+                    ") lies in memory in another order than the same tensor of the lists before it");
+  }
+
+  ScalarType storage_, compute_;
+  bool on_cpu_;
+  int64_t tensors_ = 0;
+  const int64_t* starts_ = nullptr;
+  std::deque<std::vector<int64_t>> owned_;  // addresses of `Tensor[]` operands
+  std::vector<const Tensor*> strides_;      // the first tensor seen at each index
+};
+
+inline double* float64(const char* name, const Tensor& t, bool on_cpu) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_cpu() == on_cpu, "gam_fused: ", name,
+                  " must be float64 on the device of the lists, got ", describe(t));
+  return static_cast<double*>(t.mutable_data_ptr());
+}
+
+// The coefficient table, with a row for every param group of the layout.
+inline const double* coefficients(const Tensor& t, const Lists& lists, bool on_cpu) {
+  const double* data = float64("coefficients", t, on_cpu);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == COLUMNS && t.is_contiguous(),
+                  "gam_fused: coefficients must be [groups, ", COLUMNS, "], got ", describe(t));
+  int64_t last = 0;
+  for (int64_t i = 0; i < lists.tensors(); ++i) last = std::max(last, lists.groups()[i]);
+  STD_TORCH_CHECK(last < t.size(0), "gam_fused: coefficients have ", t.size(0), " rows, the layout names group ", last);
+  return data;
+}
+
+inline double* control_block(const Tensor& t, bool on_cpu) {
+  double* data = float64("control", t, on_cpu);
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == CONTROLS && t.is_contiguous(), "gam_fused: control must be [", CONTROLS,
+                  "], got ", describe(t));
+  return data;
+}
+
+}  // namespace gam

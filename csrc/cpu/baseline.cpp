@@ -1,0 +1,3 @@
+// The verbs for whatever the compiler targets by itself.
+#define GAM_KERNELS baseline_kernels
+#include "kernels.h"

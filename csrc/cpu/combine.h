@@ -1,0 +1,70 @@
+// Verb `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_`
+// shares with it: the close of the step and d of a tile.
+#pragma once
+
+#include "sums.h"
+
+namespace gam {
+namespace {
+
+// What a step's end knows before it visits elements: whether to skip, and the scalars of d.
+struct Close {
+  bool skip;
+  DirectionScale scale;
+};
+
+// Decides, and counts the step in the control block.
+inline Close close_step(const Matrix& partials, double* control, const double* coefficients) {
+  double total[6] = {};
+  row_sums(partials, total);
+  const bool skip = control[Control::FOUND_INF] != 0.0 || !all_finite(total, partials.rows);
+  control[Control::LAST_SKIPPED] = skip;
+  control[Control::SKIPPED] += skip;
+  control[Control::NOISE_STEP] += 1.0;
+  return {skip, direction_scale(total, int(partials.rows), coefficients[Column::DIRECTION_ACC],
+                                control[Control::LOSS_SCALE], control[Control::MAX_NORM])};
+}
+
+// d of a tile into `d`.
+template <class S, class Verb>
+void direction_tile(const Verb& v, const Span& tile, const Direction<Compute<S>>& k, Compute<S>* d) {
+  using C = Compute<S>;
+  alignas(64) C buffers[3][TILE];
+  const C* x3 = Tiles<S>::read(v.x3, tile, buffers[0]);
+  const C* acc = Tiles<C>::read(v.acc, tile, buffers[1]);
+  if (!has(v.x1, tile.tensor)) {
+    for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, C(0), x3[i], acc[i]);
+    return;
+  }
+  const C* x1 = Tiles<S>::read(v.x1, tile, buffers[2]);
+  for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, x1[i], x3[i], acc[i]);
+}
+
+template <class S>
+double combine_tile(const Combine& v, const Span& tile, const Direction<Compute<S>>& k) {
+  using C = Compute<S>;
+  alignas(64) C d[TILE];
+  direction_tile<S>(v, tile, k, d);
+  S* out = at<S>(v.out, tile);
+  for (int64_t i = 0; i < tile.count; ++i) narrow(d[i], out[i]);
+  return sum_of_squares(d, tile.count);
+}
+
+template <class S>
+void combine(const Combine& v, ParallelFor parallel_for) {
+  const Close close = close_step(v.partials, v.control, v.coefficients);
+  clear_unused(v.direction, v.layout);
+  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
+    double squares = 0.0;
+    for_each_span(v.layout, chunk, [&](const Span& span) {
+      if (!has(v.out, span.tensor)) return;
+      const double* row = v.coefficients + v.layout.groups[span.tensor] * COLUMNS;
+      const auto k = direction_of<Compute<S>>(row, close.scale);
+      for_each_tile(span, [&](const Span& tile) { squares += combine_tile<S>(v, tile, k); });
+    });
+    put(v.direction, 0, chunk, squares);
+  });
+}
+
+}  // namespace
+}  // namespace gam

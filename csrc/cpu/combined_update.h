@@ -1,0 +1,127 @@
+// Verb `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass.
+#pragma once
+
+#include "combine.h"
+#include "restore.h"
+
+namespace gam {
+namespace {
+
+// A tile being updated: values in compute type, and the tensors they go back to.
+template <class S>
+struct Updated {
+  using C = Compute<S>;
+  alignas(64) C buffers[5][TILE];
+  C* d = buffers[0];
+  const C* old;
+  C* theta;
+
+  Updated(const CombinedUpdate& v, const Span& tile) {
+    old = Tiles<S>::read(v.backup ? v.backup : v.theta, tile, buffers[1]);
+    theta = Tiles<S>::target(at<S>(v.theta, tile), buffers[1]);
+  }
+
+  // A state tensor, to be changed in place and then written.
+  C* state(Addresses list, const Span& tile, int buffer) {
+    return const_cast<C*>(Tiles<S>::read(list, tile, buffers[buffer]));
+  }
+};
+
+template <class S>
+void sgd_tile(const CombinedUpdate& v, const Span& tile, const Sgd<Compute<S>>& h, Updated<S>& t) {
+  using C = Compute<S>;
+  const C *d = t.d, *old = t.old;
+  C* theta = t.theta;
+  if (!has(v.first, tile.tensor)) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd(h, old[i], d[i]);
+    return;
+  }
+  C* momentum = t.state(v.first, tile, 2);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd_momentum(h, old[i], d[i], momentum[i]);
+  Tiles<S>::write(at<S>(v.first, tile), momentum, tile.count);
+}
+
+template <class S>
+void adam_tile(const CombinedUpdate& v, const Span& tile, const Adam<Compute<S>>& h, bool amsgrad, Updated<S>& t) {
+  using C = Compute<S>;
+  const C *d = t.d, *old = t.old;
+  C *theta = t.theta, *m = t.state(v.first, tile, 2), *s = t.state(v.second, tile, 3);
+  if (amsgrad) {
+    C* maximum = t.state(v.third, tile, 4);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<true>(h, old[i], d[i], m[i], s[i], maximum[i]);
+    Tiles<S>::write(at<S>(v.third, tile), maximum, tile.count);
+  } else {
+    C unused = 0;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<false>(h, old[i], d[i], m[i], s[i], unused);
+  }
+  Tiles<S>::write(at<S>(v.first, tile), m, tile.count);
+  Tiles<S>::write(at<S>(v.second, tile), s, tile.count);
+}
+
+// The base optimizer's scalars of one tensor. Neighbours mostly share group and step, so they are kept between tensors.
+template <class C>
+struct Scalars {
+  int64_t group = -1;
+  float step = -1.0f;
+  Direction<C> k;
+  Sgd<C> sgd;
+  Adam<C> adam;
+  bool amsgrad;
+
+  void prepare(const CombinedUpdate& v, int64_t tensor, DirectionScale scale) {
+    float next = *reinterpret_cast<const float*>(v.steps[tensor]) + 1.0f;
+    if (v.layout.groups[tensor] == group && next == step) return;
+    group = v.layout.groups[tensor];
+    step = next;
+    const double* row = v.coefficients + group * COLUMNS;
+    k = direction_of<C>(row, scale);
+    if (v.algorithm == Algorithm::SGD) sgd = sgd_of<C>(row, step);
+    if (v.algorithm == Algorithm::ADAM) adam = adam_of<C>(row, step);
+    amsgrad = (int(row[Column::FLAGS]) & Flag::AMSGRAD) != 0;
+  }
+};
+
+template <class S>
+double update_tile(const CombinedUpdate& v, const Span& tile, const Scalars<Compute<S>>& h) {
+  Updated<S> t(v, tile);
+  direction_tile<S>(v, tile, h.k, t.d);
+  if (v.algorithm == Algorithm::SGD)
+    sgd_tile<S>(v, tile, h.sgd, t);
+  else
+    adam_tile<S>(v, tile, h.adam, h.amsgrad, t);
+  Tiles<S>::write(at<S>(v.theta, tile), t.theta, tile.count);
+  return sum_of_squares(t.d, tile.count);
+}
+
+inline bool is_updated(const CombinedUpdate& v, int64_t tensor) {
+  return has(v.x1, tensor) || has(v.x3, tensor) || has(v.acc, tensor);
+}
+
+template <class S>
+void combined_update(const CombinedUpdate& v, ParallelFor parallel_for) {
+  const Close close = close_step(v.partials, v.control, v.coefficients);
+  clear_unused(v.direction, v.layout);
+  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
+    double squares = 0.0;
+    Scalars<Compute<S>> scalars;
+    for_each_span(v.layout, chunk, [&](const Span& span) {
+      if (close.skip || !is_updated(v, span.tensor)) {
+        if (v.backup) restore_span<S>(v.theta, v.backup, span, streams<S>(v.layout));
+        return;
+      }
+      scalars.prepare(v, span.tensor, close.scale);
+      for_each_tile(span, [&](const Span& tile) { squares += update_tile<S>(v, tile, scalars); });
+    });
+    put(v.direction, 0, chunk, squares);
+  });
+  // Only now: chunks of one tensor all read its step.
+  for (int64_t i = 0; !close.skip && i < v.layout.tensors; ++i)
+    if (is_updated(v, i)) *reinterpret_cast<float*>(v.steps[i]) += 1.0f;
+}
+
+}  // namespace
+}  // namespace gam

@@ -1,0 +1,45 @@
+// Verb `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
+#pragma once
+
+#include "sums.h"
+
+namespace gam {
+namespace {
+
+template <class S>
+void add_direction_products(const DirectionProducts& v, const Span& tile, double* sums) {
+  using C = Compute<S>;
+  alignas(64) C buffers[3][TILE];
+  const double* row = v.coefficients + v.layout.groups[tile.tensor] * COLUMNS;
+  const C* x1 = Tiles<S>::read(v.x1, tile, buffers[0]);
+  const C* x3 = Tiles<S>::read(v.x3, tile, buffers[1]);
+  const C* minus = Tiles<C>::read(v.acc, tile, buffers[2]);
+  // With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete.
+  const Direction<C> k = {C(row[Column::DIRECTION_1]), C(row[Column::DIRECTION_3]),
+                          v.x1 ? C(0) : C(row[Column::DIRECTION_ACC])};
+  C* value = buffers[0];
+  if (!v.x1) {
+    for (int64_t i = 0; i < tile.count; ++i) value[i] = direction(k, C(0), x3[i], minus[i]);
+    sums[0] += sum_of_squares(value, tile.count);
+    return;
+  }
+  for (int64_t i = 0; i < tile.count; ++i) value[i] = k.x1 * x1[i] + k.x3 * x3[i];
+  add_three_products(value, minus, tile.count, sums);
+}
+
+template <class S>
+void direction_products(const DirectionProducts& v, ParallelFor parallel_for) {
+  clear_unused(v.partials, v.layout);
+  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
+    double sums[6] = {};
+    for_each_span(v.layout, chunk, [&](const Span& span) {
+      if (!has(v.x1, span.tensor) && !has(v.x3, span.tensor) && !has(v.acc, span.tensor)) return;
+      double* first = sums + (v.layout.counted[span.tensor] ? 0 : 1);
+      for_each_tile(span, [&](const Span& tile) { add_direction_products<S>(v, tile, first); });
+    });
+    for (int64_t row = 0; row < v.partials.rows; ++row) put(v.partials, row, chunk, sums[row]);
+  });
+}
+
+}  // namespace
+}  // namespace gam

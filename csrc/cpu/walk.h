@@ -1,0 +1,146 @@
+// The walk over the flat vector, written once: chunks in parallel, the tensors inside a chunk, tiles that fit in L1.
+//
+// A tile is read through `read`: a pointer to compute-type values, which is the tensor itself where its dtype is the
+// compute type, a row of zeros where it is missing, and a widened copy otherwise. So formulas are plain loops over
+// arrays, and neither missing operands nor storage types multiply them.
+#pragma once
+
+#include "../gam_math.h"
+#include "verbs.h"
+
+namespace gam {
+namespace {
+
+constexpr int64_t TILE = 512;       // elements; all operands of a tile fit in L1
+constexpr int64_t GRAIN = 1 << 15;  // elements below which a second thread costs more than it brings
+
+// Part of one tensor: `count` elements from `offset` on, `position` in the flat vector.
+struct Span {
+  int64_t tensor, offset, count, position;
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t chunks_of(const Layout& layout) {
+  int64_t chunks = (layout.starts[layout.tensors] + layout.chunk - 1) / layout.chunk;
+  return chunks > 0 ? chunks : 1;
+}
+
+// visit(chunk) for every chunk, in parallel.
+template <class Visit>
+void for_each_chunk(const Layout& layout, ParallelFor parallel_for, Visit visit) {
+  Body body = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) (*static_cast<Visit*>(context))(chunk);
+  };
+  int64_t grain = GRAIN / layout.chunk;
+  parallel_for(chunks_of(layout), grain > 0 ? grain : 1, body, &visit);
+}
+
+// The tensor that holds element `position`: the last one that starts at or before it.
+inline int64_t tensor_at(const Layout& layout, int64_t position) {
+  int64_t low = 0, high = layout.tensors;
+  while (high - low > 1) {
+    int64_t middle = (low + high) / 2;
+    (layout.starts[middle] <= position ? low : high) = middle;
+  }
+  return low;
+}
+
+// visit(span) for every part of a tensor inside a chunk, in order.
+template <class Visit>
+void for_each_span(const Layout& layout, int64_t chunk, Visit visit) {
+  int64_t position = chunk * layout.chunk;
+  int64_t end = smaller(position + layout.chunk, layout.starts[layout.tensors]);
+  for (int64_t i = tensor_at(layout, position); position < end; ++i) {
+    int64_t stop = smaller(end, layout.starts[i + 1]);
+    if (stop > position) visit(Span{i, position - layout.starts[i], stop - position, position});
+    position = stop > position ? stop : position;
+  }
+}
+
+// visit(tile) for the tiles of a span, in order. No tile crosses a multiple of 2^32, so each has one noise stream.
+template <class Visit>
+void for_each_tile(const Span& span, Visit visit) {
+  for (int64_t done = 0; done < span.count;) {
+    int64_t position = span.position + done;
+    int64_t count = smaller(smaller(TILE, span.count - done), (int64_t(1) << 32) - (position & 0xFFFFFFFF));
+    visit(Span{span.tensor, span.offset + done, count, position});
+    done += count;
+  }
+}
+
+inline bool has(Addresses list, int64_t tensor) { return list != nullptr && list[tensor] != 0; }
+
+// The tile's first element in a list that has this tensor.
+template <class S>
+S* at(Addresses list, const Span& tile) {
+  return reinterpret_cast<S*>(list[tile.tensor]) + tile.offset;
+}
+
+// Bytes of a list from which on its writes go past the caches: a smaller one may still be there when the next pass
+// reads it, a larger one only costs a read of every line before it is overwritten.
+constexpr int64_t STREAM_BYTES = int64_t(64) << 20;
+
+template <class S>
+inline bool streams(const Layout& layout) {
+  return layout.starts[layout.tensors] * int64_t(sizeof(S)) >= STREAM_BYTES;
+}
+
+// memcpy past the caches, where the instruction set can.
+inline void stream_copy(void* to, const void* from, int64_t bytes) {
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+#ifdef GAM_STREAM
+  int64_t head = smaller(bytes, -reinterpret_cast<intptr_t>(target) & 31);
+  memcpy(target, source, head);
+  int64_t i = head;
+  for (; i + 32 <= bytes; i += 32) GAM_STREAM(target + i, source + i);
+  memcpy(target + i, source + i, bytes - i);
+#else
+  memcpy(target, source, bytes);
+#endif
+}
+
+inline void copy_tile(void* to, const void* from, int64_t bytes, bool stream) {
+  stream ? stream_copy(to, from, bytes) : static_cast<void>(memcpy(to, from, bytes));
+}
+
+template <class S>
+struct Tiles {
+  using C = Compute<S>;
+  alignas(64) static const C zeros[TILE];
+  static constexpr bool direct = sizeof(S) == sizeof(C);
+
+  // The values of a tile; `buffer` has room for TILE elements.
+  static const C* read(Addresses list, const Span& tile, C* buffer) {
+    if (!has(list, tile.tensor)) return zeros;
+    const S* source = at<S>(list, tile);
+    if constexpr (direct) {
+      return source;
+    } else {
+      for (int64_t i = 0; i < tile.count; ++i) buffer[i] = widen(source[i]);
+      return buffer;
+    }
+  }
+
+  // Where to compute what `write` will then bring into the tensor.
+  static C* target(S* tensor, C* buffer) {
+    if constexpr (direct) {
+      return tensor;
+    } else {
+      return buffer;
+    }
+  }
+
+  static void write(S* tensor, const C* values, int64_t count) {
+    if constexpr (!direct) {
+      for (int64_t i = 0; i < count; ++i) narrow(values[i], tensor[i]);
+    }
+  }
+};
+
+template <class S>
+const Compute<S> Tiles<S>::zeros[TILE] = {};
+
+}  // namespace
+}  // namespace gam

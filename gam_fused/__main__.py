@@ -1,0 +1,39 @@
+"""`python -m gam_fused`: what is installed, which rooms are there, and a self-check of each against `reference`."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import torch
+
+import gam_fused
+from gam_fused.selfcheck import check_room
+
+
+def main() -> int:
+    """Print the report. Returns the exit status: 1 if a room that is there disagrees with the reference."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    print(f"gam_fused {gam_fused.__version__}, {versions}")
+    print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        print(f"CUDA {torch.version.cuda}: {', '.join(names)}")
+    else:
+        print("CUDA: no device, or a torch without CUDA")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    failed = False
+    for name, why in gam_fused.available_backends().items():
+        if why:
+            print(f"  {name:<10} not there: {why}")
+            continue
+        for device in devices:
+            result = check_room(name, torch.device(device))
+            failed |= result.startswith("FAILED")
+            if result:
+                print(f"  {name:<10} {device}: {result}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

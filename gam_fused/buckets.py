@@ -1,0 +1,228 @@
+"""Buckets: the parameters of one device, dtype and kind of layout, with everything the verbs need for them.
+
+A `Plan` is built once from the param groups and kept while they stay as they are. What does not change between steps
+(parameters, optimizer state, backup) is listed here once, with its addresses; only gradients are listed anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.base_optimizers import FusedBase
+from gam_fused.constants import Column, Control
+from gam_fused.parameters import Groups
+from gam_fused.rooms import room
+from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense
+
+SLOTS = 4  # reductions of one step: three ascents, and the guard of the last gradient
+Table = list[list[float | Tensor]]
+
+
+class Device:
+    """What the buckets of one device share: coefficient tables and the columns of partial sums of all buckets."""
+
+    def __init__(self, device: torch.device, columns: int):
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.device = device
+        self.partials = torch.zeros(SLOTS, 6, columns, **options)
+        self.realised = torch.zeros(SLOTS - 1, columns, **options)
+        self.direction = torch.zeros(columns, **options)
+        self.tables: dict[str, Tensor] = {}
+        self._values: dict[str, list[list[float]]] = {}
+
+    def upload(self, kind: str, rows: Table) -> None:
+        """Bring the coefficient table `kind` up to date; a tensor lr is copied on the device, the rest when it changed."""
+        numbers = [[0.0 if isinstance(v, Tensor) else v for v in row] for row in rows]
+        if self._values.get(kind) != numbers:
+            self._values[kind] = numbers
+            fresh = torch.tensor(numbers, dtype=torch.float64)
+            if kind in self.tables:
+                self.tables[kind].copy_(fresh)
+            else:
+                self.tables[kind] = fresh.to(self.device)
+        for row, values in enumerate(rows):
+            lr = values[Column.LR]
+            if isinstance(lr, Tensor):
+                self.tables[kind][row, Column.LR].copy_(lr.detach().squeeze())
+
+
+class Bucket:
+    """One device, dtype and kind of layout. T parameters, N elements.
+
+    Attributes:
+        theta, backup: the parameters, and their copies in one flat buffer (allocated at the first ascent).
+        verbs: the room that serves this bucket.
+        control: its control block. Every bucket sees the sums of all, so all blocks of an optimizer tell the same.
+        columns: its columns of the shared partial sums.
+        backed_up: whether `backup` holds this step's theta.
+    """
+
+    def __init__(self, params: list[Tensor], groups: list[int], counted: list[bool], backend: str):
+        self.params, self.groups = params, groups
+        self.theta = TensorList([p.detach() for p in params])
+        self.pointers = [p.data_ptr() for p in params]
+        self.dtype, self.dense = params[0].dtype, is_dense(params[0])
+        self.strides = [p.stride() if self.dense else torch.empty(p.shape, device="meta").stride() for p in params]
+        self.layout = Layout([p.numel() for p in params], groups, counted)
+        self.verbs = room(backend, params[0].device, dense=self.dense)
+        self.control = torch.zeros(len(Control), dtype=torch.float64, device=params[0].device)
+        self.columns = slice(0, 0)
+        self.shared: Device
+        self.backed_up = False
+        self.steps_buffer = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
+        self.steps = TensorList(list(self.steps_buffer))
+        self.state_lists: tuple[TensorList, ...] = (EMPTY, EMPTY, EMPTY)
+        self._backup: TensorList | None = None
+        self._accumulator: TensorList | None = None
+        self._state_refs: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._entries: list[dict[str, Any]] = []
+        self._listed: list[bool] | None = None
+
+    @property
+    def backup(self) -> TensorList:
+        if self._backup is None:
+            self._backup = TensorList(flat_views(self.theta.tensors)[1])
+        return self._backup
+
+    def accumulator(self, gradients: TensorList) -> TensorList:
+        """`gradients` as something to accumulate into: themselves, or a float32 copy of low-precision ones."""
+        if self.dtype in (torch.float32, torch.float64):
+            return gradients
+        if self._accumulator is None:
+            self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1])
+        for target, source in zip(self._accumulator.tensors, gradients.tensors, strict=True):
+            if source is None:
+                target.zero_()
+            else:
+                target.copy_(source)
+        return self._accumulator
+
+    def zeros(self, i: int) -> Tensor:
+        """A zero gradient for parameter `i`."""
+        return _like(None, self.params[i], self.strides[i])
+
+    def column_slice(self, name: str, *index: int) -> Tensor:
+        return getattr(self.shared, name)[(*index, ..., self.columns)]
+
+    def ensure_state(
+        self, base: FusedBase, state: dict[Tensor, dict[str, Any]], param_groups: Groups, active: list[bool]
+    ) -> None:
+        """Create what the update needs for the active parameters, in torch's own layout, and list it.
+
+        State that is already there (a checkpoint, another device) is adopted: brought to the parameter's dtype, device and
+        strides where it differs, in place of the old entry.
+        """
+        if self._state_is_current(state, active):
+            return
+        self._state_refs = []
+        columns: tuple[list[Tensor | None], ...] = ([], [], [])
+        for i, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
+            entry = state[p] if active[i] or p in state else {}
+            keys = base.state_keys(param_groups[group])
+            fresh = all(key is None or entry.get(key) is None for key in keys)
+            for column, key in zip(columns, keys, strict=True):
+                if key is None or (not active[i] and entry.get(key) is None):
+                    column.append(None)
+                    continue
+                value = _like(entry.get(key), p, self.strides[i])
+                entry[key] = value
+                column.append(value)
+                self._state_refs.append((entry, key, value))
+            if entry or active[i]:
+                self._adopt_step(i, base.step_key, entry, fresh)
+        self.state_lists = tuple(TensorList(c) if any(t is not None for t in c) else EMPTY for c in columns)
+        self._listed, self._entries = list(active), list(state.values())
+
+    def _adopt_step(self, i: int, key: str, entry: dict[str, Any], fresh: bool) -> None:
+        counter = self.steps.tensors[i]
+        if not key:
+            if fresh:
+                counter.zero_()
+            else:
+                counter.clamp_(min=1)
+            return
+        loaded = entry.get(key)
+        if loaded is not counter:
+            counter.copy_(torch.as_tensor(0.0 if loaded is None else loaded))
+        entry[key] = counter
+        self._state_refs.append((entry, key, counter))
+
+    def _state_is_current(self, state: dict[Tensor, dict[str, Any]], active: list[bool]) -> bool:
+        listed = self._listed
+        if listed is None or (listed != active and any(now and not then for now, then in zip(active, listed, strict=True))):
+            return False
+        # By identity of the entries, not through `state[p]`: hashing a tensor is a Python call.
+        if len(state) != len(self._entries) or not all(map(operator.is_, state.values(), self._entries)):
+            return False
+        return all(entry.get(key) is value for entry, key, value in self._state_refs)
+
+
+def _like(value: Tensor | None, p: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if value is None:
+        return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).zero_()
+    if value.stride() == stride and value.dtype is p.dtype and value.device == p.device:
+        return value
+    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(value)
+
+
+class Plan:
+    """All buckets of an optimizer, and what they were built from."""
+
+    def __init__(self, param_groups: Groups, backend: str):
+        self.signature = _signature(param_groups)
+        members: dict[tuple, list[tuple[Tensor, int, bool]]] = defaultdict(list)
+        for number, group in enumerate(param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    members[p.device, p.dtype, is_dense(p)].append((p, number, group["perturb"]))
+        self.buckets = []
+        for rows in members.values():
+            params, groups, counted = map(list, zip(*rows, strict=True))
+            self.buckets.append(Bucket(params, groups, counted, backend))
+        self.devices: dict[torch.device, Device] = {}
+        total = sum(bucket.layout.chunks for bucket in self.buckets)
+        start = 0
+        for bucket in self.buckets:
+            device = bucket.params[0].device
+            if device not in self.devices:
+                self.devices[device] = Device(device, total)
+            bucket.shared = self.devices[device]
+            bucket.columns = slice(start, start + bucket.layout.chunks)
+            start += bucket.layout.chunks
+        self.params = [p for bucket in self.buckets for p in bucket.params]
+        self._scalars: tuple[float, float] | None = None
+
+    def upload(self, tables: dict[str, Table], eps: float, max_norm: float) -> None:
+        """Bring coefficient tables and control blocks up to date; what has not changed is not written."""
+        for device in self.devices.values():
+            for kind, rows in tables.items():
+                device.upload(kind, rows)
+        if self._scalars != (eps, max_norm):
+            self._scalars = (eps, max_norm)
+            for bucket in self.buckets:
+                bucket.control[Control.EPS], bucket.control[Control.MAX_NORM] = eps, max_norm
+
+    def is_current(self, param_groups: Groups) -> bool:
+        """Whether groups, their parameters and the memory behind them are what the plan was built from."""
+        return _signature(param_groups) == self.signature and all(
+            [p.data_ptr() for p in bucket.params] == bucket.pointers for bucket in self.buckets
+        )
+
+    def share(self, name: str, *index: int) -> None:
+        """Give every device the columns that the others computed (nothing to do with one device)."""
+        if len(self.devices) == 1:
+            return
+        for bucket in self.buckets:
+            source = bucket.column_slice(name, *index)
+            for device in self.devices.values():
+                if device is not bucket.shared:
+                    getattr(device, name)[(*index, ..., bucket.columns)].copy_(source)
+
+
+def _signature(param_groups: Groups) -> list[tuple[bool, list[int]]]:
+    return [(group["perturb"], [id(p) for p in group["params"] if p.requires_grad]) for group in param_groups]

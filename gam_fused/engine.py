@@ -1,0 +1,317 @@
+"""One step of the engine: gradient passes inside a transaction, ascents between them, one update at the end.
+
+`methods` says which passes a method makes; this file says what a pass, an ascent and an update are, on every bucket.
+It holds no formula (these are the rooms') and no coefficient (these are `coefficients`').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gam_fused import gradients
+from gam_fused.constants import Control
+from gam_fused.tensor_lists import EMPTY, TensorList
+from gam_fused.transaction import Buffers, Interrupts, RandomState
+
+if TYPE_CHECKING:
+    from gam_fused.optimizer import FusedGAM
+
+Lists = list[TensorList]
+_UNREACHED = "the closure's loss depends on none of the parameters that require a gradient: is the right model in it?"
+GUARD = 3  # slot of the last gradient's reduction, after those of the three ascents
+
+
+class Step:
+    """The state of one `FusedGAM.step(closure)`. Lists below have one `TensorList` per bucket.
+
+    Attributes:
+        loss: what the closure returned in pass 1, detached. losses: the same of every pass, by the point it was made at.
+        ascents: which reductions this step made. extras: norms that a method computed itself. Both for `diagnostics`.
+    """
+
+    def __init__(self, optimizer: FusedGAM, closure: Callable[[], Any], interrupts: Interrupts):
+        self.optimizer, self.closure, self.interrupts = optimizer, closure, interrupts
+        self.plan = optimizer._plan
+        self.buckets = self.plan.buckets
+        self.loss: Any = None
+        self.losses: dict[str, Any] = {}
+        self.extras: dict[str, Tensor] = {}
+        self.ascents: list[int] = []
+        self._seen = [[False] * len(b.params) for b in self.buckets]
+        self._buffers = Buffers(optimizer._modules) if optimizer._modules else None
+        devices = set(self.plan.devices) | (self._buffers.devices if self._buffers else set())
+        self._random = RandomState(devices) if optimizer.preserve_rng_state else None
+        for bucket in self.buckets:
+            bucket.backed_up = False
+
+    # Passes.
+
+    def gradient(self, point: str, *, keep: bool = False) -> Lists:
+        """One pass: the closure at the current weights, called `point`. Returns the gradients, taken from `p.grad`.
+
+        `keep`: they will be needed after the next pass, or accumulated into.
+        """
+        loss = self._call_closure(point)
+        if all(p.grad is None for p in self.plan.params):
+            self._backward(loss)
+        groups = self.optimizer.param_groups
+        keep = keep or not self.optimizer._fused  # a foreign base gets d in the buffers of the last gradient
+        return self._seen_in([gradients.take(b.params, b.strides, b.dtype, groups, keep=keep) for b in self.buckets])
+
+    def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
+        """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
+        loss = self._call_closure(point)
+        if any(p.grad is not None for p in self.plan.params):
+            gradients.clear(self.plan.params)
+            raise RuntimeError(
+                "the closure called backward(), which leaves nothing to differentiate again: with method='exact' it must "
+                "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
+            )
+        with torch.enable_grad():
+            scaled = self.optimizer._amp.scale(self._differentiable(loss))
+            raw = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
+        if all(g is None for g in raw):
+            raise RuntimeError(_UNREACHED)
+        return raw, self._seen_in(self.as_lists(raw))
+
+    def as_lists(self, tensors: Sequence[Tensor | None]) -> Lists:
+        """Tensors in the order of the plan's parameters, detached, as one list per bucket."""
+        lists, start = [], 0
+        for b in self.buckets:
+            rows = zip(tensors[start : start + len(b.params)], b.params, b.strides, strict=True)
+            lists.append(TensorList([None if t is None else gradients.fit(t.detach(), p, s) for t, p, s in rows]))
+            start += len(b.params)
+        return lists
+
+    def _call_closure(self, point: str) -> Any:
+        torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
+        first = not self.losses
+        if first:
+            gradients.clear(self.plan.params)  # what was left there is not of this step; later passes find it taken
+        elif self._random:
+            self._random.replay()
+        with torch.enable_grad():
+            loss = self.closure()
+        if first:
+            self.optimizer._amp.publish(self.buckets)
+            self.loss = loss.detach() if isinstance(loss, Tensor) else loss
+            for part in (self._random, self._buffers):
+                if part:
+                    part.first_pass_done()
+        self.losses[point] = loss.detach() if isinstance(loss, Tensor) else loss
+        return loss
+
+    def _backward(self, loss: Any) -> None:
+        with torch.enable_grad():
+            self.optimizer._amp.scale(self._differentiable(loss)).backward()
+        if all(p.grad is None for p in self.plan.params):
+            raise RuntimeError(_UNREACHED)
+
+    def _differentiable(self, loss: Any) -> Tensor:
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            what = "a tensor without a graph" if isinstance(loss, Tensor) else repr(loss)
+            raise RuntimeError(
+                f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return the "
+                "loss as a 0-d tensor that can be differentiated"
+            )
+        if loss.numel() != 1:
+            raise RuntimeError(
+                f"the closure returned a loss of shape {tuple(loss.shape)} without calling backward(): reduce it to a number"
+            )
+        return loss
+
+    def _seen_in(self, lists: Lists) -> Lists:
+        for seen, lst in zip(self._seen, lists, strict=True):
+            if not all(seen):
+                seen[:] = [s or t is not None for s, t in zip(seen, lst.tensors, strict=True)]
+        return lists
+
+    # Ascents.
+
+    def ascend(
+        self, ascent: int, x: Lists, *, minus: Lists | None = None, fold: Lists | None = None, oracle: bool = False
+    ) -> Lists | None:
+        """theta <- base + radius * (x - minus) / |x - minus|.
+
+        `ascent` 0 and 1 start from the weights before the step, 2 from where the last one led. The first to run also backs
+        theta up. With `fold`, that list becomes FOLD_0 * fold + FOLD_2 * x, and is returned as what `update` takes as `acc`.
+        """
+        self._reduce_norm(ascent, x, minus)
+        acc = self._foldable(fold, x) if fold else None
+        with self.interrupts.held(), torch.no_grad():
+            for i, b in enumerate(self.buckets):
+                b.verbs.perturb_(
+                    b.layout,
+                    b.theta,
+                    b.backup if b.backed_up and ascent < 2 else EMPTY,
+                    x[i],
+                    minus[i] if minus else EMPTY,
+                    acc[i] if acc else EMPTY,
+                    EMPTY if b.backed_up else b.backup,
+                    b.shared.tables["oracle" if oracle else "gam"],
+                    b.shared.partials[ascent, :2],
+                    b.control,
+                    b.column_slice("realised", ascent),
+                    ascent,
+                    self.optimizer.adaptive,
+                )
+                b.backed_up = True
+        if not oracle:
+            self.ascents.append(ascent)
+        return acc
+
+    def _reduce_norm(self, slot: int, x: Lists, minus: Lists | None = None) -> None:
+        for i, b in enumerate(self.buckets):
+            weight = EMPTY
+            if self.optimizer.adaptive and slot != GUARD:
+                weight = b.backup if b.backed_up and slot < 2 else b.theta
+            y = minus[i] if minus else EMPTY
+            b.verbs.squared_norm(b.layout, x[i], y, weight, b.column_slice("partials", slot, slice(0, 2)))
+        self.plan.share("partials", slot)
+
+    def accumulator(self, lists: Lists) -> Lists:
+        """`lists` as what `update` takes as `acc`: in float32 where they are of lower precision."""
+        return [b.accumulator(lst) for b, lst in zip(self.buckets, lists, strict=True)]
+
+    def _foldable(self, fold: Lists, x: Lists) -> Lists:
+        """`fold`, with zeros where a gradient was missing there but is not in `x`."""
+        for lst, other in zip(fold, x, strict=True):
+            for i, (mine, theirs) in enumerate(zip(lst.tensors, other.tensors, strict=True)):
+                if mine is None and theirs is not None:
+                    lst.replace(i, torch.zeros_like(theirs))
+        return self.accumulator(fold)
+
+    # The update.
+
+    def update(
+        self,
+        *,
+        x3: Lists,
+        x1: Lists | None = None,
+        acc: Lists | None = None,
+        table: str = "gam",
+        guard_direction: bool = False,
+    ) -> None:
+        """theta <- the base optimizer's update of the backup in the direction d of `x1`, `x3` and `acc`, unless skipped."""
+        if not self.ascents and not self.buckets[0].backed_up:
+            for b in self.buckets:
+                b.control[Control.FOUND_INF] = 0.0
+        rows = 6 if x1 else 2
+        if x1 or (acc and (guard_direction or self.optimizer.max_grad_norm)):
+            self._reduce_direction(x1, x3, acc, table, rows)
+        else:
+            self._reduce_norm(GUARD, x3)
+        active = self._fill_in(x1, x3, acc)
+        apply = self._apply_fused if self.optimizer._fused else self._apply_foreign
+        apply(x1, x3, acc, table, rows, active)
+
+    def _reduce_direction(self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int) -> None:
+        for i, b in enumerate(self.buckets):
+            b.verbs.direction_products(
+                b.layout,
+                x1[i] if x1 else EMPTY,
+                x3[i],
+                acc[i] if acc else EMPTY,
+                b.shared.tables[table],
+                b.column_slice("partials", GUARD, slice(0, rows)),
+            )
+        self.plan.share("partials", GUARD)
+
+    def _fill_in(self, x1: Lists | None, x3: Lists, acc: Lists | None) -> list[list[bool]]:
+        """Which parameters had a gradient in any pass. One that has none in the lists of the update gets a zero there."""
+        for i, (b, seen) in enumerate(zip(self.buckets, self._seen, strict=True)):
+            lists = [lst[i] for lst in (x1, x3, acc) if lst]
+            if any(t is None for t in x3[i].tensors):
+                for j in range(len(b.params)):
+                    if seen[j] and all(lst.tensors[j] is None for lst in lists):
+                        x3[i].replace(j, b.zeros(j))
+        return self._seen
+
+    def _apply_fused(
+        self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int, active: list[list[bool]]
+    ) -> None:
+        optimizer = self.optimizer
+        base: Any = optimizer._fused
+        for b, mask in zip(self.buckets, active, strict=True):
+            b.ensure_state(base, optimizer.state, optimizer.param_groups, mask)
+        with self.interrupts.held(), torch.no_grad():
+            for i, b in enumerate(self.buckets):
+                b.verbs.combined_update_(
+                    b.layout,
+                    b.theta,
+                    b.backup if b.backed_up else EMPTY,
+                    x1[i] if x1 else EMPTY,
+                    x3[i],
+                    acc[i] if acc else EMPTY,
+                    *b.state_lists,
+                    b.steps,
+                    b.shared.tables[table],
+                    b.shared.partials[GUARD, :rows],
+                    b.control,
+                    b.column_slice("direction"),
+                    int(base.algorithm),
+                )
+                b.backed_up = False
+
+    def _apply_foreign(
+        self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int, active: list[list[bool]]
+    ) -> None:
+        """d into `p.grad`, then `base.step()`: a plain optimizer must be asked on the host whether to run at all."""
+        for i, (b, mask) in enumerate(zip(self.buckets, active, strict=True)):
+            for j in range(len(b.params)):
+                if mask[j] and x3[i].tensors[j] is None:
+                    x3[i].replace(j, b.zeros(j))
+        with self.interrupts.held(), torch.no_grad():
+            for i, b in enumerate(self.buckets):
+                b.verbs.combine_(
+                    b.layout,
+                    x3[i],
+                    x1[i] if x1 else EMPTY,
+                    x3[i],
+                    acc[i] if acc else EMPTY,
+                    b.shared.tables[table],
+                    b.shared.partials[GUARD, :rows],
+                    b.control,
+                    b.column_slice("direction"),
+                )
+                if b.backed_up:
+                    b.verbs.restore_(b.layout, b.theta, b.backup)
+        if self.skipped:
+            return
+        for b, lst in zip(self.buckets, x3, strict=True):
+            for p, d in zip(b.params, lst.tensors, strict=True):
+                p.grad = d
+        self.optimizer.base_optimizer.step()
+        gradients.clear(self.plan.params)
+        for b in self.buckets:
+            b.backed_up = False
+
+    @property
+    def skipped(self) -> Tensor:
+        """0-d: whether the update was skipped because a gradient was not finite."""
+        return self.buckets[0].control[Control.LAST_SKIPPED]
+
+    # How it ends.
+
+    def finish(self) -> None:
+        """Hand over generators and buffers as pass 1 left them."""
+        if self._random:
+            self._random.finish()
+        if self._buffers:
+            self._buffers.finish(self.skipped)
+
+    def abort(self) -> None:
+        """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
+        with self.interrupts.held(), torch.no_grad():
+            for b in self.buckets:
+                if b.backed_up:
+                    b.verbs.restore_(b.layout, b.theta, b.backup)
+                    b.backed_up = False
+            for part in (self._random, self._buffers):
+                if part:
+                    part.abort()
+        gradients.clear(self.plan.params)

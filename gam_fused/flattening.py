@@ -1,0 +1,59 @@
+"""`flatten=True`: parameters as views of one buffer per device and dtype; module code sees no difference."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gam_fused.parameters import describe
+from gam_fused.tensor_lists import ALIGNMENT, flat_views, is_dense
+
+
+def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> None:
+    """Move the parameters of each device and dtype into one contiguous buffer, each at a multiple of 128 bytes.
+
+    Parameters that already lie so stay where they are; values, strides and Parameter objects stay the same.
+
+    Raises:
+        ValueError: storage that is not ours to move: shared with something else, with gaps, or known to an existing DDP.
+    """
+    if any(isinstance(m, DistributedDataParallel) for m in modules):
+        raise ValueError("flatten=True must come before DistributedDataParallel, which holds on to the parameters' memory")
+    kinds: dict[tuple, list[Tensor]] = defaultdict(list)
+    for group in param_groups:
+        for p in group["params"]:
+            kinds[p.device, p.dtype].append(p)
+    pending = [params for params in kinds.values() if not is_flat(params)]
+    for params in pending:
+        for p in params:
+            _check_movable(p, param_groups)
+    for params in pending:
+        _, views = flat_views(params)
+        with torch.no_grad():
+            for p, view in zip(params, views, strict=True):
+                view.copy_(p)
+                p.data = view
+
+
+def is_flat(params: list[Tensor]) -> bool:
+    """Whether the tensors lie one behind the other in one buffer, as `flatten` leaves them."""
+    expected = params[0].data_ptr()
+    for p in params:
+        if p.data_ptr() != expected or p.untyped_storage().data_ptr() != params[0].data_ptr():
+            return False
+        expected += -(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT
+    return params[0].data_ptr() % ALIGNMENT == 0 or len(params) > 1
+
+
+def _check_movable(p: Tensor, param_groups: list[dict[str, Any]]) -> None:
+    if not is_dense(p):
+        raise ValueError(f"flatten=True: {describe(p, param_groups)} has gaps between its elements; make it contiguous")
+    if p.untyped_storage().nbytes() != p.numel() * p.element_size():
+        raise ValueError(
+            f"flatten=True: {describe(p, param_groups)} shares its storage with other tensors (tied, expanded, or a view), "
+            "which would not move with it"
+        )

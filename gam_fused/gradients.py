@@ -1,0 +1,94 @@
+"""Taking gradients: `p.grad` becomes ours without a copy wherever that is safe, and with one where it is not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gam_fused.parameters import Groups, describe
+from gam_fused.tensor_lists import TensorList
+
+_storage_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def clear(params: Sequence[Tensor]) -> None:
+    """Drop every `p.grad`."""
+    for p in params:
+        p.grad = None
+
+
+def take(
+    params: Sequence[Tensor], strides: Sequence[tuple[int, ...]], dtype: torch.dtype, groups: Groups, *, keep: bool
+) -> TensorList:
+    """The gradients of `params`, each `p.grad` left as `None`, in the strides and dtype of its parameter.
+
+    The next backward then allocates afresh, and autograd hands its buffer over without adding to it.
+
+    Args:
+        strides, dtype: what each gradient's strides and all their dtypes shall be.
+        groups: the param groups, for errors.
+        keep: whether the gradients will be written to, or read after the next pass. Then one that somebody else still
+            holds, itself or its memory, is copied: the next pass would overwrite it, or it would change under its owner.
+
+    Raises:
+        RuntimeError: a sparse or complex gradient; names the parameter.
+    """
+    taken: list[Tensor | None] = []
+    # This loop is most of a step's host time, hence local names and one look at each property.
+    append, references, own = taken.append, sys.getrefcount, _OWN_REFERENCES
+    for p, stride in zip(params, strides, strict=True):
+        gradient = p.grad
+        if gradient is None:
+            append(None)
+            continue
+        p.grad = None
+        try:
+            fits = gradient.dtype is dtype and gradient.stride() == stride
+        except RuntimeError:  # a sparse tensor has no strides
+            fits = False
+        if fits and not (keep and (references(gradient) > own or _is_shared(gradient))):
+            append(gradient)
+        else:
+            append(_own_copy(gradient, p, stride, groups))
+    return TensorList(taken)
+
+
+def fit(gradient: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`gradient` in the strides and dtype of `p` (row-major where `p` is not dense)."""
+    if gradient.stride() == stride and gradient.dtype is p.dtype:
+        return gradient
+    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(gradient)
+
+
+def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], groups: Groups) -> Tensor:
+    if gradient.layout is not torch.strided or gradient.is_complex():
+        kind = "complex" if gradient.layout is torch.strided else "sparse"
+        hint = "" if kind == "complex" else " (for embeddings, use sparse=False)"
+        raise RuntimeError(f"the gradient of {describe(p, groups)} is {kind}; only dense real gradients work{hint}")
+    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(gradient)
+
+
+def _is_shared(gradient: Tensor) -> bool:
+    """Whether any other tensor lies in the gradient's memory."""
+    if _storage_use_count is None:
+        return gradient._is_view()
+    return _storage_use_count(gradient.untyped_storage()._cdata) > _OWN_STORAGES
+
+
+def _own_references() -> int:
+    """What `sys.getrefcount` says of an object that only a local variable holds, in this interpreter."""
+    local = torch.empty(0)
+    return sys.getrefcount(local)
+
+
+def _own_storages() -> int:
+    """What torch says of the use count of a storage that one tensor and this look at it hold."""
+    tensor = torch.empty(1)
+    storage = tensor.untyped_storage()
+    return _storage_use_count(storage._cdata) if _storage_use_count else 0
+
+
+_OWN_REFERENCES, _OWN_STORAGES = _own_references(), _own_storages()

@@ -1,0 +1,302 @@
+"""FusedGAM and FusedSAM: what a user touches. Passes are in `methods`, one step's machinery in `engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gam_fused import base_optimizers, checkpoint, coefficients, flattening, hyperparameters, methods, precision
+from gam_fused.amp import LossScaling
+from gam_fused.buckets import Plan
+from gam_fused.constants import Control
+from gam_fused.diagnostics import diagnose
+from gam_fused.engine import Step
+from gam_fused.parameters import check_groups, check_parameters
+from gam_fused.rooms import check_backend
+from gam_fused.transaction import Interrupts
+
+
+class FusedGAM(Optimizer):
+    r"""Gradient norm Aware Minimization (Zhang et al., CVPR 2023, arXiv 2303.03108) around a base optimizer.
+
+    Minimises L(theta) + alpha * R(theta), where R(theta) = rho * max over \|theta' - theta\| <= rho of \|grad L(theta')\| is
+    the first-order flatness (equations 3 and 6). One step makes several gradient passes by calling the closure, then one
+    update of the base optimizer in the combined direction d:
+
+    ======================= ======================= ====================================================================
+    method                  passes                  direction d
+    ======================= ======================= ====================================================================
+    ``"finite_difference"`` 4                       g0 + (alpha rho/rho') (g3 - g2), Algorithm 1 with Appendix D
+    ``"accelerated"``       4                       (1 + gamma s) h+ - gamma h-, Algorithm 2 of the appendix
+    ``"exact"``             2, differentiated twice g + alpha rho H(theta_adv) g_adv/\|g_adv\|, Algorithm 1
+    ``"sam"``               2                       g1 (Foret et al. 2021), also as `FusedSAM`
+    ======================= ======================= ====================================================================
+
+    with g0 = grad L(theta), g1 at theta1 = theta + rho' g0/\|g0\|, g2 at theta2 = theta + rho (g1 - g0)/\|g1 - g0\|, g3 at
+    theta3 = theta2 + rho' g2/\|g2\|, h+ = alpha g1 + (1 - alpha) g3, h- = beta g0 + (1 - beta) g2, s = <h-, h+>/\|h+\|^2.
+
+    A step is a transaction: weights return bit for bit before the update, all passes see the same random numbers, buffers
+    of `model` move once, an exception in any pass leaves everything as it was, and a gradient that is not finite in any
+    pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
+
+    Args:
+        params: tensors, (name, tensor) pairs or param groups, as torch.optim takes them. Dense float32, float64, bfloat16
+            or float16, of any shapes, on any devices.
+        base_optimizer: class or factory, called with `params` and `base_kwargs`; or an instance (then `params` may be
+            None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer gets d in `p.grad`
+            and is stepped; it is the one case where the host waits for the device, to know whether to skip.
+        method: see above.
+        rho: radius of the neighbourhood, in the units of the weights; default and schedule per param group ("rho").
+        rho_prime: length of the finite difference's probe. Too small, and it drowns in the rounding of the weights.
+        alpha: for ``finite_difference`` and ``exact``: weight of the flatness term, alpha of equation 6. For
+            ``accelerated`` something else: the convex weight of g1 in h+, or a pair of weights for g1 and g3.
+        beta: ``accelerated`` only: the convex weight of g0 in h-, or a pair of weights for g0 and g2. The authors'
+            released code uses h- = g0 + (1 - beta) g2: that is ``beta=(1.0, 1 - beta)``.
+        gamma: ``accelerated`` only: weight of the part of h- that is orthogonal to h+.
+        eps: xi of the paper, added to norms that divide.
+        adaptive: element-wise scaling as in ASAM: norms of g*|theta|, perturbations rho theta^2 g/norm.
+        oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/\|g0\|), the paper's SAM + GAM
+            (``finite_difference`` and ``exact``).
+        sam_rho: radius of that ascent; None means rho_prime, which costs ``finite_difference`` no further pass.
+        interval: run the method on every interval-th step (the first one included) and plain steps between.
+        model: the module, or modules, whose buffers (batch norm, ...) shall move once per step. Buffers of a model that is
+            not given cannot be seen: they move with every pass.
+        preserve_rng_state: replay the random numbers of pass 1 in the others. Without, the finite difference follows the
+            noise of different dropout masks.
+        max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
+        grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward, then call
+            ``scaler.update()`` after the step. A closure that calls backward itself must scale its loss.
+        perturb_sync: ``"auto"`` or ``"global"``: all ranks perturb by the gradients they are given, averaged by DDP.
+        flatten: move parameters and optimizer state into one contiguous buffer per device and dtype.
+        backend: ``"auto"`` or one of `gam_fused.available_backends()`.
+        base_kwargs: passed to the base optimizer: lr, momentum, weight_decay, ...
+
+    Param groups may set ``rho``, and ``perturb=False`` for parameters that are updated but neither perturbed nor counted
+    in norms. All hyperparameters can be changed between steps, as group entries (rho, lr, ...) or attributes (rho_prime,
+    alpha, beta, gamma).
+
+    Raises:
+        ValueError, TypeError: a hyperparameter or parameter that cannot work, named with what is allowed, before anything
+            is built.
+        RuntimeError: a backend that is not there.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
+        *,
+        method: str = "finite_difference",
+        rho: float | None = None,
+        rho_prime: float | None = None,
+        alpha: hyperparameters.Weight | None = None,
+        beta: hyperparameters.Weight | None = None,
+        gamma: float | None = None,
+        eps: float = 1e-12,
+        adaptive: bool = False,
+        oracle: str = "loss",
+        sam_rho: float | None = None,
+        interval: int = 1,
+        model: nn.Module | Iterable[nn.Module] | None = None,
+        preserve_rng_state: bool = True,
+        max_grad_norm: float | None = None,
+        grad_scaler: Any = None,
+        perturb_sync: str = "auto",
+        flatten: bool = False,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ):
+        values = hyperparameters.resolve(method, rho=rho, rho_prime=rho_prime, alpha=alpha, beta=beta, gamma=gamma)
+        hyperparameters.check_oracle(method, oracle, sam_rho)
+        hyperparameters.check_perturb_sync(perturb_sync)
+        check_backend(backend)
+        self.method, self.oracle, self.sam_rho = method, oracle, sam_rho
+        self.rho_prime, self.alpha, self.beta, self.gamma = values.rho_prime, values.alpha, values.beta, values.gamma
+        self.eps = hyperparameters.number("eps", eps, minimum=0.0)
+        self.adaptive, self.preserve_rng_state = bool(adaptive), bool(preserve_rng_state)
+        self.interval = hyperparameters.whole("interval", interval, minimum=1)
+        self.max_grad_norm = hyperparameters.optional("max_grad_norm", max_grad_norm, above=0.0)
+        self.perturb_sync, self.flatten, self.backend = perturb_sync, bool(flatten), backend
+        self._modules = _as_modules(model)
+        self._amp = LossScaling(grad_scaler)
+        self._steps_taken = 0
+        self._plan: Any = None  # a Plan, from the first step on
+        self._last: Step | None = None
+        self._precision_watch = precision.Watch()
+
+        self.base_optimizer = base_optimizers.build(params, base_optimizer, base_kwargs)
+        self._fused = base_optimizers.fused_base(self.base_optimizer)
+        self._gam_defaults = {"rho": values.rho, "perturb": True}
+        check_parameters(self.base_optimizer.param_groups)
+        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **self._gam_defaults})
+        self._share_with_base()
+        check_groups(self.param_groups)
+        if self.flatten:
+            flattening.flatten(self.param_groups, self._modules)
+
+    # A step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update: all passes of the method, then the base optimizer's update in the direction d.
+
+        Args:
+            closure: computes the loss of one mini-batch at the current weights. It returns the loss, either after calling
+                backward on it (any method but ``exact``), or without (any method; the optimizer then does). It is called
+                once per pass and may call `zero_grad`. Without a closure there is nothing to do but to create the
+                optimizer state, which is what happens when every lr and every gradient is zero
+                (torch.distributed.checkpoint asks for it so); otherwise that is an error.
+
+        Returns:
+            What the closure returned in pass 1, at the unperturbed weights; a tensor is detached.
+
+        Raises:
+            RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients.
+            ValueError: a hyperparameter changed to something that cannot work.
+        """
+        if closure is None:
+            return checkpoint.create_state(self)
+        self._prepare()
+        run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
+        if self._last is None:
+            self._precision_watch.attach(self._modules)
+        with Interrupts() as interrupts:
+            step = Step(self, closure, interrupts)
+            try:
+                run(step)
+                step.finish()
+            except BaseException:
+                step.abort()
+                raise
+            finally:
+                self._precision_watch.detach()
+        self._amp.report(self, step.skipped)
+        self._steps_taken += 1
+        self._last = step
+        self._precision_watch.look(self, step)
+        return step.loss
+
+    def _prepare(self) -> None:
+        """Bring the plan and the coefficient tables up to date with the param groups."""
+        if self._plan is None or not self._plan.is_current(self.param_groups):
+            self._rebuild_plan()
+        values = hyperparameters.check(self.method, self._values())
+        check_groups(self.param_groups)
+        tables = coefficients.tables(self.method, values, self._sam_rho, self.param_groups, self._fused)
+        self._plan.upload(tables, self.eps, hyperparameters.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0)
+
+    def _rebuild_plan(self) -> None:
+        checkpoint.drop_unstarted(self)
+        check_parameters(self.param_groups)
+        if self.flatten:
+            flattening.flatten(self.param_groups, self._modules)
+        plan = Plan(self.param_groups, self.backend)
+        if not plan.params:
+            raise RuntimeError("no parameter requires a gradient: unfreeze one, or do not step")
+        control = torch.zeros(len(Control), dtype=torch.float64)
+        control[Control.LOSS_SCALE] = 1.0
+        if self._plan is not None:
+            control.copy_(self._plan.buckets[0].control)
+        else:
+            control[Control.SKIPPED], control[Control.NOISE_STEP] = self._counters
+        for number, bucket in enumerate(plan.buckets):
+            control[Control.NOISE_SEED] = number
+            bucket.control.copy_(control)
+        self._plan = plan
+
+    def _values(self) -> hyperparameters.Hyperparameters:
+        return hyperparameters.Hyperparameters(self._gam_defaults["rho"], self.rho_prime, self.alpha, self.beta, self.gamma)
+
+    @property
+    def _sam_rho(self) -> float | None:
+        """Radius of the SAM oracle, None without one."""
+        if self.oracle != "sam":
+            return None
+        return self.rho_prime if self.sam_rho is None else self.sam_rho
+
+    _counters = (0.0, 0.0)  # skipped steps and noise counter to start from, set by a checkpoint
+
+    # What it tells.
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite. Reading it waits for the device."""
+        return int(self._plan.buckets[0].control[Control.SKIPPED]) if self._plan else int(self._counters[0])
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What the last step saw, as 0-d tensors on the device, without waiting for it; see `gam_fused.diagnostics`."""
+        return diagnose(self)
+
+    # What torch.optim promises. State and groups are the base optimizer's own.
+
+    def _share_with_base(self) -> None:
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; the group may hold ``rho`` and ``perturb``."""
+        if getattr(self, "param_groups", None) is not self.base_optimizer.param_groups:  # during construction
+            for name, value in self._gam_defaults.items():
+                param_group.setdefault(name, value)
+            self.param_groups.append(param_group)
+            return
+        number = len(self.param_groups)
+        self.base_optimizer.add_param_group({**self._gam_defaults, **param_group})
+        try:
+            check_parameters(self.param_groups)
+            check_groups(self.param_groups)
+        except (TypeError, ValueError):
+            del self.param_groups[number:]
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's, in the layout of the base optimizer's own, plus the counters of GAM under "gam"."""
+        checkpoint.drop_unstarted(self)
+        return super().state_dict() | {"gam": checkpoint.counters(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class."""
+        checkpoint.load(self, state_dict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return checkpoint.picklable(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.base_optimizer.param_groups, self.base_optimizer.state = self.param_groups, self.state
+        if "_plan" not in self.__dict__:  # unpickled or copied
+            self._plan = self._last = None
+            self._precision_watch = precision.Watch()
+        checkpoint.forget_plan(self)
+
+
+class FusedSAM(FusedGAM):
+    """Sharpness-Aware Minimization (Foret et al., ICLR 2021) on the same engine: `FusedGAM` with ``method="sam"``.
+
+    d = grad L(theta + rho g0/|g0|). Arguments as for `FusedGAM`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
+        *,
+        rho: float | None = None,
+        **kwargs: Any,
+    ):
+        if "method" in kwargs:
+            raise TypeError("FusedSAM is FusedGAM with method='sam'; for another method use FusedGAM")
+        super().__init__(params, base_optimizer, method="sam", rho=rho, **kwargs)
+
+
+def _as_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:
+    if model is None or isinstance(model, nn.Module):
+        return [] if model is None else [model]
+    modules = list(model) if isinstance(model, Iterable) else [model]
+    if not all(isinstance(module, nn.Module) for module in modules):
+        raise TypeError(f"model must be a torch.nn.Module or several, but is {model!r}")
+    return modules

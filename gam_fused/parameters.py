@@ -1,0 +1,85 @@
+"""Checks of parameters, and how errors name them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.tensor_lists import is_dense
+
+Groups = Sequence[dict[str, Any]]
+
+
+def describe(p: Tensor, groups: Groups) -> str:
+    """'parameter 3 of group 0 (conv.weight, shape (32, 1, 3, 3), torch.float32, cpu)'."""
+    facts = f"shape {tuple(p.shape)}, {p.dtype}, {p.device}"
+    for number, group in enumerate(groups):
+        for i, q in enumerate(group["params"]):
+            if q is p:
+                name = f"{group['param_names'][i]}, " if "param_names" in group else ""
+                return f"parameter {i} of group {number} ({name}{facts})"
+    return f"a parameter ({facts})"
+
+
+def check_parameters(groups: Groups) -> None:
+    """Raises for parameters that no room can perturb and restore.
+
+    Raises:
+        TypeError: not floating point, complex, sparse, or distributed.
+        ValueError: listed twice, expanded, or sharing memory with another parameter.
+    """
+    seen: set[int] = set()
+    extents = []
+    for group in groups:
+        for p in group["params"]:
+            _check_kind(p, groups)
+            if id(p) in seen:
+                raise ValueError(f"{describe(p, groups)} is listed twice; list each parameter once")
+            seen.add(id(p))
+            if _overlaps_itself(p):
+                raise ValueError(f"{describe(p, groups)} is expanded or overlaps itself; use p.detach().clone()")
+            if p.numel() and p.device.type != "meta" and is_dense(p):
+                start = p.data_ptr()
+                extents.append((str(p.device), start, start + p.numel() * p.element_size(), p))
+    extents.sort(key=lambda e: e[:3])
+    for (device, _, end, p), (next_device, start, _, q) in itertools.pairwise(extents):
+        if device == next_device and start < end:
+            raise ValueError(
+                f"{describe(q, groups)} shares memory with {describe(p, groups)}: it would be perturbed twice. "
+                "Tie modules by giving them one Parameter object"
+            )
+
+
+def _overlaps_itself(p: Tensor) -> bool:
+    """Whether strides may lead two indices to one element: a dimension must step over all that the smaller ones span."""
+    span = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size != 1):
+        if stride <= span:
+            return p.numel() > 0
+        span += stride * (size - 1)
+    return False
+
+
+def _check_kind(p: Tensor, groups: Groups) -> None:
+    if p.layout is not torch.strided:
+        raise TypeError(f"{describe(p, groups)} is sparse ({p.layout}); only dense parameters can be perturbed")
+    if p.is_complex():
+        raise TypeError(f"{describe(p, groups)} is complex; optimize torch.view_as_real(p) instead")
+    if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{describe(p, groups)} is not of dtype float32, float64, bfloat16 or float16")
+    if hasattr(p, "to_local"):
+        raise TypeError(f"{describe(p, groups)} is a DTensor; sharded parameters are not supported")
+
+
+def check_groups(groups: Groups) -> None:
+    """Raises ValueError or TypeError for a `rho` or `perturb` entry out of range."""
+    from gam_fused.hyperparameters import number
+
+    for i, group in enumerate(groups):
+        number(f"rho of group {i}", group["rho"], minimum=0.0)
+        if not isinstance(group["perturb"], bool):
+            raise TypeError(f"perturb of group {i} must be True or False, but is {group['perturb']!r}")

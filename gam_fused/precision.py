@@ -1,0 +1,124 @@
+"""Does the finite difference's probe survive the forward pass?
+
+The probe moves each of N weights by about delta = rho'/sqrt(N). A forward pass that casts weights to bf16 (autocast, bf16
+parameters) or TF32 rounds to a spacing of about u = 0.72 eps |theta|/sqrt(N), where 0.72 is the mean of a mantissa's lower
+end over its value. Where u is the smaller, both ends of the difference carry a rounding error of u/sqrt(12), so that the
+noise is u/sqrt(6); where it is the larger, a weight moves by a whole u with probability delta/u, and the noise is
+sqrt(u delta). The Hessian-vector product suffers far less than the probe, since rounding noise meets little curvature:
+benchmarks/results/probe_cosine.csv has what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gam_fused.tensor_lists import EMPTY
+
+if TYPE_CHECKING:
+    from gam_fused.engine import Step
+    from gam_fused.optimizer import FusedGAM
+
+TF32_EPS = 2.0**-10
+CLEARLY_NOISY = 4.0  # above, cosines with the exact product below 0.95 were seen; see README's table of rho_prime
+
+
+def noise_ratio(optimizer: FusedGAM, step: Step) -> Tensor:
+    """Rounding noise over probe, 0-d float64 on the device: an estimate from |theta|, rho' and the dtype of the forward.
+
+    Low-precision parameters report what was stored instead: with stochastic rounding the realised perturbation is the
+    intended one plus noise, so the ratio is sqrt(realised^2 - intended^2)/intended.
+    """
+    bucket = max(step.buckets, key=lambda b: torch.finfo(b.dtype).eps)
+    radius = _probe_radius(optimizer)
+    if bucket.dtype in (torch.float16, torch.bfloat16):
+        realised = torch.stack([b.column_slice("realised", 0).sum().to(bucket.shared.device) for b in step.buckets]).sum()
+        return (realised - radius**2).clamp(min=0).sqrt() / max(radius, 1e-300)
+    spacing = 0.72 * _forward_eps(optimizer, bucket.shared.device) * _theta_norm(step)
+    ratio = spacing / max(radius, 1e-300)
+    return torch.where(ratio < 6.0, ratio / math.sqrt(6.0), ratio.sqrt())
+
+
+class Watch:
+    """Warns once when the probe is clearly below the precision of the forward pass, without making the host wait.
+
+    What autocast does happens inside the closure; a hook on `model`'s first forward looks at it.
+    """
+
+    def __init__(self) -> None:
+        self.autocast_eps = 0.0
+        self._pending: tuple[Tensor, Callable[[], bool]] | None = None
+        self._hook: Any = None
+        self._done = False
+
+    def attach(self, modules: list[nn.Module]) -> None:
+        """Before the first step: look at autocast once, in the first forward of the first module."""
+        if self._hook is None and modules:
+            self._hook = modules[0].register_forward_pre_hook(self._note_autocast)
+
+    def detach(self) -> None:
+        """After the first step, or its failure."""
+        if self._hook:
+            self._hook.remove()
+            self._hook = None
+
+    def _note_autocast(self, module: nn.Module, _: Any) -> None:
+        kind = next((p.device.type for p in module.parameters()), "cpu")
+        if torch.is_autocast_enabled(kind):
+            self.autocast_eps = torch.finfo(torch.get_autocast_dtype(kind)).eps
+
+    def look(self, optimizer: FusedGAM, step: Step) -> None:
+        """After each step: start the estimate at the first, warn when it has arrived."""
+        if self._done or not step.ascents or optimizer.method in ("sam", "exact"):
+            return
+        if self._pending is None:
+            if _forward_eps(optimizer, step.buckets[0].shared.device) < 1e-5:
+                self._done = True
+                return
+            ratio = noise_ratio(optimizer, step)
+            if ratio.device.type == "cuda":
+                host = torch.empty((), dtype=ratio.dtype, pin_memory=True)
+                host.copy_(ratio, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+                self._pending = (host, event.query)
+                return
+            self._pending = (ratio, lambda: True)
+        value, has_arrived = self._pending
+        if has_arrived():
+            self._done = True
+            if float(value) > CLEARLY_NOISY:
+                warnings.warn(
+                    f"the finite difference's probe is below the precision of the forward pass: rho_prime="
+                    f"{optimizer.rho_prime:g} makes {float(value):.1f} times as much rounding noise as probe. Raise "
+                    "rho_prime, or run the forward in float32",
+                    stacklevel=4,
+                )
+
+
+def _probe_radius(optimizer: FusedGAM) -> float:
+    if optimizer.method in ("sam", "exact"):
+        return max(float(g["rho"]) for g in optimizer.param_groups)
+    return float(optimizer.rho_prime)
+
+
+def _forward_eps(optimizer: FusedGAM, device: torch.device) -> float:
+    """Spacing at 1 of the coarsest dtype that weights are cast to in the forward pass, as far as it can be seen."""
+    eps = max(optimizer._precision_watch.autocast_eps, *(torch.finfo(b.dtype).eps for b in optimizer._plan.buckets))
+    if device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        eps = max(eps, TF32_EPS)
+    return eps
+
+
+def _theta_norm(step: Step) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=step.buckets[0].shared.device)
+    for b in step.buckets:
+        partials = torch.zeros(2, b.layout.chunks, dtype=torch.float64, device=b.shared.device)
+        b.verbs.squared_norm(b.layout, b.theta, EMPTY, EMPTY, partials)
+        total += partials[0].sum().to(total.device)
+    return total.sqrt()

@@ -1,0 +1,127 @@
+"""Tensor lists: many tensors read as one flat vector of N elements, without copying them.
+
+`TensorList` keeps the tensors alive and their addresses in one int64 row, so that compiled rooms read pointers instead of
+unpacking hundreds of Python objects per call. `Layout` says where each tensor begins in the flat vector, which param group
+it belongs to and whether it counts in the norms; it is shared by every list of a bucket.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_CHUNKS = 1024
+MIN_CHUNK = 4096
+ALIGNMENT = 128  # bytes between the starts of tensors in a flat buffer
+
+
+class TensorList:
+    """T tensors of one device and dtype; `None` stands for a vector of zeros of the right size.
+
+    Args:
+        tensors: the tensors, in the order of the `Layout` they go with. Compiled rooms read each one in storage order, so
+            tensors of one layout must be dense and have equal strides at equal positions.
+    """
+
+    __slots__ = ("_addresses", "_rows", "tensors")
+
+    def __init__(self, tensors: Iterable[Tensor | None]):
+        self.tensors: list[Any] = list(tensors)  # Tensor | None; rooms know from the layout which may be None
+        self._addresses: Tensor | None = None
+        self._rows: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def replace(self, i: int, tensor: Tensor) -> None:
+        """Put `tensor` at position `i`."""
+        self.tensors[i] = tensor
+        self._addresses = self._rows = None
+
+    @property
+    def addresses(self) -> Tensor:
+        """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`."""
+        if self._addresses is None:
+            row = array("q", [0 if t is None else t.data_ptr() for t in self.tensors])
+            self._addresses = torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64)
+        return self._addresses
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The list as an operator takes it: an empty tensor in place of each `None`."""
+        if self._rows is None:
+            like = next((t for t in self.tensors if t is not None), None)
+            empty = torch.empty(0) if like is None else like.new_empty(0)
+            self._rows = [empty if t is None else t for t in self.tensors]
+        return self._rows
+
+
+EMPTY = TensorList(())
+
+
+class Layout:
+    """Where the tensors of a bucket lie in its flat vector.
+
+    Args:
+        sizes: number of elements of each of the T tensors.
+        groups: the param group of each tensor, a row of the coefficient table.
+        counted: whether each tensor is perturbed and counted in the norms.
+
+    Attributes:
+        table: int64 tensor [3, T + 1] on the CPU: first element of each tensor (and N at the end), param group, counted.
+        chunk: elements per chunk. It follows from N alone, so partial sums are cut at the same elements on every machine.
+        chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
+    """
+
+    __slots__ = ("chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+
+    def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
+        self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
+        starts = [0]
+        for size in self.sizes:
+            starts.append(starts[-1] + size)
+        self.numel = starts[-1]
+        per_chunk = -(-self.numel // MAX_CHUNKS)
+        self.chunk = max(MIN_CHUNK, -(-per_chunk // MIN_CHUNK) * MIN_CHUNK)
+        self.chunks = max(1, -(-self.numel // self.chunk))
+        self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64)
+
+
+def flat_views(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+    """One zeroed buffer, cut into views of the shapes and strides of `like` (row-major where a tensor is not dense).
+
+    Args:
+        like: tensors of one device and dtype.
+        dtype: dtype of the buffer; that of `like` when not given.
+
+    Returns:
+        The 1-D buffer and its views, each starting at a multiple of 128 bytes.
+    """
+    dtype = dtype or like[0].dtype
+    step = ALIGNMENT // dtype.itemsize
+    starts = [0]
+    for t in like:
+        starts.append(starts[-1] + -(-t.numel() // step) * step)
+    buffer = torch.zeros(starts[-1], dtype=dtype, device=like[0].device)
+    return buffer, [_view(buffer, start, t) for start, t in zip(starts, like, strict=False)]
+
+
+def _view(buffer: Tensor, start: int, t: Tensor) -> Tensor:
+    flat = buffer[start : start + t.numel()]
+    return flat.as_strided(t.shape, t.stride(), start) if is_dense(t) else flat.view(t.shape)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements of `t` fill one gapless stretch of memory, in whatever order of dimensions."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,258 @@
+"""Bad input: each case raises an error that names the culprit, and nothing is lost."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from gam_helpers import METHODS, batch, closure_of, make, mlp, regression, same, snapshot
+from torch import nn
+
+from gam_fused import FusedGAM, FusedSAM
+
+NAN, INF = float("nan"), float("inf")
+HYPERPARAMETERS = [
+    ({"rho": -0.1}, "rho", "-0.1", "0"),
+    ({"rho": NAN}, "rho", "nan", "finite"),
+    ({"rho": INF}, "rho", "inf", "finite"),
+    ({"rho_prime": 0.0}, "rho_prime", "0.0", "greater"),
+    ({"rho_prime": -1.0}, "rho_prime", "-1.0", "greater"),
+    ({"rho_prime": NAN}, "rho_prime", "nan", "finite"),
+    ({"alpha": NAN}, "alpha", "nan", "finite"),
+    ({"alpha": INF}, "alpha", "inf", "finite"),
+    ({"alpha": (0.1, 0.2)}, "alpha", "(0.1, 0.2)", "accelerated"),
+    ({"method": "accelerated", "gamma": -0.5}, "gamma", "-0.5", "0"),
+    ({"method": "accelerated", "gamma": NAN}, "gamma", "nan", "finite"),
+    ({"method": "accelerated", "beta": NAN}, "beta", "nan", "finite"),
+    ({"method": "accelerated", "beta": 1.5}, "beta", "1.5", "between 0 and 1"),
+    ({"method": "accelerated", "alpha": (0.1, NAN)}, "alpha", "nan", "finite"),
+    ({"method": "accelerated", "alpha": (0.1, 0.2, 0.3)}, "alpha", "(0.1, 0.2, 0.3)", "pair"),
+    ({"method": "accelerated", "oracle": "sam"}, "oracle", "sam", "finite_difference"),
+    ({"method": "sam", "oracle": "sam"}, "oracle", "sam", "finite_difference"),
+    ({"method": "sharp"}, "method", "sharp", "accelerated"),
+    ({"oracle": "adam"}, "oracle", "adam", "loss"),
+    ({"backend": "quantum"}, "backend", "quantum", "reference"),
+    ({"interval": 0}, "interval", "0", "1"),
+    ({"interval": -3}, "interval", "-3", "1"),
+    ({"oracle": "sam", "sam_rho": -1.0}, "sam_rho", "-1.0", "0"),
+    ({"oracle": "sam", "sam_rho": NAN}, "sam_rho", "nan", "finite"),
+    ({"eps": -1.0}, "eps", "-1.0", "0"),
+    ({"eps": NAN}, "eps", "nan", "finite"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm", "0.0", "greater"),
+    ({"max_grad_norm": NAN}, "max_grad_norm", "nan", "finite"),
+    ({"perturb_sync": "sometimes"}, "perturb_sync", "sometimes", "auto"),
+]
+TYPES = [
+    ({"rho": "big"}, "rho", "big"),
+    ({"interval": 1.5}, "interval", "1.5"),
+    ({"momentun": 0.9}, "momentun", "SGD"),
+    ({"model": "resnet"}, "model", "resnet"),
+    ({"grad_scaler": 1024}, "grad_scaler", "1024"),
+    ({"base_optimizer": "SGD"}, "base_optimizer", "SGD"),
+    ({"base_optimizer": nn.Linear}, "Linear", ""),
+]
+
+
+def _id(case):
+    return "-".join(f"{k}={v}" for k, v in case.items()) if isinstance(case, dict) else None
+
+
+@pytest.mark.parametrize(("options", "name", "value", "allowed"), HYPERPARAMETERS, ids=_id)
+def test_hyperparameters_are_refused_by_name_and_value(options, name, value, allowed):
+    built = []
+
+    def factory(params):
+        built.append(params)
+        return torch.optim.SGD(params, lr=0.1)
+
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        FusedGAM(mlp().parameters(), factory, **options)
+    assert value in str(caught.value)
+    assert allowed in str(caught.value)
+    assert not built, "checked before anything is built"
+
+
+@pytest.mark.parametrize(("options", "name", "value"), TYPES, ids=_id)
+def test_wrong_types_and_unknown_names(options, name, value):
+    with pytest.raises(TypeError) as caught:
+        FusedGAM(
+            mlp().parameters(),
+            **{"base_optimizer": torch.optim.SGD, **({"lr": 0.1} if "base" not in str(options) else {}), **options},
+        )
+    assert name in str(caught.value)
+    assert value in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rho", "perturb"])
+def test_group_entries_are_checked(name):
+    model = mlp()
+    bad = {"rho": -0.5, "perturb": 0.5}[name]
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), name: bad}]
+    with pytest.raises((ValueError, TypeError), match=rf"{name}(.|\n)*{re.escape(str(bad))}"):
+        make(groups)
+    optimizer = make(model[0].parameters())
+    with pytest.raises((ValueError, TypeError), match=name):
+        optimizer.add_param_group({"params": model[2].parameters(), name: bad})
+    assert len(optimizer.param_groups) == len(optimizer.base_optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "bad"), [("rho", NAN), ("rho", -1.0), ("alpha", NAN), ("rho_prime", 0.0), ("gamma", -1.0)])
+def test_hyperparameters_changed_to_nonsense_are_refused_by_the_step(method, name, bad):
+    model = mlp()
+    optimizer = make(model.parameters(), method=method)
+    if name != "rho" and getattr(optimizer, name, None) is None:
+        pytest.skip(f"{method} has no {name}")
+    closure = closure_of(optimizer, regression(model, *batch()))
+    optimizer.step(closure)
+    good = optimizer.param_groups[0]["rho"] if name == "rho" else getattr(optimizer, name)
+    before = snapshot(optimizer)["weights"]
+
+    def put(value):
+        if name == "rho":
+            optimizer.param_groups[0]["rho"] = value
+        else:
+            setattr(optimizer, name, value)
+
+    put(bad)
+    with pytest.raises(ValueError, match=name):
+        optimizer.step(closure)
+    put(good)
+    same(snapshot(optimizer)["weights"], before)
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("base_keyword", [{"lr": -1.0}, {"momentum": -0.5}, {"nesterov": True}], ids=_id)
+def test_the_bases_own_checks_are_heard(base_keyword):
+    with pytest.raises(ValueError, match=r"Invalid|Nesterov"):
+        FusedGAM(mlp().parameters(), torch.optim.SGD, **{"lr": 0.1, **base_keyword})
+
+
+@pytest.mark.parametrize("params", [[], (), [{"params": []}]], ids=["list", "tuple", "group"])
+def test_no_parameters(params):
+    def run():
+        make(params).step(lambda: torch.zeros((), requires_grad=True))
+
+    with pytest.raises((ValueError, RuntimeError), match=r"empty|no param"):
+        run()
+
+
+def test_params_none_needs_an_instance():
+    with pytest.raises((ValueError, TypeError), match="instance"):
+        FusedGAM(None, torch.optim.SGD, lr=0.1)
+
+
+def test_an_instance_with_other_parameters_or_keywords():
+    base = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="instance"):
+        FusedGAM(mlp().parameters(), base)
+    with pytest.raises((ValueError, TypeError), match="momentum"):
+        FusedGAM(None, base, momentum=0.9)
+
+
+def test_fused_sam_has_one_method():
+    with pytest.raises(TypeError, match="method"):
+        FusedSAM(mlp().parameters(), torch.optim.SGD, method="exact", lr=0.1)
+
+
+def interleaved():
+    whole = torch.zeros(6)
+    return [whole[:4].requires_grad_(), whole[2:].requires_grad_()]
+
+
+PARAMETERS = {
+    "integer": (lambda: [torch.zeros(3, 2, dtype=torch.int64)], r"\(3, 2\)"),
+    "complex": (lambda: [torch.zeros(3, 2, dtype=torch.complex64, requires_grad=True)], r"\(3, 2\)"),
+    "sparse": (lambda: [torch.eye(3).to_sparse().requires_grad_()], r"\(3, 3\)"),
+    "expanded": (lambda: [nn.Parameter(torch.zeros(1, 2).expand(3, 2))], r"\(3, 2\)"),
+    "overlapping": (lambda: [nn.Parameter(torch.zeros(8).as_strided((3, 3), (1, 1)))], r"\(3, 3\)"),
+    "sharing_memory": (interleaved, r"\(4,\)"),
+    "not_a_tensor": (lambda: [1.0], "float"),
+    "not_a_leaf": (lambda: [torch.zeros(3, requires_grad=True) * 2], "leaf"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_parameters_that_cannot_work_are_named_at_construction(kind):
+    make_params, named = PARAMETERS[kind]
+    with pytest.raises((TypeError, ValueError), match=named):
+        make([{"params": [torch.zeros(5, requires_grad=True)]}, {"params": make_params()}])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["one_group", "two_groups", "added"])
+def test_a_parameter_listed_twice(form):
+    p = torch.zeros(3, 2, requires_grad=True)
+    forms = {
+        "one_group": lambda: make([p, p]),
+        "two_groups": lambda: make([{"params": [p]}, {"params": [p]}]),
+        "added": lambda: make([p]).add_param_group({"params": [p]}),
+    }
+    with pytest.raises(ValueError, match=r"more than|twice|duplicate"):
+        forms[form]()
+    with pytest.raises(ValueError, match=r"shares memory(.|\n)*group"):
+        make([p, p.detach().requires_grad_()])
+
+
+def test_a_group_with_a_bad_parameter_is_not_added():
+    optimizer = make(mlp().parameters())
+    with pytest.raises((TypeError, ValueError), match=r"complex"):
+        optimizer.add_param_group({"params": [torch.zeros(2, dtype=torch.complex64, requires_grad=True)]})
+    assert len(optimizer.param_groups) == len(optimizer.base_optimizer.param_groups) == 1
+
+
+def vector(model, x, y):
+    return ((model(x) - y) ** 2).mean(0)
+
+
+CLOSURES = {
+    "missing": (None, "closure"),
+    "returns_nothing": (lambda model, x, y: lambda: None, "None"),
+    "returns_a_number": (lambda model, x, y: lambda: 0.5, "0.5"),
+    "returns_a_vector": (lambda model, x, y: lambda: vector(model, x, y), r"\(2,\)"),
+    "returns_a_detached_loss": (lambda model, x, y: lambda: regression(model, x, y)().detach(), "backward"),
+    "of_another_model": (lambda model, x, y: lambda: regression(mlp(seed=9), x, y)(), "parameters"),
+}
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("kind", CLOSURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_closures_that_cannot_work(method, kind, base):
+    model = mlp()
+    optimizer = make(model.parameters(), base, method, lr=0.01)
+    good = closure_of(optimizer, regression(model, *batch()), backward=False)
+    optimizer.step(good)
+    before = snapshot(optimizer)
+    factory, named = CLOSURES[kind]
+    with pytest.raises(RuntimeError, match=named):
+        optimizer.step(factory and factory(model, *batch()))
+    same(snapshot(optimizer), before)
+    optimizer.step(good)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exact"])
+@pytest.mark.parametrize("names", [False, True], ids=["unnamed", "named"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_sparse_gradients_are_named(method, names, bad):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.Linear(3, 1), "words": nn.Embedding(7, 3, sparse=True)})
+    dense, count = nn.Embedding(7, 3, _weight=model["words"].weight), iter(range(100))
+    optimizer = make(model.named_parameters() if names else model.parameters(), method=method)
+    before = snapshot(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        words = model["words"] if next(count) == bad else dense
+        loss = model["head"](words(torch.tensor([1, 2]))).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"sparse(.|\n)*\(7, 3\)|\(7, 3\)(.|\n)*sparse") as caught:
+        optimizer.step(closure)
+    assert ("words.weight" in str(caught.value)) is names
+    assert "group 0" in str(caught.value)
+    same(snapshot(optimizer), before)
+    optimizer.step(closure)

@@ -1,0 +1,164 @@
+"""Contract, point 3: buffers of `model` end as the first pass left them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from gam_helpers import EVERY_PASS, METHODS, batch, closure_of, freeze, make, regression, same, trainer
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from gam_fused import FusedGAM
+
+
+class Assigned(nn.Module):
+    """Replaces its buffers by assignment, as observers and moving averages often do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("hidden", torch.zeros(6), persistent=False)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.calls = self.calls + 1
+        self.hidden.add_(x.detach().sum(0))
+        return x - self.mean
+
+
+class Appears(nn.Module):
+    """Has a buffer only from its first call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        self.scale = x.detach().abs().mean() if self.scale is None else 0.5 * self.scale
+        return x / (1 + self.scale)
+
+
+def flat_net(middle: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 6), middle, nn.Tanh(), nn.Linear(6, 2))
+
+
+def image_net(middle: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Unflatten(1, (1, 1, 3)), nn.Conv2d(1, 4, 1), middle, nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
+
+
+NETS = {
+    "batch_norm": lambda: flat_net(nn.BatchNorm1d(6)),
+    "batch_norm_cumulative": lambda: flat_net(nn.BatchNorm1d(6, momentum=None)),
+    "batch_norm_2d": lambda: image_net(nn.BatchNorm2d(4, momentum=0.3)),
+    "instance_norm": lambda: image_net(nn.InstanceNorm2d(4, track_running_stats=True)),
+    "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Linear(3, 6)), nn.Tanh(), nn.Linear(6, 2)),
+    "assigned": lambda: flat_net(Assigned()),
+    "appears": lambda: flat_net(Appears()),
+}
+
+
+def net(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETS[name]()
+
+
+def buffers(model: nn.Module) -> dict:
+    return freeze(dict(model.named_buffers()))
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_move_once_per_step(method, name):
+    model = net(name)
+    plain = copy.deepcopy(model)
+    x, y = batch()
+    optimizer, closure = trainer(method, model, regression(model, x, y), lr=0.0)
+    for i in range(3):
+        optimizer.step(closure)
+        regression(plain, x, y)().backward()
+        same(buffers(model), buffers(plain), f"after step {i}")
+
+
+def test_num_batches_tracked_counts_steps():
+    model = net("batch_norm_cumulative")
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()))
+    for _ in range(5):
+        optimizer.step(closure)
+    assert int(model[1].num_batches_tracked) == 5
+    assert model[1].momentum is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_stay_the_same_tensors(method):
+    model = net("batch_norm")
+    optimizer, closure = trainer(method, model, regression(model, *batch()))
+    held = {name: (b, b.data_ptr()) for name, b in model.named_buffers()}
+    for _ in range(2):
+        optimizer.step(closure)
+    assert all(b is held[name][0] and b.data_ptr() == held[name][1] for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "assigned", "spectral_norm", "appears"])
+@pytest.mark.parametrize(("method", "bad"), EVERY_PASS)
+def test_a_failure_restores_buffers(method, bad, name):
+    model = net(name)
+    loss_fn = regression(model, *batch())
+    count = iter(range(100))
+
+    def fails():
+        loss = loss_fn()
+        if next(count) == bad:
+            raise RuntimeError("a bad batch")
+        return loss
+
+    optimizer, closure = trainer(method, model, fails)
+    before = buffers(model)
+    with pytest.raises(RuntimeError, match="a bad batch"):
+        optimizer.step(closure)
+    same(buffers(model), before)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("name", ["batch_norm", "assigned", "spectral_norm", "appears"])
+@pytest.mark.parametrize(("method", "bad"), EVERY_PASS)
+def test_a_skipped_step_leaves_buffers_as_before(method, bad, name, base):
+    model = net(name)
+    loss_fn = regression(model, *batch())
+    count = iter(range(100))
+
+    def not_finite():
+        loss = loss_fn()
+        return loss * float("nan") if next(count) == bad else loss
+
+    optimizer, closure = trainer(method, model, not_finite, base)
+    before = buffers(model)
+    optimizer.step(closure)
+    assert int(optimizer.skipped_steps) == 1
+    same(buffers(model), before)
+
+
+def test_off_steps_move_buffers_once():
+    model = net("batch_norm")
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()), interval=2)
+    for _ in range(4):
+        optimizer.step(closure)
+    assert int(model[1].num_batches_tracked) == 4
+
+
+def test_several_models():
+    first, second = net("batch_norm"), flat_net(nn.BatchNorm1d(6))
+    x, y = batch()
+    params = [*first.parameters(), *second.parameters()]
+    optimizer = make(params, model=[first, second])
+    closure = closure_of(optimizer, lambda: regression(first, x, y)() + regression(second, x, y)())
+    optimizer.step(closure)
+    assert int(first[1].num_batches_tracked) == int(second[1].num_batches_tracked) == 1
+
+
+def test_the_docstring_says_that_buffers_need_the_model():
+    text = " ".join(FusedGAM.__doc__.split())
+    assert "buffers" in text
+    assert "batch norm" in text

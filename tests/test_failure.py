@@ -1,0 +1,183 @@
+"""Contract, point 4: an exception in any pass restores everything and is raised again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gam_helpers import (
+    EVERY_PASS,
+    METHODS,
+    batch,
+    closure_of,
+    make,
+    mixed_net,
+    mlp,
+    regression,
+    same,
+    snapshot,
+    trainer,
+    weights,
+)
+
+BASES = {
+    "sgd": (torch.optim.SGD, {"dampening": 0.5, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {}),
+    "foreign": (torch.optim.RMSprop, {}),
+}
+
+
+class Bomb(torch.autograd.Function):
+    """Fails in backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("backward failed")
+
+
+class Task:
+    """A model with dropout and batch norm, its optimizer, and a closure that fails in pass `bad` of the step when armed."""
+
+    def __init__(self, method, base="sgd", zero_grad=True, **options):
+        self.model = mixed_net()
+        self.count, self.bad, self.where, self.error = 0, None, "forward", None
+        kind, base_options = BASES[base]
+        self.loss_fn = regression(self.model, *batch())
+        self.zero_grad, self.method = zero_grad, method
+        self.optimizer = make(self.model.parameters(), kind, method, model=self.model, **base_options, **options)
+        torch.manual_seed(11)
+
+    def closure(self):
+        k, self.count = self.count, self.count + 1
+        if self.zero_grad:
+            self.optimizer.zero_grad()
+        failing = k == self.bad
+        if failing and self.where == "before":
+            raise self.error
+        loss = self.loss_fn()
+        if failing and self.where == "forward":
+            raise self.error
+        if failing and self.where == "inside backward":
+            loss = Bomb.apply(loss)
+        if self.method != "exact":
+            loss.backward()
+            if failing and self.where == "backward":
+                raise self.error
+        return loss
+
+    def step(self, bad=None, where="forward", error=None):
+        self.count, self.bad, self.where, self.error = 0, bad, where, error
+        return self.optimizer.step(self.closure)
+
+
+@pytest.mark.parametrize("where", ["before", "forward", "backward", "inside backward"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("method", "bad"), EVERY_PASS)
+def test_everything_is_as_before_and_training_goes_on(method, bad, base, where):
+    if method == "exact" and where == "backward":
+        pytest.skip("a closure of exact does not call backward")
+    task, twin = Task(method, base), Task(method, base)
+    rng = torch.get_rng_state()
+    task.step(), task.step()
+    before = snapshot(task.optimizer, task.model)
+    with pytest.raises(RuntimeError, match=r"bad batch|backward failed"):
+        task.step(bad, where, RuntimeError("bad batch"))
+    same(snapshot(task.optimizer, task.model), before)
+    assert int(task.optimizer.skipped_steps) == 0
+    losses = [task.step(), task.step()]
+    torch.set_rng_state(rng)
+    twin.step(), twin.step()
+    same([t.item() for t in losses], [twin.step().item(), twin.step().item()])
+    same(snapshot(task.optimizer, task.model), snapshot(twin.optimizer, twin.model))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError], ids=lambda e: e.__name__
+)
+@pytest.mark.parametrize(("method", "bad"), EVERY_PASS)
+def test_every_kind_of_exception_in_the_first_step(method, bad, error):
+    task = Task(method)
+    before = snapshot(task.optimizer, task.model)
+    with pytest.raises(error):
+        task.step(bad, "forward", error("stop"))
+    same(snapshot(task.optimizer, task.model), before)
+    task.step()
+    twin = Task(method)
+    twin.step()
+    same(weights(task.optimizer), weights(twin.optimizer))
+
+
+@pytest.mark.parametrize(("method", "bad"), [(m, k) for m, k in EVERY_PASS if m != "exact"])
+def test_gradients_left_by_the_failed_pass_are_not_counted(method, bad):
+    """The closure never zeroes gradients: what a failed pass left in p.grad must not reach the next step."""
+    task, twin = Task(method, zero_grad=False), Task(method, zero_grad=False)
+    with pytest.raises(RuntimeError, match="bad batch"):
+        task.step(bad, "backward", RuntimeError("bad batch"))
+    torch.manual_seed(3)
+    task.step()
+    torch.manual_seed(3)
+    twin.step()
+    same(weights(task.optimizer), weights(twin.optimizer))
+
+
+@pytest.mark.parametrize("oracle_method", ["finite_difference", "exact"])
+def test_the_oracles_own_pass_may_fail(oracle_method):
+    last = {"finite_difference": 4, "exact": 2}[oracle_method]
+    for bad in range(last + 1):
+        task = Task(oracle_method, oracle="sam", sam_rho=0.3)
+        task.step()
+        before = snapshot(task.optimizer, task.model)
+        with pytest.raises(RuntimeError, match="bad batch"):
+            task.step(bad, "forward", RuntimeError("bad batch"))
+        same(snapshot(task.optimizer, task.model), before, f"pass {bad}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_several_dtypes_return(method):
+    model = mlp()
+    model[2].double()
+    x, y = batch()
+    count = iter(range(100))
+
+    def fails():
+        if next(count) == 1:
+            raise RuntimeError("bad batch")
+        return (model[2](model[1](model[0](x)).double()) - y).square().mean()
+
+    optimizer, closure = trainer(method, model, fails)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="bad batch"):
+        optimizer.step(closure)
+    same(snapshot(optimizer), before)
+
+
+class Refuses(torch.optim.SGD):
+    """A base optimizer that fails before it does anything."""
+
+    def step(self, closure=None):
+        raise RuntimeError("base failed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_optimizer_that_fails_finds_the_weights_restored(method):
+    model = mixed_net()
+    optimizer, closure = trainer(method, model, regression(model, *batch()), Refuses, lr=0.1)
+    before = weights(optimizer)
+    with pytest.raises(RuntimeError, match="base failed"):
+        optimizer.step(closure)
+    same(weights(optimizer), before)
+
+
+def test_a_closure_of_another_optimizer_still_works_afterwards():
+    """After a failure inside the step, gradients of a plain loop are not blocked or redirected."""
+    task = Task("finite_difference")
+    with pytest.raises(RuntimeError, match="bad batch"):
+        task.step(2, "forward", RuntimeError("bad batch"))
+    task.optimizer.zero_grad()
+    task.loss_fn().backward()
+    assert torch.is_grad_enabled()
+    assert all(p.grad is not None for p in task.model.parameters())
+    closure_of(task.optimizer, task.loss_fn)()

@@ -1,0 +1,232 @@
+"""The flatness measures against exact answers: quadratics with a known Hessian, a small network's dense Hessian."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gam_fused import flatness
+
+MEASURES = {
+    "hessian_eigenvalues": lambda loss, params: flatness.hessian_eigenvalues(loss, params, k=2),
+    "hessian_trace": lambda loss, params: flatness.hessian_trace(loss, params, samples=3).estimate,
+    "zeroth_order_flatness": lambda loss, params: flatness.zeroth_order_flatness(loss, params, 0.1, steps=3),
+    "first_order_flatness": lambda loss, params: flatness.first_order_flatness(loss, params, 0.1, steps=3),
+    "loss_landscape": lambda loss, params: flatness.loss_landscape(loss, params, points=3),
+    "local_minima_density": lambda loss, params: flatness.local_minima_density(loss, params, 3).minima,
+}
+
+
+def quadratic(spectrum, dtype=torch.float64, at_minimum=True):
+    """0.5 (theta - m)' H (theta - m) over two tensors, H with the given eigenvalues."""
+    n = len(spectrum)
+    random = torch.Generator().manual_seed(7)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=random, dtype=torch.float64))
+    hessian = (q @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ q.T).to(dtype)
+    centre = torch.randn(n, generator=random, dtype=torch.float64).to(dtype)
+    start = centre if at_minimum else centre + 0.3 * q[:, 0].to(dtype)
+    params = [start[:1].clone().view(1, 1).requires_grad_(), start[1:].clone().requires_grad_()]
+
+    def loss():
+        offset = torch.cat([p.reshape(-1) for p in params]) - centre
+        return 0.5 * offset @ hessian @ offset
+
+    return loss, params
+
+
+def network():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randint(0, 3, (20,))
+    return model, lambda: nn.functional.cross_entropy(model(x), y)
+
+
+def dense_hessian(model, loss_fn):
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss_fn(), params, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    rows = [torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, params, retain_graph=True)]) for g in flat]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "k"),
+    [
+        ([9.0, 4.0, 1.0, 0.5, 0.1], 1),
+        ([5.0, 5.0, 5.0, 1.0, -8.0], 4),  # a multiple eigenvalue, and one larger in magnitude that must not win
+        ([0.0, 0.0, -1.0], 3),
+        ([-3.0, -2.0], 1),
+    ],
+)
+def test_eigenvalues_of_a_quadratic(spectrum, k):
+    loss, params = quadratic(spectrum)
+    values = flatness.hessian_eigenvalues(loss, params, k, tolerance=1e-8)
+    expected = torch.tensor(sorted(spectrum, reverse=True)[:k], dtype=torch.float64)
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_eigenvalues_of_a_large_spectrum_in_single_precision():
+    spectrum = torch.logspace(2, -3, 300).tolist()
+    loss, params = quadratic(spectrum, dtype=torch.float32)
+    values = flatness.hessian_eigenvalues(loss, params, 3)
+    torch.testing.assert_close(values.tolist(), sorted(spectrum, reverse=True)[:3], rtol=1e-4, atol=0.0)
+
+
+def test_a_linear_loss_has_no_curvature():
+    weight = torch.ones(3, requires_grad=True)
+    unused = torch.ones(2, requires_grad=True)
+    assert flatness.hessian_eigenvalues(lambda: weight.sum(), [weight, unused]).tolist() == [0.0]
+    assert flatness.hessian_trace(lambda: weight.sum(), [weight, unused]).estimate == 0.0
+
+
+def test_the_spectrum_of_a_network_is_that_of_its_dense_hessian():
+    model, loss = network()
+    dense = dense_hessian(model, loss)
+    expected = torch.linalg.eigvalsh(dense).flip(0)[:4]
+    torch.testing.assert_close(flatness.hessian_eigenvalues(loss, model.parameters(), 4, tolerance=1e-7), expected)
+    trace, error = flatness.hessian_trace(loss, model.parameters(), samples=400)
+    assert 0 < error < 0.1 * dense.trace()
+    assert abs(trace - dense.trace()) < 4 * error
+
+
+def test_the_trace_of_a_diagonal_hessian_is_exact():
+    scale = torch.tensor([1.0, -2.0, 4.0])
+    weight = torch.zeros(3, requires_grad=True)
+    trace, error = flatness.hessian_trace(lambda: (scale * weight**2).sum(), [weight], samples=2)
+    assert (trace.item(), error.item()) == (6.0, 0.0)
+
+
+def test_flatness_at_the_minimum_of_a_quadratic():
+    """There R0 = rho^2 lambda_max / 2 and R1 = rho^2 lambda_max (Lemma 4.1)."""
+    loss, params = quadratic([9.0, 4.0, 1.0, 0.5])
+    rho = 0.2
+    zeroth = flatness.zeroth_order_flatness(loss, params, rho, steps=40)
+    first = flatness.first_order_flatness(loss, params, rho, steps=40)
+    assert math.isclose(zeroth, rho**2 * 9.0 / 2, rel_tol=1e-6)
+    assert math.isclose(first, rho**2 * 9.0, rel_tol=1e-6)
+
+
+def test_flatness_away_from_a_minimum_finds_the_far_side_of_the_ball():
+    loss, params = quadratic([9.0, 4.0, 1.0, 0.5], at_minimum=False)  # 0.3 along the steepest eigenvector
+    rho = 0.2
+    zeroth = flatness.zeroth_order_flatness(loss, params, rho)
+    first = flatness.first_order_flatness(loss, params, rho)
+    assert math.isclose(zeroth, 9.0 / 2 * (0.5**2 - 0.3**2), rel_tol=1e-6)
+    assert math.isclose(first, rho * 9.0 * 0.5, rel_tol=1e-6)
+
+
+def test_first_order_flatness_bounds_zeroth_order_flatness():
+    model, loss = network()
+    for rho in (0.05, 0.5):
+        zeroth = flatness.zeroth_order_flatness(loss, model.parameters(), rho)
+        assert 0 < zeroth <= flatness.first_order_flatness(loss, model.parameters(), rho)
+
+
+def test_landscape_along_given_directions_is_the_loss_there():
+    loss, params = quadratic([2.0, 1.0])
+    u = [torch.ones_like(params[0]), torch.zeros_like(params[1])]
+    v = [torch.zeros_like(params[0]), torch.ones_like(params[1])]
+    grid = flatness.loss_landscape(loss, params, [u, v], radius=0.5, points=5)
+    assert grid.shape == (5, 5)
+    assert grid[2, 2] == loss()
+    with torch.no_grad():
+        params[0] += 0.5
+        params[1] -= 0.25
+    torch.testing.assert_close(grid[4, 1], loss().detach())
+
+
+def test_random_landscapes_are_filter_normalised():
+    """A loss of |filter - its start|^2 / |filter|^2 is 1 at distance 1 for every filter, and biases do not move."""
+    weight, bias = torch.randn(5, 2, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    origin, fixed = weight.detach().clone(), bias.detach().clone()
+
+    def loss():
+        lengths = (weight - origin).flatten(1).norm(dim=1) / origin.flatten(1).norm(dim=1)
+        return lengths.square().mean() + (bias - fixed).abs().sum()
+
+    torch.testing.assert_close(
+        flatness.loss_landscape(loss, [weight, bias], 1, points=3), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    )
+
+
+def test_density_counts_minima_and_maxima_between_the_ends():
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    density = flatness.local_minima_density(lambda: torch.cos(weight * 2 * math.pi / 0.04).sum(), [weight], 4)
+    assert density.minima.tolist() == [2] * 4  # at 0.02 and 0.06; 0.10 is the last point
+    assert density.maxima.tolist() == [2] * 4  # at 0.04 and 0.08; 0 is the first
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_nothing_but_the_result_is_left_behind(name):
+    model, loss = network()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    first = MEASURES[name](loss, model.parameters())
+    with torch.no_grad():  # an outer no_grad must not change the answer
+        second = MEASURES[name](loss, model.parameters())
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+        assert torch.equal(p.grad, torch.full_like(p, 2.0))
+
+
+@pytest.mark.parametrize("name", [n for n in MEASURES if not n.startswith("hessian")])
+def test_weights_come_back_when_the_loss_raises(name):
+    model, loss = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of data")
+        return loss()
+
+    with pytest.raises(RuntimeError, match="out of data"):
+        MEASURES[name](failing, model.parameters())
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_bad_input_is_named(name):
+    measure = MEASURES[name]
+    weight = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="empty"):
+        measure(lambda: weight.sum(), [])
+    with pytest.raises(ValueError, match="requires_grad=False"):
+        measure(lambda: weight.sum(), [torch.ones(3)])
+    with pytest.raises(TypeError, match="str"):
+        measure(lambda: weight.sum(), ["weight"])
+    with pytest.raises(ValueError, match=r"0-d.*\(3,\)"):
+        measure(lambda: weight, [weight])
+
+
+def test_bad_numbers_are_named():
+    loss, params = quadratic([2.0, 1.0])
+    with pytest.raises(ValueError, match="between 1 and the number of elements, 2, got 3"):
+        flatness.hessian_eigenvalues(loss, params, 3)
+    with pytest.raises(ValueError, match="samples must be at least 2"):
+        flatness.hessian_trace(loss, params, 1)
+    for measure in (flatness.zeroth_order_flatness, flatness.first_order_flatness):
+        with pytest.raises(ValueError, match="rho must be finite and > 0, got nan"):
+            measure(loss, params, math.nan)
+    with pytest.raises(ValueError, match="at least two steps"):
+        flatness.local_minima_density(loss, params, step=0.1)
+    with pytest.raises(ValueError, match="shaped like params"):
+        flatness.loss_landscape(loss, params, [[torch.ones(3)]])
+    with pytest.raises(ValueError, match="directions must be 1 or 2"):
+        flatness.loss_landscape(loss, params, 3)
+    with pytest.raises(ValueError, match="not finite"):
+        flatness.hessian_eigenvalues(lambda: params[0].sum() ** 2 * math.inf, params)
+
+
+def test_an_unconverged_eigenvalue_warns():
+    loss, params = quadratic(torch.linspace(1, 2, 50).tolist())
+    with pytest.warns(RuntimeWarning, match="raise max_iterations"):
+        flatness.hessian_eigenvalues(loss, params, max_iterations=2)

@@ -1,0 +1,45 @@
+"""Scratch of a step beyond plain SGD-momentum's theta, gradient and momentum: DESIGN section 4, measured."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from gam_fused import FusedGAM
+
+N = 1 << 20
+PLAIN = 2  # gradient and momentum, in units of N; theta was there before
+
+
+def peak_of_first_step(method: str, dtype: torch.dtype) -> float:
+    """Largest amount of memory that a first step holds beyond what was there before, in tensors of N elements."""
+    parameter = torch.nn.Parameter(torch.randn(N, dtype=dtype))
+    optimizer = FusedGAM([parameter], torch.optim.SGD, lr=0.1, momentum=0.9, method=method)
+    factor = torch.rand(N, dtype=dtype)
+
+    def closure() -> float:
+        parameter.grad = factor * parameter.detach()
+        return 0.0
+
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            optimizer.step(closure)
+    finally:
+        gc.enable()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / (dtype.itemsize * N)
+
+
+@pytest.mark.parametrize(("method", "scratch"), [("sam", 1), ("finite_difference", 2), ("accelerated", 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scratch_is_what_the_design_says(method, scratch, dtype):
+    assert peak_of_first_step(method, dtype) == pytest.approx(PLAIN + scratch, abs=0.1)

@@ -1,0 +1,128 @@
+"""The verbs as torch operators: schemas, torch.compile, version counters, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Problem, assert_same_bits, get_room, run_combine, run_combined_update, run_perturb
+
+from gam_fused.constants import Algorithm
+from gam_fused.ops import DTYPES
+from gam_fused.rooms import cpp
+from gam_fused.tensor_lists import EMPTY, TensorList
+
+pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
+OPS = torch.ops.gam_fused
+FLOAT32 = DTYPES[torch.float32]
+
+
+def problem(**options) -> Problem:
+    return Problem("empty tensors", torch.float32, torch.float32, **options)
+
+
+def samples() -> dict[str, tuple]:
+    """Arguments of the list overload of every verb."""
+    p = problem()
+    head, tail = (p.layout.table, p.layout.chunk, FLOAT32), (p.coefficients, p.finished(9.0, 1.0), p.control)
+    gradient = [p.values(seed, gradient=True).operands for seed in range(4)]
+    weights = [p.values(seed).operands for seed in range(4, 9)]
+    steps = p.steps.operands
+    return {
+        "squared_norm": (*head, gradient[0], gradient[1], weights[0], p.partials[:2]),
+        "direction_products": (*head, *gradient[:3], p.coefficients, p.partials),
+        "perturb_": (*head, weights[0], [], gradient[0], gradient[1], weights[3], weights[1], *tail, p.sums, 0, True),
+        "combined_update_": (*head, *weights[:2], [], gradient[0], gradient[1], weights[2], [], [], steps, *tail, p.sums, 0),
+        "combine_": (*head, weights[0], [], gradient[1], gradient[2], *tail, p.sums),
+        "restore_": (*head, weights[0], weights[1]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", samples())
+def test_opcheck(verb):
+    torch.library.opcheck(getattr(OPS, verb).default, samples()[verb])
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments"),
+    [
+        (run_perturb, {"ascent": 2}),
+        (run_combined_update, {"algorithm": Algorithm.ADAM, "x1": True, "totals": (4.0, 1.0, 1.0, 0.5, 3.0, 0.5)}),
+        (run_combine, {"x1": False, "totals": (4.0, 1.0)}),
+    ],
+)
+def test_torch_compile_gives_the_same_bits(run, arguments):
+    """`run` prepares operands; the room it is given records the call, which is then made eagerly and compiled."""
+
+    class Recorder:
+        def __getattr__(self, verb):
+            return lambda *args: calls.append((verb, args))
+
+    results = []
+    for mode in ("eager", "compiled"):
+        calls: list[tuple] = []
+        run(Recorder(), problem(), **arguments)
+        ((verb, (layout, *args)),) = calls
+        lists = [a.tensors for a in args if isinstance(a, TensorList)]
+        others = [a for a in args if not isinstance(a, TensorList)]
+
+        def call(lists, others, verb=verb, layout=layout):
+            getattr(cpp, verb)(layout, *[TensorList(lst) for lst in lists], *others)
+
+        call = call if mode == "eager" else torch.compile(call, fullgraph=True, backend="aot_eager")
+        call(lists, others)
+        tensors = [o for o in others if isinstance(o, torch.Tensor)]
+        results.append({**{f"list {i}": TensorList(lst) for i, lst in enumerate(lists)}, "tensors": TensorList(tensors)})
+    assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.parametrize("verb", ["perturb_", "combined_update_", "restore_"])
+def test_autograd_sees_that_weights_changed(verb):
+    weight = torch.randn(4, requires_grad=True)
+    loss = (weight * weight).sum()
+    p = Problem("0-dim", torch.float32, torch.float32)
+    p.layout = type(p.layout)([4], [0], [True])
+    theta, other = TensorList([weight.detach()]), TensorList([torch.randn(4)])
+    tail = (p.coefficients, p.finished(1.0, 0.0), p.control, p.sums)
+    if verb == "restore_":
+        cpp.restore_(p.layout, theta, other)
+    elif verb == "perturb_":
+        cpp.perturb_(p.layout, theta, EMPTY, other, EMPTY, EMPTY, EMPTY, *tail, 0, False)
+    else:
+        steps = TensorList(p.steps.tensors[:1])
+        cpp.combined_update_(p.layout, theta, EMPTY, EMPTY, other, EMPTY, EMPTY, EMPTY, EMPTY, steps, *tail, 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[:-1], r"x\[1\] has shape \[2\], dtype \w+: 2 elements, the layout says 3"),
+        (lambda t: t.double(), r"x\[1\] has shape \[3\], dtype Double, expected dtype Float"),
+        (lambda t: torch.stack([t, t], 1)[:, 0], r"x\[1\] \(shape \[3\].*gaps"),
+    ],
+)
+def test_list_overload_names_what_is_wrong(change, message):
+    args = list(samples()["squared_norm"])
+    args[3] = list(problem(missing=False).values(0).operands)
+    args[3][1] = change(args[3][1])
+    with pytest.raises(RuntimeError, match=message):
+        OPS.squared_norm.default(*args)
+
+
+def test_list_overload_refuses_other_memory_orders_and_missing_weights():
+    p = Problem("transposed", torch.float32, torch.float32, missing=False)
+    weights, copies = p.values(0).tensors, [t.contiguous() for t in p.values(1).tensors]
+    with pytest.raises(RuntimeError, match=r"backup\[0\].*another order"):
+        OPS.restore_.default(p.layout.table, p.layout.chunk, FLOAT32, weights, copies)
+    with pytest.raises(RuntimeError, match=r"backup\[1\] is missing"):
+        OPS.restore_.default(p.layout.table, p.layout.chunk, FLOAT32, weights, [p.values(1).tensors[0], torch.empty(0)])
+    with pytest.raises(RuntimeError, match="theta has 1 tensors, the layout 2"):
+        OPS.restore_.default(p.layout.table, p.layout.chunk, FLOAT32, weights[:1], weights)
+
+
+def test_unsupported_dtype_is_named():
+    p = problem(missing=False)
+    integers = TensorList([t.to(torch.int32) for t in p.values(0).tensors])
+    with pytest.raises(TypeError, match=r"not torch\.int32"):
+        get_room("cpp").squared_norm(p.layout, integers, EMPTY, EMPTY, p.partials[:2])

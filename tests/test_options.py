@@ -1,0 +1,241 @@
+"""Options and what an optimizer tells: flatten, diagnostics, schedules of rho, the Hessian-vector product on its own."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from gam_helpers import METHODS, batch, bits, closure_of, make, mixed_net, mlp, regression, same, trainer, weights
+from torch import nn
+
+from gam_fused import finite_difference_hvp
+from gam_fused.schedules import ProportionalRho
+from gam_fused.tensor_lists import ALIGNMENT
+
+DOUBLE = torch.float64
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_flatten_changes_no_bit(method, base):
+    results = []
+    for flatten in (False, True):
+        model = mixed_net()
+        optimizer, closure = trainer(method, model, regression(model, *batch()), base, flatten=flatten)
+        torch.manual_seed(3)
+        for _ in range(4):
+            optimizer.step(closure)
+        results.append(weights(optimizer))
+    same(*results)
+
+
+def lies_flat(model: nn.Module) -> bool:
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return len(storages) == 1 and all((p.data_ptr() - next(iter(storages))) % ALIGNMENT == 0 for p in model.parameters())
+
+
+def test_flatten_survives_a_change_of_dtype_and_loading():
+    model = mlp()
+    assert not lies_flat(model)
+    optimizer, closure = trainer(
+        "finite_difference", model, lambda: model(batch()[0].to(model[0].weight)).square().mean(), flatten=True
+    )
+    assert lies_flat(model)
+    optimizer.step(closure)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    assert lies_flat(model)
+    model.double()
+    assert not lies_flat(model)
+    optimizer.step(closure)
+    assert lies_flat(model)
+    assert all(p.dtype is DOUBLE for p in model.parameters())
+
+
+def test_flatten_refuses_what_is_not_its_own():
+    whole = torch.zeros(2, 6)
+    with pytest.raises(ValueError, match=r"flatten=True.*parameter 0 of group 0.*shares its storage"):
+        make([nn.Parameter(whole[0])], flatten=True)
+    with pytest.raises(ValueError, match=r"flatten=True.*gaps"):
+        make([nn.Parameter(whole[:, :3])], flatten=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_diagnostics_against_a_computation_by_hand(method):
+    model = mlp(DOUBLE)
+    x, y = batch(dtype=DOUBLE)
+    optimizer, closure = trainer(method, model, regression(model, x, y), lr=0.0, momentum=0.0)
+    theta = [p.detach().clone() for p in model.parameters()]
+    optimizer.step(closure)
+    told = optimizer.diagnostics()
+    assert all(isinstance(v, torch.Tensor) and v.dim() == 0 for v in told.values())
+
+    def at(point):
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), point, strict=True):
+                p.copy_(value)
+        loss = regression(model, x, y)()
+        return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+    def norm(tensors):
+        return math.sqrt(sum(t.square().sum().item() for t in tensors))
+
+    def moved(start, direction, radius):
+        return [a + radius * b / norm(direction) for a, b in zip(start, direction, strict=True)]
+
+    loss, g0 = at(theta)
+    expected = {"loss": loss, "gradient_norm": norm(g0), "skipped_steps": 0.0}
+    rho = optimizer.param_groups[0]["rho"]
+    if method != "exact":
+        near = rho if method == "sam" else optimizer.rho_prime
+        loss1, g1 = at(moved(theta, g0, near))
+        expected |= {"sharpness": loss1 - loss, "perturbation_0": near}
+    if method == "sam":
+        expected["direction_norm"] = norm(g1)
+    if method in ("finite_difference", "accelerated"):
+        f = [b - a for a, b in zip(g0, g1, strict=True)]
+        theta2 = moved(theta, f, rho)
+        _, g2 = at(theta2)
+        _, g3 = at(moved(theta2, g2, near))
+        expected |= {"curvature": norm(f) / near, "first_order_flatness": rho * norm(g2)}
+        expected |= {"perturbation_1": rho, "perturbation_2": near}
+    if method == "finite_difference":
+        c = optimizer.alpha * rho / near
+        expected["direction_norm"] = norm([a + c * (d - b) for a, b, d in zip(g0, g2, g3, strict=True)])
+    if method == "accelerated":
+        plus = [optimizer.alpha * b + (1 - optimizer.alpha) * d for b, d in zip(g1, g3, strict=True)]
+        minus = [optimizer.beta * a + (1 - optimizer.beta) * d for a, d in zip(g0, g2, strict=True)]
+        inner = sum((a * b).sum().item() for a, b in zip(plus, minus, strict=True))
+        expected["cosine"] = inner / norm(plus) / norm(minus)
+    for key, value in expected.items():
+        assert told[key].item() == pytest.approx(value, rel=1e-7), key
+    assert 0 <= told["noise_ratio"].item() < 1e-10
+
+
+def test_diagnostics_before_the_first_step():
+    with pytest.raises(RuntimeError, match="none yet"):
+        make(mlp().parameters()).diagnostics()
+
+
+@pytest.mark.parametrize(("rho_prime", "warns"), [(0.0002, True), (0.05, False)])
+def test_a_probe_below_the_precision_of_autocast_warns_once(rho_prime, warns):
+    model = mlp()
+    x, y = batch()
+
+    def loss_fn():
+        with torch.autocast("cpu", torch.bfloat16):
+            return (model(x) - y).square().mean()
+
+    optimizer, closure = trainer("finite_difference", model, loss_fn, rho_prime=rho_prime)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step(closure)
+    said = [w for w in caught if "below the precision" in str(w.message)]
+    assert len(said) == (1 if warns else 0)
+    assert (optimizer.diagnostics()["noise_ratio"].item() > 4.0) is warns
+
+
+def test_rho_follows_the_learning_rate_between_its_bounds():
+    model = mlp()
+    optimizer = make([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.2}], lr=0.1)
+    rho = ProportionalRho(optimizer, max_rho=0.4, min_rho=0.1)
+    assert [g["rho"] for g in optimizer.param_groups] == pytest.approx([0.4, 0.4])
+    for group, lr in zip(optimizer.param_groups, (0.05, 0.0), strict=True):
+        group["lr"] = lr
+    rho.step()
+    assert [g["rho"] for g in optimizer.param_groups] == pytest.approx([0.25, 0.1])
+    optimizer.param_groups[0]["lr"] = 5.0
+    rho.step()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.4)
+    other = ProportionalRho(optimizer, max_rho=1.0, max_lr=0.3)
+    other.load_state_dict(rho.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.05
+    other.step()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("bounds", [{"max_rho": -0.1}, {"max_rho": 0.1, "min_rho": 0.2}, {"max_rho": math.nan}], ids=str)
+def test_bounds_of_rho_are_checked(bounds):
+    with pytest.raises(ValueError, match="rho="):
+        ProportionalRho(make(mlp().parameters()), **bounds)
+
+
+def test_finite_difference_hvp_approaches_the_hessian_and_leaves_no_trace():
+    model = mixed_net().double()
+    params, (x, y) = list(model.parameters()), batch(dtype=DOUBLE)
+    model.eval()
+    loss_fn = regression(model, x, y)
+    gradients = torch.autograd.grad(loss_fn(), params, create_graph=True)
+    vector = [torch.randn_like(p) for p in params]
+    exact = torch.autograd.grad(gradients, params, grad_outputs=vector)
+    before = [bits(p) for p in params]
+    for rho_prime, tolerance in ((1e-2, 3e-2), (1e-4, 3e-4)):
+        found = finite_difference_hvp(loss_fn, params, vector, rho_prime=rho_prime)
+        error = torch.cat([(a - b).flatten() for a, b in zip(found, exact, strict=True)]).norm()
+        assert error < tolerance * torch.cat([b.flatten() for b in exact]).norm()
+    same([bits(p) for p in params], before)
+    assert all(p.grad is None for p in params)
+
+
+def test_finite_difference_hvp_replays_dropout_and_survives_failure():
+    model = mixed_net()
+    params, loss_fn = list(model.parameters()), regression(model, *batch())
+    vector = [torch.ones_like(p) for p in params]
+    torch.manual_seed(0)
+    loss_fn()
+    after_one_pass = torch.get_rng_state()
+    torch.manual_seed(0)
+    finite_difference_hvp(loss_fn, params, vector)
+    before = [bits(p) for p in params]
+    calls = []
+
+    def failing():
+        calls.append(0)
+        if len(calls) == 2:
+            raise MemoryError
+        return loss_fn()
+
+    state = torch.get_rng_state()
+    assert torch.equal(state, after_one_pass)
+    with pytest.raises(MemoryError):
+        finite_difference_hvp(failing, params, vector)
+    same([bits(p) for p in params], before)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="shape"):
+        finite_difference_hvp(loss_fn, params, vector[:-1])
+
+
+def test_parameters_of_every_dtype_and_layout_in_one_optimizer():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(4, 3, 2, 2, generator=generator)
+    params = [
+        nn.Parameter(dense.clone()),
+        nn.Parameter(dense.to(memory_format=torch.channels_last)),
+        nn.Parameter(dense.double().transpose(0, 1)),
+        nn.Parameter(torch.randn(5, 8, generator=generator)[:, ::2]),
+        nn.Parameter(torch.randn(6, generator=generator).bfloat16()),
+        nn.Parameter(torch.randn((), generator=generator)),
+        nn.Parameter(torch.zeros(0, 3)),
+    ]
+    pointers = [p.data_ptr() for p in params]
+    strides = [p.stride() for p in params]
+    for backend in ("auto", "torch", "reference"):
+        optimizer = make(params, torch.optim.AdamW, "accelerated", lr=0.01, backend=backend)
+        closure = closure_of(optimizer, lambda: sum((p.float() + 0.5).square().sum() for p in params))
+        losses = [float(optimizer.step(closure)) for _ in range(20)]
+        assert losses[-1] < losses[0]
+        assert optimizer.skipped_steps == 0
+        for p in params[:-1]:
+            assert optimizer.state[p]["exp_avg"].stride() == p.stride() or not p.is_contiguous()
+    assert [p.data_ptr() for p in params] == pointers
+    assert [p.stride() for p in params] == strides
+
+
+def test_a_skip_with_several_dtypes_is_counted_once():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=DOUBLE))]
+    optimizer = make(params)
+    optimizer.step(lambda: params[0].sum() * math.inf + params[1].sum().float())
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(p.detach(), torch.ones_like(p)) for p in params)

@@ -1,0 +1,115 @@
+"""The wheel: what it holds, its tag, and the pure-Python package that installs where nothing can be compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gam_fused.rooms import cpp
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc", "gam_fused", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel of a copy of the sources, so that nothing of an earlier build gets in; and what the build printed."""
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif path.exists():
+            shutil.copy(path, source)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    (wheel,) = folder.glob("*.whl")
+    return wheel, printed
+
+
+def python(code: str, path: Path) -> subprocess.CompletedProcess:
+    """Run `code` with `path` on sys.path, away from the sources."""
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=path)
+
+
+def unpack(wheel: Path) -> Path:
+    target = wheel.parent / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    if cpp.reason():
+        pytest.skip(cpp.reason())
+    return build_wheel(tmp_path_factory.mktemp("compiled"), GAM_FUSED_REQUIRE_CPP="1")[0]
+
+
+def packages() -> set[str]:
+    return {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "gam_fused").rglob("__init__.py")}
+
+
+def test_wheel_holds_one_package_for_every_python(compiled):
+    assert "-cp310-abi3-" in compiled.name
+    names = zipfile.ZipFile(compiled).namelist()
+    assert {name.split("/")[0] for name in names} == {"gam_fused", "gam_fused-0.1.0.dist-info"}
+    for package in packages() | {"gam_fused/triton_kernels/"}:
+        assert f"{package}__init__.py" in names
+    assert "gam_fused/py.typed" in names
+    assert "gam_fused/_cpu.abi3.so" in names
+
+
+def test_compiled_wheel_works(compiled):
+    code = "import gam_fused; print(gam_fused.__file__, gam_fused.available_backends()['cpp'] or 'there')"
+    done = python(code, unpack(compiled))
+    assert done.returncode == 0, done.stderr
+    assert str(compiled.parent) in done.stdout
+    assert done.stdout.split()[-1] == "there"
+
+
+def test_pure_package_without_a_compiler(tmp_path):
+    wheel, printed = build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent", GAM_FUSED_REQUIRE_CPP="0")
+    assert "no C++ compiler (/nonexistent)" in printed
+    assert wheel.name.endswith("-py3-none-any.whl")
+    code = "import gam_fused; b = gam_fused.available_backends(); print(b['torch'] == '', b['cpp'])"
+    done = python(code, unpack(wheel))
+    assert done.stdout.startswith("True the compiled CPU extension was not built; reinstall"), done.stderr
+
+
+def test_pure_package_where_it_does_not_compile(tmp_path):
+    wheel, printed = build_wheel(tmp_path, CC="false", CXX="false", GAM_FUSED_REQUIRE_CPP="0")
+    assert "it does not compile" in printed
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    assert python("import gam_fused", unpack(wheel)).returncode == 0
+
+
+def test_requiring_the_room_is_an_error_without_a_compiler(tmp_path):
+    with pytest.raises(AssertionError, match="GAM_FUSED_REQUIRE_CPP=1, but no C"):
+        build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent", GAM_FUSED_REQUIRE_CPP="1")
+
+
+def test_triton_kernels_only_under_its_full_name():
+    done = python("import triton_kernels", ROOT)
+    assert done.returncode == 1
+    assert "ImportError: this is gam_fused's triton_kernels" in done.stderr
+    assert python("import gam_fused.triton_kernels", Path(sys.prefix)).returncode == 0
