@@ -17,7 +17,7 @@ from gam_fused.base_optimizers import FusedBase
 from gam_fused.constants import Column, Control
 from gam_fused.parameters import Groups
 from gam_fused.rooms import room
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense
+from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense, upload
 
 SLOTS = 4  # reductions of one step: three ascents, and the guard of the last gradient
 Table = list[list[float | Tensor]]
@@ -40,11 +40,11 @@ class Device:
         numbers = [[0.0 if isinstance(v, Tensor) else v for v in row] for row in rows]
         if self._values.get(kind) != numbers:
             self._values[kind] = numbers
-            fresh = torch.tensor(numbers, dtype=torch.float64)
+            fresh = upload(torch.tensor(numbers, dtype=torch.float64), self.device)
             if kind in self.tables:
                 self.tables[kind].copy_(fresh)
             else:
-                self.tables[kind] = fresh.to(self.device)
+                self.tables[kind] = fresh
         for row, values in enumerate(rows):
             lr = values[Column.LR]
             if isinstance(lr, Tensor):
@@ -64,7 +64,7 @@ class Bucket:
 
     def __init__(self, params: list[Tensor], groups: list[int], counted: list[bool], backend: str):
         self.params, self.groups = params, groups
-        self.theta = TensorList([p.detach() for p in params])
+        self.theta = TensorList([p.detach() for p in params], lasting=True)
         self.pointers = [p.data_ptr() for p in params]
         self.dtype, self.dense = params[0].dtype, is_dense(params[0])
         self.strides = [p.stride() if self.dense else torch.empty(p.shape, device="meta").stride() for p in params]
@@ -75,7 +75,7 @@ class Bucket:
         self.shared: Device
         self.backed_up = False
         self.steps_buffer = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
-        self.steps = TensorList(list(self.steps_buffer))
+        self.steps = TensorList(list(self.steps_buffer), lasting=True)
         self.state_lists: tuple[TensorList, ...] = (EMPTY, EMPTY, EMPTY)
         self._backup: TensorList | None = None
         self._accumulator: TensorList | None = None
@@ -86,7 +86,7 @@ class Bucket:
     @property
     def backup(self) -> TensorList:
         if self._backup is None:
-            self._backup = TensorList(flat_views(self.theta.tensors)[1])
+            self._backup = TensorList(flat_views(self.theta.tensors)[1], lasting=True)
         return self._backup
 
     def accumulator(self, gradients: TensorList) -> TensorList:
@@ -94,7 +94,7 @@ class Bucket:
         if self.dtype in (torch.float32, torch.float64):
             return gradients
         if self._accumulator is None:
-            self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1])
+            self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1], lasting=True)
         for target, source in zip(self._accumulator.tensors, gradients.tensors, strict=True):
             if source is None:
                 target.zero_()
@@ -135,7 +135,7 @@ class Bucket:
                 self._state_refs.append((entry, key, value))
             if entry or active[i]:
                 self._adopt_step(i, base.step_key, entry, fresh)
-        self.state_lists = tuple(TensorList(c) if any(t is not None for t in c) else EMPTY for c in columns)
+        self.state_lists = tuple(TensorList(c, lasting=True) if any(t is not None for t in c) else EMPTY for c in columns)
         self._listed, self._entries = list(active), list(state.values())
 
     def _adopt_step(self, i: int, key: str, entry: dict[str, Any], fresh: bool) -> None:

@@ -40,13 +40,13 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
 
 
 def is_flat(params: list[Tensor]) -> bool:
-    """Whether the tensors lie one behind the other in one buffer, as `flatten` leaves them."""
-    expected = params[0].data_ptr()
+    """Whether the tensors fill one buffer, one behind the other, as `flatten` leaves them."""
+    start = expected = params[0].untyped_storage().data_ptr()
     for p in params:
-        if p.data_ptr() != expected or p.untyped_storage().data_ptr() != params[0].data_ptr():
+        if p.data_ptr() != expected or p.untyped_storage().data_ptr() != start:
             return False
         expected += -(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT
-    return params[0].data_ptr() % ALIGNMENT == 0 or len(params) > 1
+    return params[0].untyped_storage().nbytes() == expected - start
 
 
 def _check_movable(p: Tensor, param_groups: list[dict[str, Any]]) -> None:

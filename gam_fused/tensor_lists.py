@@ -25,14 +25,21 @@ class TensorList:
     Args:
         tensors: the tensors, in the order of the `Layout` they go with. Compiled rooms read each one in storage order, so
             tensors of one layout must be dense and have equal strides at equal positions.
+        lasting: whether the list stays from step to step (parameters, state, scratch). Then rooms on a GPU keep its
+            addresses there; those of other lists go along with every launch.
     """
 
-    __slots__ = ("_addresses", "_rows", "tensors")
+    __slots__ = ("_addresses", "_rows", "_tables", "lasting", "tensors")
 
-    def __init__(self, tensors: Iterable[Tensor | None]):
+    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False):
         self.tensors: list[Any] = list(tensors)  # Tensor | None; rooms know from the layout which may be None
+        self.lasting = lasting
+        self._forget()
+
+    def _forget(self) -> None:
         self._addresses: Tensor | None = None
         self._rows: list[Tensor] | None = None
+        self._tables: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -40,7 +47,7 @@ class TensorList:
     def replace(self, i: int, tensor: Tensor) -> None:
         """Put `tensor` at position `i`."""
         self.tensors[i] = tensor
-        self._addresses = self._rows = None
+        self._forget()
 
     @property
     def addresses(self) -> Tensor:
@@ -49,6 +56,12 @@ class TensorList:
             row = array("q", [0 if t is None else t.data_ptr() for t in self.tensors])
             self._addresses = torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64)
         return self._addresses
+
+    def on(self, device: torch.device) -> Tensor:
+        """`addresses` on `device`, sent there once."""
+        if device not in self._tables:
+            self._tables[device] = upload(self.addresses, device)
+        return self._tables[device]
 
     @property
     def operands(self) -> list[Tensor]:
@@ -77,7 +90,7 @@ class Layout:
         chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
     """
 
-    __slots__ = ("chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+    __slots__ = ("_tables", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
         self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
@@ -89,6 +102,25 @@ class Layout:
         self.chunk = max(MIN_CHUNK, -(-per_chunk // MIN_CHUNK) * MIN_CHUNK)
         self.chunks = max(1, -(-self.numel // self.chunk))
         self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64)
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """What kernels on a GPU need to know, as one int64 vector on `device`, sent there once.
+
+        The rows of `table`, then for each chunk the tensor that holds its first element: [3 * (T + 1) + chunks].
+        """
+        if device not in self._tables:
+            firsts = torch.arange(0, self.chunks * self.chunk, self.chunk)
+            tensors = torch.searchsorted(self.table[0].contiguous(), firsts, right=True) - 1
+            self._tables[device] = upload(torch.cat([self.table.flatten(), tensors]), device)
+        return self._tables[device]
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on `device`, without waiting for it; the tensor itself where that is the CPU."""
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def flat_views(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -140,7 +140,8 @@ def test_landscape_along_given_directions_is_the_loss_there():
 
 def test_random_landscapes_are_filter_normalised():
     """A loss of |filter - its start|^2 / |filter|^2 is 1 at distance 1 for every filter, and biases do not move."""
-    weight, bias = torch.randn(5, 2, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    weight = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     origin, fixed = weight.detach().clone(), bias.detach().clone()
 
     def loss():
