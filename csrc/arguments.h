@@ -94,7 +94,7 @@ class Lists {
                         map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
                     "gam_fused: map must be what Layout.on gives for the device of the lists, got ", describe(map));
     map_ = static_cast<const int64_t*>(map.const_data_ptr());
-    device_ = map.get_device_index();
+    is_on(map);
   }
 
   int64_t dtype() const { return dtype_; }
@@ -105,7 +105,8 @@ class Lists {
   const int64_t* groups() const { return starts_ + tensors_ + 1; }
   const int64_t* counted() const { return groups() + tensors_ + 1; }
   const int64_t* map() const { return map_; }
-  int32_t device() const { return device_; }
+  int32_t device() const { return like_ ? like_->get_device_index() : -1; }
+  const Tensor& like() const { return *like_; }  // a tensor of the device of the lists; there is one if there are any
 
   // A list in the dtype of storage, of compute (acc), or of step counters; tensors may be missing.
   template <class List>
@@ -141,6 +142,10 @@ class Lists {
   }
 
  private:
+  void is_on(const Tensor& t) {
+    if (!like_) like_ = &t;
+  }
+
   Operand take(const char* name, const Tensor& addresses, ScalarType, bool = false) {
     const int64_t count = addresses.numel();
     if (count == 0) return {};
@@ -150,7 +155,7 @@ class Lists {
         describe(addresses));
     const int64_t* data = static_cast<const int64_t*>(addresses.const_data_ptr());
     if (addresses.is_cpu()) return {data, nullptr};
-    device_ = addresses.get_device_index();
+    is_on(addresses);
     return {nullptr, data};
   }
 
@@ -167,7 +172,7 @@ class Lists {
       check(name, i, t, numel, dtype, scalars ? 1 : starts_[i + 1] - starts_[i]);
       if (!scalars) check_strides(name, i, t);
       owned_.back()[i] = reinterpret_cast<int64_t>(t.mutable_data_ptr());
-      if (!on_cpu_) device_ = t.get_device_index();
+      is_on(t);
     }
     return {owned_.back().data(), nullptr};
   }
@@ -192,7 +197,7 @@ class Lists {
   bool on_cpu_;
   int64_t chunk_, tensors_ = 0;
   const int64_t *starts_ = nullptr, *map_ = nullptr;
-  int32_t device_ = -1;
+  const Tensor* like_ = nullptr;
   std::deque<std::vector<int64_t>> owned_;  // addresses of `Tensor[]` operands
   std::vector<const Tensor*> strides_;      // the first tensor seen at each index
 };
