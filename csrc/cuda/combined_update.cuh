@@ -33,11 +33,11 @@ struct UpdateSpan {
   using C = Compute<S>;
   template <int COUNT>
   using P = Pack<S, COUNT>;
+  double& squares;  // sum of d^2
   Span span;
   Part<S> theta, from, x1, x3, first, second, third;
   Part<C> acc;
   const Scalars<C, ALGORITHM>* h;
-  double squares;
 
   template <int COUNT, int STEPS>
   __device__ __forceinline__ void tile(int element) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void combined_update(const CombinedUpdate& v, const i
       current = own;
     }
     Fetch fetch(slots, words, span);
-    UpdateSpan<S, ALGORITHM, MAXIMUM> body;
+    UpdateSpan<S, ALGORITHM, MAXIMUM> body{squares[0]};
     body.span = span;
     body.theta = fetch.part<S>(v.theta);
     body.from = fetch.part<S>(v.backup, v.theta);
@@ -188,9 +188,7 @@ __device__ __forceinline__ void combined_update(const CombinedUpdate& v, const i
     body.second = fetch.part<S>(v.second);
     body.third = fetch.part<S>(v.third);
     body.h = current;
-    body.squares = 0.0;
     for_each_element<WIDTH, STEPS>(span, turn, fetch.aligned(), body);
-    squares[0] += body.squares;
   });
   put_sums(v.direction, squares, shared);
   if (!skip) count_steps(v, words);
