@@ -6,11 +6,12 @@ from types import ModuleType
 
 import torch
 
-from gam_fused.rooms import cpp, foreach, reference
+from gam_fused.rooms import cpp, foreach, reference, triton
 
 # In order of preference for "auto"; `reference` is the judge, never chosen.
 _ROOMS: dict[str, tuple[ModuleType, tuple[str, ...] | None]] = {
     "cpp": (cpp, ("cpu",)),
+    "triton": (triton, triton.DEVICES),
     "torch": (foreach, None),
     "reference": (reference, None),
 }
