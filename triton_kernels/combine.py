@@ -73,14 +73,14 @@ def combine_kernel(
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
         k = direction_of(row_of(layout, tensors, coefficients, tensor), close.scale, C)
-        out_at = address(out, tensor)
-        at = address(x1, tensor), address(x3, tensor), address(acc, tensor)
+        out_at = address(out, tensor, span, DTYPE)
+        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
         together = out_at | at[0] | at[1] | at[2]
-        for start in range(span.first, tl.where(out_at != 0, span.stop, span.first), BLOCK):
-            if is_whole(span, start, together, BLOCK):
-                sums += combine_block(lists, at, out_at, k, block_at(span, start, BLOCK, True), DTYPE, C)
+        for offset in range(0, tl.where(out_at != 0, span.high, 0), BLOCK):
+            if is_whole(span, offset, together, BLOCK):
+                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK, True), DTYPE, C)
             else:
-                sums += combine_block(lists, at, out_at, k, block_at(span, start, BLOCK, False), DTYPE, C)
+                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK, False), DTYPE, C)
         position = span.end
         tensor += 1
     tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))

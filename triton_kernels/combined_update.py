@@ -16,6 +16,7 @@ from gam_fused.triton_kernels.gam_math import (
     sgd,
     sgd_momentum,
     sgd_of,
+    widen,
 )
 from gam_fused.triton_kernels.restore import restore_span
 from gam_fused.triton_kernels.sums import square
@@ -30,16 +31,16 @@ def update_block(lists, at, old_at, state, state_at, k, h, block, ALGORITHM: tl.
     theta_at, first_at, second_at, third_at = state_at
     first, third = state
     d = direction_block(lists, at, k, block, DTYPE, C)
-    old = load(old_at, block, DTYPE).to(C)
+    old = widen(load(old_at, block, DTYPE), C)
     if ALGORITHM == SGD:
         if first is None:
             new = sgd(h, old, d)
         else:
-            new, moved = sgd_momentum(h, old, d, load(first_at, block, DTYPE).to(C))
+            new, moved = sgd_momentum(h, old, d, widen(load(first_at, block, DTYPE), C))
             store(first_at, block, narrow(moved, DTYPE), DTYPE)
     else:
-        maximum = load(third_at, block, DTYPE).to(C) if third is not None else None
-        exp_avg, exp_avg_sq = load(first_at, block, DTYPE).to(C), load(second_at, block, DTYPE).to(C)
+        maximum = widen(load(third_at, block, DTYPE), C) if third is not None else None
+        exp_avg, exp_avg_sq = widen(load(first_at, block, DTYPE), C), widen(load(second_at, block, DTYPE), C)
         new, exp_avg, exp_avg_sq, maximum = adam(h, old, d, exp_avg, exp_avg_sq, maximum)
         store(first_at, block, narrow(exp_avg, DTYPE), DTYPE)
         store(second_at, block, narrow(exp_avg_sq, DTYPE), DTYPE)
@@ -98,24 +99,24 @@ def combined_update_kernel(
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
-        theta_at = address(theta, tensor)
-        at = address(x1, tensor), address(x3, tensor), address(acc, tensor)
+        theta_at = address(theta, tensor, span, DTYPE)
+        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
         if close.skip | ((at[0] | at[1] | at[2]) == 0):
             if backup is not None:
-                restore_span(theta_at, address(backup, tensor), span, DTYPE, BLOCK)
+                restore_span(theta_at, address(backup, tensor, span, DTYPE), span, DTYPE, BLOCK)
         else:
-            old_at = theta_at if backup is None else address(backup, tensor)
-            state_at = theta_at, address(first, tensor), address(second, tensor), address(third, tensor)
+            old_at = theta_at if backup is None else address(backup, tensor, span, DTYPE)
+            state_at = theta_at, address(first, tensor, span, DTYPE), address(second, tensor, span, DTYPE), address(third, tensor, span, DTYPE)
             row = row_of(layout, tensors, coefficients, tensor)
-            step = tl.load(address(steps, tensor).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
+            step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
             k = direction_of(row, close.scale, C)
             h = base_of(row, step, state_at[1] != 0, ALGORITHM, C)
             together = at[0] | at[1] | at[2] | old_at | theta_at | state_at[1] | state_at[2] | state_at[3]
-            for start in range(span.first, span.stop, BLOCK):
-                if is_whole(span, start, together, BLOCK):
-                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, start, BLOCK, True), ALGORITHM, DTYPE, C)
+            for offset in range(0, span.high, BLOCK):
+                if is_whole(span, offset, together, BLOCK):
+                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK, True), ALGORITHM, DTYPE, C)
                 else:
-                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, start, BLOCK, False), ALGORITHM, DTYPE, C)
+                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK, False), ALGORITHM, DTYPE, C)
         position = span.end
         tensor += 1
     tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))

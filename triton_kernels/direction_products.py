@@ -36,16 +36,16 @@ def direction_products_kernel(
         row = row_of(layout, tensors, coefficients, tensor)
         of_acc = zero if x1 is not None else tl.load(row + DIRECTION_ACC)
         k = Direction(tl.load(row + DIRECTION_1).to(C), tl.load(row + DIRECTION_3).to(C), of_acc.to(C))
-        at = address(x1, tensor), address(x3, tensor), address(acc, tensor)
+        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
         aa = tl.zeros([BLOCK], tl.float64)
         ab = tl.zeros([BLOCK], tl.float64)
         bb = tl.zeros([BLOCK], tl.float64)
         present = at[0] | at[1] | at[2]
-        for start in range(span.first, tl.where(present != 0, span.stop, span.first), BLOCK):
-            if is_whole(span, start, present, BLOCK):
-                a, b, c = products(lists, at, k, block_at(span, start, BLOCK, True), DTYPE, C)
+        for offset in range(0, tl.where(present != 0, span.high, 0), BLOCK):
+            if is_whole(span, offset, present, BLOCK):
+                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK, True), DTYPE, C)
             else:
-                a, b, c = products(lists, at, k, block_at(span, start, BLOCK, False), DTYPE, C)
+                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK, False), DTYPE, C)
             aa += a
             if x1 is not None:
                 ab += b

@@ -69,6 +69,15 @@ def float_of(bits):
 
 
 @triton.jit
+def widen(x, C: tl.constexpr):
+    """Storage to compute type: exact."""
+    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter misreads subnormal numbers
+        return float_of(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        return x.to(C)
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """Compute type to storage, to nearest, ties to even; NaN stays NaN."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # hardware rounds, the interpreter cuts off

@@ -22,6 +22,7 @@ from gam_fused.triton_kernels.gam_math import (
     noise_key,
     noise_stream,
     stochastic_round,
+    widen,
 )
 from gam_fused.triton_kernels.sums import all_finite, row_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, mask_of, pointers
@@ -32,7 +33,7 @@ from gam_fused.triton_kernels.walk import read, row_of, span_at, store
 def to_storage(moved, span, block, key, DTYPE: tl.constexpr):
     """Low-precision weights are rounded stochastically, or a perturbation below their spacing would be lost."""
     if DTYPE == tl.bfloat16 or DTYPE == tl.float16:
-        position = span.start + block.start
+        position = span.start + span.first + block.offset
         first = position.to(tl.uint32)
         low = first + block.index.to(tl.uint32)
         here, beyond = noise_stream(key, position), noise_stream(key, position + (1 << 32))  # a block may cross 2^32
@@ -51,7 +52,7 @@ def perturb_block(
     before = load(theta_at if base is None else base_at, block, DTYPE)
     if backup is not None:
         store(backup_at, block, before if base is None else load(theta_at, block, DTYPE), DTYPE)
-    origin, gradient = before.to(C), read(x, x_at, block, DTYPE, C)
+    origin, gradient = widen(before, C), read(x, x_at, block, DTYPE, C)
     if ADAPTIVE:
         moved = ascend_adaptive(origin, scale, gradient, read(y, y_at, block, DTYPE, C))
     else:
@@ -60,7 +61,7 @@ def perturb_block(
     store(theta_at, block, after, DTYPE)
     if acc is not None:
         store(acc_at, block, fold(folds[0], load(acc_at, block, C), folds[1], gradient), C)
-    change = tl.where(active, after.to(C) - origin, 0.0)
+    change = tl.where(active, widen(after, C) - origin, 0.0)
     if not block.WHOLE:
         change = tl.where(mask_of(block, True), change, 0.0)
     return square(change)
@@ -88,23 +89,23 @@ def perturb_kernel(
         span = span_at(layout, tensor, position, end, VECTOR)
         row = row_of(layout, tensors, coefficients, tensor)
         at = (
-            address(theta, tensor),
-            address(base, tensor),
-            address(x, tensor),
-            address(y, tensor),
-            address(acc, tensor),
-            address(backup, tensor),
+            address(theta, tensor, span, DTYPE),
+            address(base, tensor, span, DTYPE),
+            address(x, tensor, span, DTYPE),
+            address(y, tensor, span, DTYPE),
+            address(acc, tensor, span, C),
+            address(backup, tensor, span, DTYPE),
         )
         scale = tl.where(stay, 0.0, ascent_scale(tl.load(row + RADIUS_0 + ascent), total[0], loss_scale, eps))
         active = (scale != 0.0) & ((at[2] | at[3]) != 0)
         folds = tl.load(row + FOLD_0).to(C), tl.load(row + FOLD_2).to(C)
         scale = scale.to(C)
         together = at[0] | at[1] | at[2] | at[3] | at[4] | at[5]
-        for start in range(span.first, span.stop, BLOCK):
-            if is_whole(span, start, together, BLOCK):
-                sums += perturb_block(lists, at, block_at(span, start, BLOCK, True), span, scale, active, folds, key, ADAPTIVE, DTYPE, C)
+        for offset in range(0, span.high, BLOCK):
+            if is_whole(span, offset, together, BLOCK):
+                sums += perturb_block(lists, at, block_at(span, offset, BLOCK, True), span, scale, active, folds, key, ADAPTIVE, DTYPE, C)
             else:
-                sums += perturb_block(lists, at, block_at(span, start, BLOCK, False), span, scale, active, folds, key, ADAPTIVE, DTYPE, C)
+                sums += perturb_block(lists, at, block_at(span, offset, BLOCK, False), span, scale, active, folds, key, ADAPTIVE, DTYPE, C)
         position = span.end
         tensor += 1
     tl.store(realised + tl.program_id(0), tl.sum(sums, 0))

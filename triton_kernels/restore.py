@@ -15,11 +15,11 @@ def restore_block(theta_at, backup_at, block, DTYPE: tl.constexpr):
 
 @triton.jit
 def restore_span(theta_at, backup_at, span, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(span.first, span.stop, BLOCK):
-        if is_whole(span, start, theta_at | backup_at, BLOCK):
-            restore_block(theta_at, backup_at, block_at(span, start, BLOCK, True), DTYPE)
+    for offset in range(0, span.high, BLOCK):
+        if is_whole(span, offset, theta_at | backup_at, BLOCK):
+            restore_block(theta_at, backup_at, block_at(span, offset, BLOCK, True), DTYPE)
         else:
-            restore_block(theta_at, backup_at, block_at(span, start, BLOCK, False), DTYPE)
+            restore_block(theta_at, backup_at, block_at(span, offset, BLOCK, False), DTYPE)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -30,6 +30,6 @@ def restore_kernel(
     tensor, position, end = chunk_of(layout, tensors, chunk)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
-        restore_span(address(theta, tensor), address(backup, tensor), span, DTYPE, BLOCK)
+        restore_span(address(theta, tensor, span, DTYPE), address(backup, tensor, span, DTYPE), span, DTYPE, BLOCK)
         position = span.end
         tensor += 1

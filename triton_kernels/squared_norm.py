@@ -28,14 +28,14 @@ def squared_norm_kernel(
     others = tl.full((), 0.0, tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
-        at = address(x, tensor), address(y, tensor), address(weight, tensor)
+        at = address(x, tensor, span, DTYPE), address(y, tensor, span, DTYPE), address(weight, tensor, span, DTYPE)
         sums = tl.zeros([BLOCK], tl.float64)
-        stop = tl.where((at[0] | at[1]) != 0, span.stop, span.first)
-        for start in range(span.first, stop, BLOCK):
-            if is_whole(span, start, at[0] | at[1] | at[2], BLOCK):
-                sums += squares((x, y, weight), at, block_at(span, start, BLOCK, True), DTYPE, C)
+        high = tl.where((at[0] | at[1]) != 0, span.high, 0)
+        for offset in range(0, high, BLOCK):
+            if is_whole(span, offset, at[0] | at[1] | at[2], BLOCK):
+                sums += squares((x, y, weight), at, block_at(span, offset, BLOCK, True), DTYPE, C)
             else:
-                sums += squares((x, y, weight), at, block_at(span, start, BLOCK, False), DTYPE, C)
+                sums += squares((x, y, weight), at, block_at(span, offset, BLOCK, False), DTYPE, C)
         total = tl.sum(sums, 0)
         counts = is_counted(layout, tensors, tensor)
         counted += tl.where(counts, total, 0.0)

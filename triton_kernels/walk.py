@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from gam_fused.triton_kernels.gam_math import COLUMNS
+from gam_fused.triton_kernels.gam_math import COLUMNS, widen
 
 # Arguments of kernels that are not compiled in: no new kernel for another alignment, or for a number that is 1 or even.
 RUNTIME = (
@@ -25,22 +25,21 @@ RUNTIME = (
 class Span(NamedTuple):
     """Part of one tensor inside a chunk.
 
-    tensor: its index. start: of the tensor, in the flat vector. begin, stop: elements of the tensor. first: `begin`, rounded
-    down to a 16-byte mark. end: `stop` in the flat vector.
+    start: of the tensor in the flat vector. end: of the part, there. first: the tensor's element where blocks begin, the last
+    16-byte mark before the part. low, high: the part, counted from `first`.
     """
 
-    tensor: Any
     start: Any
-    begin: Any
-    stop: Any
-    first: Any
     end: Any
+    first: Any
+    low: Any
+    high: Any
 
 
 class Block(NamedTuple):
-    """BLOCK elements of a tensor, from `start` on, those from `low` to `high` in the span. WHOLE: all are, and aligned."""
+    """BLOCK elements of a span, from `offset` on, counted as `low` and `high` are. WHOLE: all are in the span, and aligned."""
 
-    start: Any
+    offset: Any
     index: Any
     low: Any
     high: Any
@@ -62,7 +61,9 @@ def span_at(layout, tensor, position, end, VECTOR: tl.constexpr):
     start = tl.load(layout + tensor)
     stop = tl.minimum(end, tl.load(layout + tensor + 1))
     begin = position - start
-    return Span(tensor, start, begin, stop - start, begin - begin % VECTOR, stop)
+    low = begin % VECTOR
+    first = begin - low
+    return Span(start, stop, first, low.to(tl.int32), (stop - start - first).to(tl.int32))
 
 
 @triton.jit
@@ -77,31 +78,30 @@ def is_counted(layout, tensors, tensor):
 
 
 @triton.jit
-def address(addresses, tensor):
-    """Address of `tensor` in a list, 0 where it is missing."""
+def address(addresses, tensor, span, DTYPE: tl.constexpr):
+    """Address of the span's first block in a list, 0 where the tensor is missing or the list is not used."""
     if addresses is None:
         return tl.full((), 0, tl.int64)
     else:
-        return tl.load(addresses + tensor)
+        start = tl.load(addresses + tensor)
+        return tl.where(start != 0, start + span.first * (DTYPE.primitive_bitwidth // 8), 0)
 
 
 @triton.jit
-def is_whole(span, start, addresses, BLOCK: tl.constexpr):
-    """Whether the block at `start` is full of elements of the span and on a 16-byte mark in every list. `addresses`: all
+def is_whole(span, offset, addresses, BLOCK: tl.constexpr):
+    """Whether the block at `offset` is full of elements of the span and on a 16-byte mark in every list. `addresses`: all
     of them, or-ed together."""
-    return (addresses % 16 == 0) & (start >= span.begin) & (start + BLOCK <= span.stop)
+    return (addresses % 16 == 0) & (offset >= span.low) & (offset + BLOCK <= span.high)
 
 
 @triton.jit
-def block_at(span, start, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    low = (span.begin - start).to(tl.int32)
-    high = tl.minimum(span.stop - start, BLOCK).to(tl.int32)
-    return Block(start, tl.arange(0, BLOCK), low, high, WHOLE)
+def block_at(span, offset, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    return Block(offset, tl.arange(0, BLOCK), span.low - offset, span.high - offset, WHOLE)
 
 
 @triton.jit
 def pointers(address, block, DTYPE: tl.constexpr):
-    first = (address + block.start * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+    first = (address + block.offset * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
     if block.WHOLE:
         first = tl.multiple_of(first, 16)
     return first + block.index
@@ -127,7 +127,7 @@ def read(addresses, address, block, DTYPE: tl.constexpr, C: tl.constexpr):
     if addresses is None:
         return tl.zeros_like(block.index).to(C)
     else:
-        return load(address, block, DTYPE).to(C)
+        return widen(load(address, block, DTYPE), C)
 
 
 @triton.jit

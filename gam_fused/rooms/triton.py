@@ -23,10 +23,13 @@ DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 
 _MINIMUM = (3, 6)
 _MEND = "pip install 'gam_fused[triton]'"
-_WARPS = 8
+_THREADS = 256
 # Elements per thread and block, or one 16-byte access where that is more: enough loads in flight for verbs with few
 # operands, few enough registers for those with many.
 _ELEMENTS = {"squared_norm": 16, "direction_products": 4, "perturb": 4, "combined_update": 4, "combine": 4, "restore": 16}
+# Most registers per thread, by bytes per element: 4, 3 and 2 programs on a multiprocessor of NVIDIA's. What spills are
+# numbers that a tensor needs once (tests/test_triton_compiled.py has the budget).
+_REGISTERS = {4: 64, 2: 80, 8: 128}
 _KEPT_TABLES = 256
 
 
@@ -136,7 +139,7 @@ def _matrix(partials: Tensor) -> tuple[Tensor, int, int]:
 
 
 @cache
-def _kernels() -> dict[str, Any]:
+def kernels() -> dict[str, Any]:
     """The kernels by verb. They import Triton, which takes a while, so only when one is needed."""
     from gam_fused.triton_kernels import combine, combined_update, direction_products, perturb, restore, squared_norm
 
@@ -151,32 +154,48 @@ def _kernels() -> dict[str, Any]:
 
 
 @cache
-def _types(dtype: torch.dtype, verb: str) -> dict[str, Any]:
-    """The constants that follow from the dtype of storage."""
+def constants(verb: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernel of `verb` is compiled with for a dtype of storage.
+
+    Raises:
+        TypeError: a dtype that has no kernels.
+    """
     import triton.language as tl
 
     types = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     if dtype not in types:
         raise TypeError(f"the Triton room serves float32, float64, bfloat16 and float16, not {dtype}; use backend='torch'")
     vector = 16 // dtype.itemsize
-    return {
-        "DTYPE": types[dtype],
-        "C": tl.float64 if dtype == torch.float64 else tl.float32,
-        "VECTOR": vector,
-        "BLOCK": 32 * _WARPS * max(vector, _ELEMENTS[verb]),
-        "num_warps": _WARPS,
-    }
+    compute = tl.float64 if dtype == torch.float64 else tl.float32
+    block = _THREADS * max(vector, _ELEMENTS[verb])
+    return {"DTYPE": types[dtype], "C": compute, "VECTOR": vector, "BLOCK": block}
 
 
-@torch.compiler.disable
-def _launch(verb: str, layout: Layout, device: torch.device, lists: tuple[TensorList, ...], *rest: Any, **constants: Any) -> None:
-    """Launch the kernel of `verb` on `device`, a program per chunk. The first list of every verb is in the dtype of storage."""
+@cache
+def options(verb: str, dtype: torch.dtype, device_type: str) -> dict[str, int]:
+    """How the kernel of `verb` is compiled."""
+    if device_type != "cuda" or torch.version.hip:
+        return {"num_warps": _THREADS // (64 if torch.version.hip else 32)}
+    registers = 80 if verb == "squared_norm" and dtype == torch.float32 else _REGISTERS[dtype.itemsize]
+    return {"num_warps": _THREADS // 32, "maxnreg": registers}
+
+
+def _launch(verb: str, layout: Layout, device: torch.device, lists: tuple[TensorList, ...], *rest: Any, **kind: Any) -> None:
+    """Launch the kernel of `verb` on `device`, a program per chunk. The first list of every verb is in the dtype of storage.
+
+    Args:
+        rest: the kernel's arguments after the lists. kind: its constants that do not follow from the dtype.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # addresses are no business of a traced graph
     like = next((t for lst in lists for t in lst.tensors if t is not None), None)
-    types = _types(torch.float32 if like is None else like.dtype, verb)
+    dtype = torch.float32 if like is None else like.dtype
+    compiled_in = constants(verb, dtype)
     with _on(device):
         tables = [lst.on(device, _TABLES.send) if len(lst) else None for lst in lists]
-        kernel = _kernels()[verb][(layout.chunks,)]
-        kernel(layout.on(device), len(layout.sizes), layout.chunk, *tables, *rest, **constants, **types)
+        launch = kernels()[verb][(layout.chunks,)]
+        shape = (layout.on(device), len(layout.sizes), layout.chunk)
+        launch(*shape, *tables, *rest, **kind, **compiled_in, **options(verb, dtype, device.type))
 
 
 def _on(device: torch.device) -> Any:
