@@ -41,7 +41,9 @@ def room(backend: str, device: torch.device, *, dense: bool = True) -> ModuleTyp
         serves = (
             module
             for module, devices in _ROOMS.values()
-            if (devices is None or (device.type in devices and dense)) and not module.reason()
+            if (devices is None or (device.type in devices and dense))
+            and not (module is triton and triton.INTERPRETED)
+            and not module.reason()
         )
         return next(serves)
     module, devices = _ROOMS[backend]
