@@ -139,15 +139,15 @@ _captured: list[tuple[Tensor, Tensor]] = []
 def upload(host: Tensor, device: torch.device) -> Tensor:
     """A copy of a CPU tensor on `device`, without waiting for it; the tensor itself where that is the CPU.
 
-    Under CUDA-graph capture the copy is recorded, so both its ends are kept.
+    Under CUDA-graph capture the copy is recorded, so both its ends are kept. It is then one from pageable memory, since
+    pinning asks for events that torch before 2.11 must not ask for while it captures.
     """
     if device.type == "cpu":
         return host
-    pinned = host.pin_memory()
-    sent = pinned.to(device, non_blocking=True)
     if is_capturing(device):
-        _captured.append((pinned, sent))
-    return sent
+        _captured.append((host, host.to(device, non_blocking=True)))
+        return _captured[-1][1]
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def flat_views(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -46,18 +46,18 @@ def close_step(partials, stride, columns, control, coefficients, ROWS: tl.conste
 
 
 @triton.jit
-def direction_block(lists, at, k, block, DTYPE: tl.constexpr, C: tl.constexpr):
+def direction_block(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
     """d of a block; `lists` and `at`: x1, x3, acc and their addresses."""
     x1, x3, acc = lists
     return direction(
-        k, read(x1, at[0], block, DTYPE, C), read(x3, at[1], block, DTYPE, C), read(acc, at[2], block, C, C)
+        k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), read(acc, at[2], block, WHOLE, C, C)
     )
 
 
 @triton.jit
-def combine_block(lists, at, out_at, k, block, DTYPE: tl.constexpr, C: tl.constexpr):
-    d = direction_block(lists, at, k, block, DTYPE, C)
-    store(out_at, block, narrow(d, DTYPE), DTYPE)
+def combine_block(lists, at, out_at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+    d = direction_block(lists, at, k, block, WHOLE, DTYPE, C)
+    store(out_at, block, narrow(d, DTYPE), WHOLE, DTYPE)
     return square(d)
 
 
@@ -78,9 +78,9 @@ def combine_kernel(
         together = out_at | at[0] | at[1] | at[2]
         for offset in range(0, tl.where(out_at != 0, span.high, 0), BLOCK):
             if is_whole(span, offset, together, BLOCK):
-                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK, True), DTYPE, C)
+                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK), True, DTYPE, C)
             else:
-                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK, False), DTYPE, C)
+                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK), False, DTYPE, C)
         position = span.end
         tensor += 1
     tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))

@@ -26,27 +26,27 @@ TENSOR_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
-def update_block(lists, at, old_at, state, state_at, k, h, block, ALGORITHM: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+def update_block(lists, at, old_at, state, state_at, k, h, block, WHOLE: tl.constexpr, ALGORITHM: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
     """One block of theta and of the optimizer's state. Returns d^2."""
     theta_at, first_at, second_at, third_at = state_at
     first, third = state
-    d = direction_block(lists, at, k, block, DTYPE, C)
-    old = widen(load(old_at, block, DTYPE), C)
+    d = direction_block(lists, at, k, block, WHOLE, DTYPE, C)
+    old = widen(load(old_at, block, WHOLE, DTYPE), C)
     if ALGORITHM == SGD:
         if first is None:
             new = sgd(h, old, d)
         else:
-            new, moved = sgd_momentum(h, old, d, widen(load(first_at, block, DTYPE), C))
-            store(first_at, block, narrow(moved, DTYPE), DTYPE)
+            new, moved = sgd_momentum(h, old, d, widen(load(first_at, block, WHOLE, DTYPE), C))
+            store(first_at, block, narrow(moved, DTYPE), WHOLE, DTYPE)
     else:
-        maximum = widen(load(third_at, block, DTYPE), C) if third is not None else None
-        exp_avg, exp_avg_sq = widen(load(first_at, block, DTYPE), C), widen(load(second_at, block, DTYPE), C)
+        maximum = widen(load(third_at, block, WHOLE, DTYPE), C) if third is not None else None
+        exp_avg, exp_avg_sq = widen(load(first_at, block, WHOLE, DTYPE), C), widen(load(second_at, block, WHOLE, DTYPE), C)
         new, exp_avg, exp_avg_sq, maximum = adam(h, old, d, exp_avg, exp_avg_sq, maximum)
-        store(first_at, block, narrow(exp_avg, DTYPE), DTYPE)
-        store(second_at, block, narrow(exp_avg_sq, DTYPE), DTYPE)
+        store(first_at, block, narrow(exp_avg, DTYPE), WHOLE, DTYPE)
+        store(second_at, block, narrow(exp_avg_sq, DTYPE), WHOLE, DTYPE)
         if third is not None:
-            store(third_at, block, narrow(maximum, DTYPE), DTYPE)
-    store(theta_at, block, narrow(new, DTYPE), DTYPE)
+            store(third_at, block, narrow(maximum, DTYPE), WHOLE, DTYPE)
+    store(theta_at, block, narrow(new, DTYPE), WHOLE, DTYPE)
     return square(d)
 
 
@@ -114,9 +114,9 @@ def combined_update_kernel(
             together = at[0] | at[1] | at[2] | old_at | theta_at | state_at[1] | state_at[2] | state_at[3]
             for offset in range(0, span.high, BLOCK):
                 if is_whole(span, offset, together, BLOCK):
-                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK, True), ALGORITHM, DTYPE, C)
+                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK), True, ALGORITHM, DTYPE, C)
                 else:
-                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK, False), ALGORITHM, DTYPE, C)
+                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK), False, ALGORITHM, DTYPE, C)
         position = span.end
         tensor += 1
     tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))

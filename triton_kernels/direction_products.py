@@ -11,12 +11,12 @@ from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, 
 
 
 @triton.jit
-def products(lists, at, k, block, DTYPE: tl.constexpr, C: tl.constexpr):
+def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
     """h+ h+, h- h+ and h- h-. Without x1 there is one product, d^2, in place of the first."""
     x1, x3, acc = lists
-    minus = read(acc, at[2], block, C, C)
+    minus = read(acc, at[2], block, WHOLE, C, C)
     # With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete (k.acc is not 0).
-    plus = direction(k, read(x1, at[0], block, DTYPE, C), read(x3, at[1], block, DTYPE, C), minus).to(tl.float64)
+    plus = direction(k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), minus).to(tl.float64)
     minus = minus.to(tl.float64)
     return plus * plus, minus * plus, minus * minus
 
@@ -43,9 +43,9 @@ def direction_products_kernel(
         present = at[0] | at[1] | at[2]
         for offset in range(0, tl.where(present != 0, span.high, 0), BLOCK):
             if is_whole(span, offset, present, BLOCK):
-                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK, True), DTYPE, C)
+                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK), True, DTYPE, C)
             else:
-                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK, False), DTYPE, C)
+                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK), False, DTYPE, C)
             aa += a
             if x1 is not None:
                 ab += b

@@ -346,7 +346,7 @@ def adam_of(row, step, C: tl.constexpr):
 
 @triton.jit
 def adam(h, theta, d, exp_avg, exp_avg_sq, maximum):
-    """Adam and AdamW. Returns theta, exp_avg, exp_avg_sq and, with `maximum` (None where no group has amsgrad), the maximum."""
+    """Adam and AdamW. `maximum` is max_exp_avg_sq, None where no group has amsgrad. Returns theta and the three of them."""
     d = h.sign * d + h.l2 * theta
     theta = h.decay * theta
     exp_avg = exp_avg + h.gain1 * (d - exp_avg)
@@ -354,5 +354,4 @@ def adam(h, theta, d, exp_avg, exp_avg_sq, maximum):
     v = exp_avg_sq
     if maximum is not None:
         v = tl.where(h.amsgrad & (maximum > v), maximum, v)
-        maximum = v
-    return advance(theta, divide(h.size * exp_avg, divide(square_root(v), h.root) + h.eps)), exp_avg, exp_avg_sq, maximum
+    return advance(theta, divide(h.size * exp_avg, divide(square_root(v), h.root) + h.eps)), exp_avg, exp_avg_sq, v

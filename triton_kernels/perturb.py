@@ -25,8 +25,7 @@ from gam_fused.triton_kernels.gam_math import (
     widen,
 )
 from gam_fused.triton_kernels.sums import all_finite, row_sums, square
-from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, mask_of, pointers
-from gam_fused.triton_kernels.walk import read, row_of, span_at, store
+from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, read, row_of, span_at, store
 
 
 @triton.jit
@@ -44,26 +43,26 @@ def to_storage(moved, span, block, key, DTYPE: tl.constexpr):
 
 @triton.jit
 def perturb_block(
-    lists, at, block, span, scale, active, folds, key, ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr
+    lists, at, block, span, scale, active, folds, key, WHOLE: tl.constexpr, ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr
 ):
     """One block of every list. Returns (theta - base)^2 as stored."""
     base, x, y, acc, backup = lists
     theta_at, base_at, x_at, y_at, acc_at, backup_at = at
-    before = load(theta_at if base is None else base_at, block, DTYPE)
+    before = load(theta_at if base is None else base_at, block, WHOLE, DTYPE)
     if backup is not None:
-        store(backup_at, block, before if base is None else load(theta_at, block, DTYPE), DTYPE)
-    origin, gradient = widen(before, C), read(x, x_at, block, DTYPE, C)
+        store(backup_at, block, before if base is None else load(theta_at, block, WHOLE, DTYPE), WHOLE, DTYPE)
+    origin, gradient = widen(before, C), read(x, x_at, block, WHOLE, DTYPE, C)
     if ADAPTIVE:
-        moved = ascend_adaptive(origin, scale, gradient, read(y, y_at, block, DTYPE, C))
+        moved = ascend_adaptive(origin, scale, gradient, read(y, y_at, block, WHOLE, DTYPE, C))
     else:
-        moved = ascend(origin, scale, gradient, read(y, y_at, block, DTYPE, C))
+        moved = ascend(origin, scale, gradient, read(y, y_at, block, WHOLE, DTYPE, C))
     after = tl.where(active, to_storage(moved, span, block, key, DTYPE), before)
-    store(theta_at, block, after, DTYPE)
+    store(theta_at, block, after, WHOLE, DTYPE)
     if acc is not None:
-        store(acc_at, block, fold(folds[0], load(acc_at, block, C), folds[1], gradient), C)
+        store(acc_at, block, fold(folds[0], load(acc_at, block, WHOLE, C), folds[1], gradient), WHOLE, C)
     change = tl.where(active, widen(after, C) - origin, 0.0)
-    if not block.WHOLE:
-        change = tl.where(mask_of(block, True), change, 0.0)
+    if not WHOLE:
+        change = tl.where(block.inside, change, 0.0)
     return square(change)
 
 
@@ -103,9 +102,9 @@ def perturb_kernel(
         together = at[0] | at[1] | at[2] | at[3] | at[4] | at[5]
         for offset in range(0, span.high, BLOCK):
             if is_whole(span, offset, together, BLOCK):
-                sums += perturb_block(lists, at, block_at(span, offset, BLOCK, True), span, scale, active, folds, key, ADAPTIVE, DTYPE, C)
+                sums += perturb_block(lists, at, block_at(span, offset, BLOCK), span, scale, active, folds, key, True, ADAPTIVE, DTYPE, C)
             else:
-                sums += perturb_block(lists, at, block_at(span, offset, BLOCK, False), span, scale, active, folds, key, ADAPTIVE, DTYPE, C)
+                sums += perturb_block(lists, at, block_at(span, offset, BLOCK), span, scale, active, folds, key, False, ADAPTIVE, DTYPE, C)
         position = span.end
         tensor += 1
     tl.store(realised + tl.program_id(0), tl.sum(sums, 0))

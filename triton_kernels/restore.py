@@ -9,17 +9,17 @@ from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, 
 
 
 @triton.jit
-def restore_block(theta_at, backup_at, block, DTYPE: tl.constexpr):
-    store(theta_at, block, load(backup_at, block, DTYPE), DTYPE)
+def restore_block(theta_at, backup_at, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
+    store(theta_at, block, load(backup_at, block, WHOLE, DTYPE), WHOLE, DTYPE)
 
 
 @triton.jit
 def restore_span(theta_at, backup_at, span, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     for offset in range(0, span.high, BLOCK):
         if is_whole(span, offset, theta_at | backup_at, BLOCK):
-            restore_block(theta_at, backup_at, block_at(span, offset, BLOCK, True), DTYPE)
+            restore_block(theta_at, backup_at, block_at(span, offset, BLOCK), True, DTYPE)
         else:
-            restore_block(theta_at, backup_at, block_at(span, offset, BLOCK, False), DTYPE)
+            restore_block(theta_at, backup_at, block_at(span, offset, BLOCK), False, DTYPE)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

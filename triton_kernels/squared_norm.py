@@ -10,11 +10,11 @@ from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, 
 
 
 @triton.jit
-def squares(lists, at, block, DTYPE: tl.constexpr, C: tl.constexpr):
+def squares(lists, at, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
     x, y, weight = lists
-    value = read(x, at[0], block, DTYPE, C) - read(y, at[1], block, DTYPE, C)
+    value = read(x, at[0], block, WHOLE, DTYPE, C) - read(y, at[1], block, WHOLE, DTYPE, C)
     if weight is not None:
-        value = value * read(weight, at[2], block, DTYPE, C)
+        value = value * read(weight, at[2], block, WHOLE, DTYPE, C)
     return square(value)
 
 
@@ -33,9 +33,9 @@ def squared_norm_kernel(
         high = tl.where((at[0] | at[1]) != 0, span.high, 0)
         for offset in range(0, high, BLOCK):
             if is_whole(span, offset, at[0] | at[1] | at[2], BLOCK):
-                sums += squares((x, y, weight), at, block_at(span, offset, BLOCK, True), DTYPE, C)
+                sums += squares((x, y, weight), at, block_at(span, offset, BLOCK), True, DTYPE, C)
             else:
-                sums += squares((x, y, weight), at, block_at(span, offset, BLOCK, False), DTYPE, C)
+                sums += squares((x, y, weight), at, block_at(span, offset, BLOCK), False, DTYPE, C)
         total = tl.sum(sums, 0)
         counts = is_counted(layout, tensors, tensor)
         counted += tl.where(counts, total, 0.0)

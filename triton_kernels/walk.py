@@ -37,13 +37,14 @@ class Span(NamedTuple):
 
 
 class Block(NamedTuple):
-    """BLOCK elements of a span, from `offset` on, counted as `low` and `high` are. WHOLE: all are in the span, and aligned."""
+    """BLOCK elements of a span, from `offset` on, counted as `low` and `high` are; `index` counts them from 0.
+
+    inside: which of them are in the span. WHOLE, which goes with a block: all are, and it is on a 16-byte mark in every list.
+    """
 
     offset: Any
     index: Any
-    low: Any
-    high: Any
-    WHOLE: Any
+    inside: Any
 
 
 @triton.jit
@@ -95,42 +96,44 @@ def is_whole(span, offset, addresses, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_at(span, offset, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    return Block(offset, tl.arange(0, BLOCK), span.low - offset, span.high - offset, WHOLE)
+def block_at(span, offset, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    return Block(offset, index, (index >= span.low - offset) & (index < span.high - offset))
 
 
 @triton.jit
-def pointers(address, block, DTYPE: tl.constexpr):
+def pointers(address, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
     first = (address + block.offset * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
-    if block.WHOLE:
+    if WHOLE:
         first = tl.multiple_of(first, 16)
     return first + block.index
 
 
 @triton.jit
-def mask_of(block, present):
-    if block.WHOLE:
-        return present
+def mask_of(address, block, WHOLE: tl.constexpr):
+    """Elements to read or write: none of a missing tensor."""
+    if WHOLE:
+        return address != 0
     else:
-        return (block.index >= block.low) & (block.index < block.high) & present
+        return block.inside & (address != 0)
 
 
 @triton.jit
-def load(address, block, DTYPE: tl.constexpr):
+def load(address, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
     """The block's elements as stored, zeros where the tensor is missing (address 0)."""
-    return tl.load(pointers(address, block, DTYPE), mask_of(block, address != 0), other=0.0)
+    return tl.load(pointers(address, block, WHOLE, DTYPE), mask_of(address, block, WHOLE), other=0.0)
 
 
 @triton.jit
-def read(addresses, address, block, DTYPE: tl.constexpr, C: tl.constexpr):
+def read(addresses, address, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
     """The block's elements in compute type; zeros where the list is not used or the tensor is missing."""
     if addresses is None:
         return tl.zeros_like(block.index).to(C)
     else:
-        return widen(load(address, block, DTYPE), C)
+        return widen(load(address, block, WHOLE, DTYPE), C)
 
 
 @triton.jit
-def store(address, block, values, DTYPE: tl.constexpr):
+def store(address, block, values, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
     """Write the block, if the tensor is there."""
-    tl.store(pointers(address, block, DTYPE), values, mask_of(block, address != 0))
+    tl.store(pointers(address, block, WHOLE, DTYPE), values, mask_of(address, block, WHOLE))
