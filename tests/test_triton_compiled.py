@@ -36,7 +36,13 @@ KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str, str]] = {
     "third ascent": ("perturb", ("base", "y", "backup"), {"ADAPTIVE": False}, "theta x acc", "theta acc"),
     "combine": ("combine", (), {"ROWS": 6}, "x1 x3 acc", "out"),
     "restore": ("restore", (), {}, "backup", "theta"),
-    "sgd": ("combined_update", ("x1", "second", "third"), {"ROWS": 2, "ALGORITHM": SGD}, "backup x3 acc first", "theta first"),
+    "sgd": (
+        "combined_update",
+        ("x1", "second", "third"),
+        {"ROWS": 2, "ALGORITHM": SGD},
+        "backup x3 acc first",
+        "theta first",
+    ),
     "adam": (
         "combined_update",
         ("x1", "third"),
@@ -45,10 +51,11 @@ KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str, str]] = {
         "theta first second",
     ),
 }
-# The budget. Registers as the room allows them (4, 3 and 2 programs of 256 threads on a multiprocessor; norms in float32 keep
-# more loads in flight instead); bytes of stack per thread that may spill: numbers that a tensor needs once, read from the
-# first-level cache.
+# The budget. Registers as the room allows them: 4, 3 and 2 programs of 256 threads on a multiprocessor (norms in float32
+# keep more loads in flight instead). Bytes of stack per thread that may spill: numbers that a tensor needs once, read
+# from the first-level cache.
 REGISTERS = {torch.float32: 64, torch.bfloat16: 80, torch.float64: 128}
+HEAVY = ("products", "third ascent", "sgd", "adam")
 SPILLED = {torch.float32: 64, torch.bfloat16: 96, torch.float64: 128}
 
 
@@ -84,13 +91,12 @@ def resources(kernel: Any, folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_registers_and_spills(generation, dtype, tmp_path):
-    used = {name: resources(compiled(name, dtype, generation), tmp_path) for name in KERNELS}
+    names = KERNELS if generation == 90 else HEAVY
+    used = {name: resources(compiled(name, dtype, generation), tmp_path) for name in names}
     for name, (registers, stack) in used.items():
         most = max(80, REGISTERS[dtype]) if name.startswith("norm") else REGISTERS[dtype]
         assert registers <= most, f"{name}: {registers} registers"
-        assert stack <= SPILLED[dtype], f"{name}: {stack} bytes of stack"
-    for name in ("first ascent", "second ascent", "third ascent", "combine", "restore"):
-        assert used[name][1] == 0, f"{name} spills"
+        assert stack <= (SPILLED[dtype] if name in HEAVY else 0), f"{name}: {stack} bytes of stack"
 
 
 def bytes_by_kind(ptx: str) -> Counter:
@@ -102,7 +108,7 @@ def bytes_by_kind(ptx: str) -> Counter:
     return kinds
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_whole_blocks_are_read_and_written_16_bytes_at_a_time(name, dtype):
     verb, _, _, reads, writes = KERNELS[name]

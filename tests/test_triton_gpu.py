@@ -15,8 +15,10 @@ from gam_fused import FusedGAM, available_backends, rooms
 from gam_fused.rooms import triton as room
 from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
-WHY = "no CUDA device" if not torch.cuda.is_available() else available_backends()["triton"] or (
-    "TRITON_INTERPRET is set: nothing runs on the GPU" if room.INTERPRETED else ""
+WHY = (
+    "no CUDA device"
+    if not torch.cuda.is_available()
+    else available_backends()["triton"] or ("TRITON_INTERPRET is set: nothing runs on the GPU" if room.INTERPRETED else "")
 )
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY), reason=WHY or "there")]
 

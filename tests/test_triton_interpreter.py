@@ -23,17 +23,32 @@ from gam_fused.rooms import triton as room
 from gam_fused.tensor_lists import Layout, TensorList
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install --no-deps triton==3.7.1")
-interpreted = pytest.mark.skipif(not room.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts")
+interpreted = pytest.mark.skipif(
+    not room.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
+)
 
 # From tests/test_rounding.py and tests/test_verbs.py, for every room that is there.
-ELSEWHERE = ("tests/test_rounding.py", "tests/test_verbs.py::TestNotFinite", "tests/test_verbs.py::test_zero_step_leaves_the_bits")
+ELSEWHERE = (
+    "tests/test_rounding.py",
+    "tests/test_verbs.py::TestNotFinite",
+    "tests/test_verbs.py::test_zero_step_leaves_the_bits",
+)
 KINDS = ("one element", "0-dim", "empty tensors", "chunk edges", "misaligned", "channels_last", "transposed")
 
 
 @pytest.mark.skipif(room.INTERPRETED, reason="is what the test starts")
 def test_everything_below_in_the_interpreter():
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", str(Path(__file__).relative_to(root))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-k",
+        "triton",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).relative_to(root)),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([*command, *ELSEWHERE], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

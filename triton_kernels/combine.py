@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
 from gam_fused.triton_kernels.gam_math import (
     DIRECTION_ACC,
     FOUND_INF,
@@ -50,7 +49,10 @@ def direction_block(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexp
     """d of a block; `lists` and `at`: x1, x3, acc and their addresses."""
     x1, x3, acc = lists
     return direction(
-        k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), read(acc, at[2], block, WHOLE, C, C)
+        k,
+        read(x1, at[0], block, WHOLE, DTYPE, C),
+        read(x3, at[1], block, WHOLE, DTYPE, C),
+        read(acc, at[2], block, WHOLE, C, C),
     )
 
 

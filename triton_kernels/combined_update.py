@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from gam_fused.triton_kernels.combine import close_step, direction_block
 from gam_fused.triton_kernels.gam_math import (
     SGD,
@@ -26,7 +25,20 @@ TENSOR_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
-def update_block(lists, at, old_at, state, state_at, k, h, block, WHOLE: tl.constexpr, ALGORITHM: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+def update_block(
+    lists,
+    at,
+    old_at,
+    state,
+    state_at,
+    k,
+    h,
+    block,
+    WHOLE: tl.constexpr,
+    ALGORITHM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    C: tl.constexpr,
+):
     """One block of theta and of the optimizer's state. Returns d^2."""
     theta_at, first_at, second_at, third_at = state_at
     first, third = state
@@ -106,7 +118,12 @@ def combined_update_kernel(
                 restore_span(theta_at, address(backup, tensor, span, DTYPE), span, DTYPE, BLOCK)
         else:
             old_at = theta_at if backup is None else address(backup, tensor, span, DTYPE)
-            state_at = theta_at, address(first, tensor, span, DTYPE), address(second, tensor, span, DTYPE), address(third, tensor, span, DTYPE)
+            state_at = (
+                theta_at,
+                address(first, tensor, span, DTYPE),
+                address(second, tensor, span, DTYPE),
+                address(third, tensor, span, DTYPE),
+            )
             row = row_of(layout, tensors, coefficients, tensor)
             step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
             k = direction_of(row, close.scale, C)
@@ -114,9 +131,13 @@ def combined_update_kernel(
             together = at[0] | at[1] | at[2] | old_at | theta_at | state_at[1] | state_at[2] | state_at[3]
             for offset in range(0, span.high, BLOCK):
                 if is_whole(span, offset, together, BLOCK):
-                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK), True, ALGORITHM, DTYPE, C)
+                    sums += update_block(
+                        lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK), True, ALGORITHM, DTYPE, C
+                    )
                 else:
-                    sums += update_block(lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK), False, ALGORITHM, DTYPE, C)
+                    sums += update_block(
+                        lists, at, old_at, state, state_at, k, h, block_at(span, offset, BLOCK), False, ALGORITHM, DTYPE, C
+                    )
         position = span.end
         tensor += 1
     tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))

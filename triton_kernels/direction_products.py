@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from gam_fused.triton_kernels.gam_math import DIRECTION_1, DIRECTION_3, DIRECTION_ACC, Direction, direction
 from gam_fused.triton_kernels.sums import put
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, row_of, span_at
@@ -16,7 +15,9 @@ def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: t
     x1, x3, acc = lists
     minus = read(acc, at[2], block, WHOLE, C, C)
     # With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete (k.acc is not 0).
-    plus = direction(k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), minus).to(tl.float64)
+    plus = direction(k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), minus).to(
+        tl.float64
+    )
     minus = minus.to(tl.float64)
     return plus * plus, minus * plus, minus * minus
 

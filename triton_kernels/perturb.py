@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from gam_fused.triton_kernels.gam_math import (
     FOLD_0,
     FOLD_2,
@@ -43,7 +42,18 @@ def to_storage(moved, span, block, key, DTYPE: tl.constexpr):
 
 @triton.jit
 def perturb_block(
-    lists, at, block, span, scale, active, folds, key, WHOLE: tl.constexpr, ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr
+    lists,
+    at,
+    block,
+    span,
+    scale,
+    active,
+    folds,
+    key,
+    WHOLE: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    C: tl.constexpr,
 ):
     """One block of every list. Returns (theta - base)^2 as stored."""
     base, x, y, acc, backup = lists
@@ -102,9 +112,13 @@ def perturb_kernel(
         together = at[0] | at[1] | at[2] | at[3] | at[4] | at[5]
         for offset in range(0, span.high, BLOCK):
             if is_whole(span, offset, together, BLOCK):
-                sums += perturb_block(lists, at, block_at(span, offset, BLOCK), span, scale, active, folds, key, True, ADAPTIVE, DTYPE, C)
+                sums += perturb_block(
+                    lists, at, block_at(span, offset, BLOCK), span, scale, active, folds, key, True, ADAPTIVE, DTYPE, C
+                )
             else:
-                sums += perturb_block(lists, at, block_at(span, offset, BLOCK), span, scale, active, folds, key, False, ADAPTIVE, DTYPE, C)
+                sums += perturb_block(
+                    lists, at, block_at(span, offset, BLOCK), span, scale, active, folds, key, False, ADAPTIVE, DTYPE, C
+                )
         position = span.end
         tensor += 1
     tl.store(realised + tl.program_id(0), tl.sum(sums, 0))

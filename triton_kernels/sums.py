@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from gam_fused.triton_kernels.gam_math import is_finite
 
 COLUMN_BLOCK = tl.constexpr(256)

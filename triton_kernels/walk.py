@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
 from gam_fused.triton_kernels.gam_math import COLUMNS, widen
 
 # Arguments of kernels that are not compiled in: no new kernel for another alignment, or for a number that is 1 or even.
@@ -25,8 +24,8 @@ RUNTIME = (
 class Span(NamedTuple):
     """Part of one tensor inside a chunk.
 
-    start: of the tensor in the flat vector. end: of the part, there. first: the tensor's element where blocks begin, the last
-    16-byte mark before the part. low, high: the part, counted from `first`.
+    start: of the tensor in the flat vector. end: of the part, there. first: the tensor's element where blocks begin, the
+    last 16-byte mark before the part. low, high: the part, counted from `first`.
     """
 
     start: Any
@@ -39,7 +38,8 @@ class Span(NamedTuple):
 class Block(NamedTuple):
     """BLOCK elements of a span, from `offset` on, counted as `low` and `high` are; `index` counts them from 0.
 
-    inside: which of them are in the span. WHOLE, which goes with a block: all are, and it is on a 16-byte mark in every list.
+    inside: which of them are in the span. WHOLE, which goes with a block: all are, and it is on a 16-byte mark in every
+    list.
     """
 
     offset: Any

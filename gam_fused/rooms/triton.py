@@ -35,9 +35,9 @@ _KEPT_TABLES = 256
 
 @cache
 def reason() -> str:
-    """"" where Triton can be used, else why not and the mend."""
+    """ "" where Triton can be used, else why not and the mend."""
     try:
-        import triton
+        import triton  # type: ignore[import]
     except ImportError as error:
         return f"Triton cannot be imported ({error}); {_MEND}"
     if tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2]) < _MINIMUM:
@@ -141,7 +141,14 @@ def _matrix(partials: Tensor) -> tuple[Tensor, int, int]:
 @cache
 def kernels() -> dict[str, Any]:
     """The kernels by verb. They import Triton, which takes a while, so only when one is needed."""
-    from gam_fused.triton_kernels import combine, combined_update, direction_products, perturb, restore, squared_norm
+    from gam_fused.triton_kernels import (  # type: ignore[import]
+        combine,
+        combined_update,
+        direction_products,
+        perturb,
+        restore,
+        squared_norm,
+    )
 
     return {
         "squared_norm": squared_norm.squared_norm_kernel,
@@ -160,7 +167,7 @@ def constants(verb: str, dtype: torch.dtype) -> dict[str, Any]:
     Raises:
         TypeError: a dtype that has no kernels.
     """
-    import triton.language as tl
+    import triton.language as tl  # type: ignore[import]
 
     types = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     if dtype not in types:
