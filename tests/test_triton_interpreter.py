@@ -17,7 +17,7 @@ from cases import DTYPES, SHAPES, Problem, assert_same_bits, get_room
 from gam_helpers import batch, batch_norm_net, close, mlp, regression, trainer
 from test_verbs import VERBS, check
 
-from gam_fused import available_backends
+from gam_fused import available_backends, rounding
 from gam_fused.constants import Control, Flag
 from gam_fused.rooms import triton as room
 from gam_fused.tensor_lists import Layout, TensorList
@@ -177,3 +177,18 @@ def test_interpreted_room_serves_the_cpu_and_is_never_chosen_by_itself():
     assert choose("auto", torch.device("cpu")) is not room
     with pytest.raises(RuntimeError, match="serves cpu tensors, not cuda"):
         choose("triton", torch.device("cuda"))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_has_the_specified_bits_across_a_multiple_of_2_to_the_32(dtype):
+    """Positions in the flat vector beyond 2^32, which no test has the memory for: the rounding of one block on its own."""
+    from triton_rounding import round_block
+
+    size, before, first = 2048, 1000, 512
+    values, out, key = torch.randn(size), torch.empty(size, dtype=dtype), rounding.key(77, 5, 1)
+    starts = torch.tensor([2**32 - before - first, first])
+    round_block[(1,)](values, out, torch.tensor([key]), starts, room.constants("perturb", dtype)["DTYPE"], size)
+    noise = rounding.noise(values.shape, key, 2**32 - before, values.device)
+    assert torch.equal(out, rounding.stochastic_round(values, dtype, noise))
+    assert not torch.equal(out, values.to(dtype))

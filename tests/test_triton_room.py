@@ -35,7 +35,7 @@ def triton_is(monkeypatch, version: str | None, *, gpu: bool) -> None:
     [
         (None, True, "Triton cannot be imported.*pip install 'gam_fused.triton.'"),
         ("3.5.1", True, "Triton 3.5.1 is older than 3.6; pip install 'gam_fused.triton.'"),
-        ("3.7.1", False, "torch sees no GPU to compile for. With TRITON_INTERPRET=1"),
+        ("3.7.1", False, "Triton is installed, but torch sees no GPU to compile for. With TRITON_INTERPRET=1"),
     ],
 )
 def test_reason_and_mend_where_it_is_not_there(monkeypatch, version, gpu, message):

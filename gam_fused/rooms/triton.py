@@ -207,9 +207,10 @@ def _launch(verb: str, layout: Layout, device: torch.device, lists: tuple[Tensor
 
 def _on(device: torch.device) -> Any:
     """Triton launches on torch's current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type == "cpu":
         return nullcontext()
-    return torch.cuda.device(device)
+    devices = torch.get_device_module(device)
+    return nullcontext() if device.index == devices.current_device() else devices.device(device)
 
 
 class _Tables:
