@@ -10,7 +10,7 @@ from gam_fused.triton_kernels.walk import Span, block_at
 
 @triton.jit
 def round_block(values, out, key, starts, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """out <- values, rounded as perturbed weights. starts: of the tensor in the flat vector, and of the block in the tensor."""
+    """out <- values, rounded as perturbed weights. starts: of the tensor in the flat vector, of the block in the tensor."""
     span = Span(tl.load(starts), tl.load(starts), tl.load(starts + 1), 0, BLOCK)
     index = tl.arange(0, BLOCK)
     rounded = to_storage(tl.load(values + index), span, block_at(span, 0, BLOCK), tl.load(key).to(tl.uint32), DTYPE)
