@@ -141,7 +141,7 @@ class CompiledRoom:
             rows = [lst.on(device) if lst.lasting else lst.addresses for lst in lists]
         operator.addresses(layout.table, self.map_of(layout, device), layout.chunk, dtype, *rows, *rest)
         if mutates is not None:
-            torch.autograd.graph.increment_version(mutates.tensors)
+            mutates.written()
 
     def map_of(self, layout: Layout, device: torch.device) -> Tensor:
         """The layout's numbers on a GPU; kernels on the CPU read its table."""
