@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gam_fused.constants import Control
+from gam_fused.sharding import local
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM
@@ -88,7 +89,7 @@ def create_state(optimizer: FusedGAM) -> None:
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
     idle = all(float(group.get("lr", 1.0)) == 0.0 for group in groups)
-    if not idle or any(p.grad is not None and bool(p.grad.count_nonzero()) for p in params):
+    if not idle or any(p.grad is not None and bool(local(p.grad).count_nonzero()) for p in params):
         raise RuntimeError(
             "FusedGAM.step needs a closure that computes the loss, since every step makes several gradient passes: "
             "optimizer.step(closure)"

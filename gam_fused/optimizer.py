@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gam_fused import base_optimizers, checkpoint, coefficients, flattening, hyperparameters, methods, precision
+from gam_fused import (
+    base_optimizers,
+    checkpoint,
+    coefficients,
+    distributed,
+    flattening,
+    hyperparameters,
+    methods,
+    precision,
+    sharding,
+)
 from gam_fused.amp import LossScaling
 from gam_fused.buckets import Plan
 from gam_fused.constants import Control
@@ -135,6 +145,7 @@ class FusedGAM(Optimizer):
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **self._gam_defaults})
         self._share_with_base()
         check_groups(self.param_groups)
+        distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
         if self.flatten:
             flattening.flatten(self.param_groups, self._modules)
 
@@ -164,7 +175,7 @@ class FusedGAM(Optimizer):
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
         if self._last is None:
             self._precision_watch.attach(self._modules)
-        with Interrupts() as interrupts:
+        with self._plan.no_sync(), Interrupts() as interrupts:
             step = Step(self, closure, interrupts)
             try:
                 run(step)
@@ -204,8 +215,10 @@ class FusedGAM(Optimizer):
         else:
             control[Control.SKIPPED], control[Control.NOISE_STEP] = self._counters
         for number, bucket in enumerate(plan.buckets):
-            control[Control.NOISE_SEED] = number
+            control[Control.NOISE_SEED] = number + len(plan.buckets) * bucket.shard_index
             bucket.control.copy_(control)
+        plan.replicas = distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
+        plan.fsdp_modules = sharding.fsdp_modules(self._modules)
         self._plan = plan
 
     def _values(self) -> hyperparameters.Hyperparameters:

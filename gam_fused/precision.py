@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gam_fused.tensor_lists import EMPTY
 
 if TYPE_CHECKING:
+    from gam_fused.buckets import Bucket
     from gam_fused.engine import Step
     from gam_fused.optimizer import FusedGAM
 
@@ -37,7 +38,8 @@ def noise_ratio(optimizer: FusedGAM, step: Step) -> Tensor:
     bucket = max(step.buckets, key=lambda b: torch.finfo(b.dtype).eps)
     radius = _probe_radius(optimizer)
     if bucket.dtype in (torch.float16, torch.bfloat16):
-        realised = torch.stack([b.column_slice("realised", 0).sum().to(bucket.shared.device) for b in step.buckets]).sum()
+        realised = step.plan.shards.totals(step.buckets, lambda b: b.column_slice("realised", 0).sum().reshape(1))
+        realised = realised[0].to(bucket.shared.device)
         return (realised - radius**2).clamp(min=0).sqrt() / max(radius, 1e-300)
     spacing = 0.72 * _forward_eps(optimizer, bucket.shared.device) * _theta_norm(step)
     ratio = spacing / max(radius, 1e-300)
@@ -116,9 +118,9 @@ def _forward_eps(optimizer: FusedGAM, device: torch.device) -> float:
 
 
 def _theta_norm(step: Step) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=step.buckets[0].shared.device)
-    for b in step.buckets:
+    def square(b: Bucket) -> Tensor:
         partials = torch.zeros(2, b.layout.chunks, dtype=torch.float64, device=b.shared.device)
         b.verbs.squared_norm(b.layout, b.theta, EMPTY, EMPTY, partials)
-        total += partials[0].sum().to(total.device)
-    return total.sqrt()
+        return partials[0].sum().reshape(1)
+
+    return step.plan.shards.totals(step.buckets, square)[0].sqrt()
