@@ -20,7 +20,9 @@ from torch import Tensor
 
 TIMEOUT = 240  # seconds until a test of several ranks counts as hung
 
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "gam_helpers"])
+_PRELOAD = "pytest unittest.mock torch.distributed.fsdp torch.distributed.tensor.parallel torch.testing".split()
+_PRELOAD += "torch.distributed.checkpoint.state_dict torch.nn.parallel torch._dynamo gam_helpers float64_gam".split()
+multiprocessing.set_forkserver_preload(_PRELOAD)
 FORKED = multiprocessing.get_context("forkserver")
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import unittest.mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from gam_helpers import batch, bits, close, closure_of, make, same
 from ranks import agree, fingerprint, run, shard_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.func import functional_call
+
+from gam_fused.sharding import local
 
 METHODS = ("sam", "finite_difference", "accelerated")
 BASES = {
@@ -20,10 +26,11 @@ BASES = {
 }
 
 
-def net(dtype=torch.float64, seed=0):
+def net(dtype=torch.float64, seed=0, hidden=(7, 5)):
     """Rows that do not divide evenly: 7, 5 and 1; over three ranks one of them has no row of the last layer."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+    a, b = hidden
+    return nn.Sequential(nn.Linear(3, a), nn.Tanh(), nn.Linear(a, b), nn.Tanh(), nn.Linear(b, 1)).to(dtype)
 
 
 def shard(model, **options):
@@ -88,22 +95,212 @@ def test_fsdp_equals_one_process(world, backend, policy):
     run(world, _unsharded_twin, backend, policy)
 
 
+def _in_bfloat16(model, x, y):
+    """What FSDP's policy does, on one process: weights and inputs rounded to bf16, per half of the batch."""
+
+    def loss_fn():
+        weights = {name: p.bfloat16() for name, p in model.named_parameters()}
+        halves = [(functional_call(model, weights, (x[r::2].bfloat16(),)) - y[r::2]).square().mean() for r in range(2)]
+        return sum(halves) / 2
+
+    return loss_fn
+
+
 def _mixed_precision(rank):
-    """Weights all-gathered in bf16: both runs see the same rounded weights, so they agree to the noise of bf16."""
     mesh = init_device_mesh("cpu", (2,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     x, y = batch(n=64, outputs=1)
     for method in METHODS:
-        model = shard(net(torch.float32), mesh=mesh, mp_policy=policy)
+        alone, model = net(torch.float32), shard(net(torch.float32), mesh=mesh, mp_policy=policy)
+        reference = make(alone.parameters(), method=method, lr=0.05)
         optimizer = make(model.parameters(), method=method, model=model, lr=0.05)
-        closure = closure_of(optimizer, loss_of(model, *shard_of(rank, x, y)))
-        losses = [optimizer.step(closure).item() for _ in range(40)]
-        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+        start = [p.detach().clone() for p in alone.parameters()]
+        for _ in range(5):
+            reference.step(closure_of(reference, _in_bfloat16(alone, x, y)))
+            optimizer.step(closure_of(optimizer, loss_of(model, *shard_of(rank, x, y))))
         assert all(p.dtype == torch.float32 for p in model.parameters())
-        assert int(optimizer.skipped_steps) == 0
-        for key in ("gradient_norm", "direction_norm", "perturbation_0"):
+        moved = [t - s for t, s in zip(full(model.parameters()), start, strict=True)]
+        close(moved, [p.detach() - s for p, s in zip(alone.parameters(), start, strict=True)], 0.02, method)
+        for key in ("gradient_norm", "direction_norm", "perturbation_0", "noise_ratio"):
             assert agree(optimizer.diagnostics()[key].item()), key
 
 
-def test_mixed_precision_policy_trains():
+def test_mixed_precision_policy_equals_one_process_in_bfloat16():
     run(2, _mixed_precision)
+
+
+# -- decisions --------------------------------------------------------------------------------------------------------
+
+
+def _decisions(rank):
+    """An infinity in one rank's pass, an exception on all ranks, weights that FSDP was told to keep whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, y = shard_of(rank, *batch(n=8, outputs=1, dtype=torch.float64))
+    for base, (kind, options) in BASES.items():
+        for bad in range(4):
+            model = shard(net(), mesh=mesh)
+            optimizer = make(model.parameters(), kind, "finite_difference", model=model, **options)
+            closure = closure_of(optimizer, loss_of(model, x, y))
+            optimizer.step(closure)
+            before, calls = [bits(local(p)) for p in model.parameters()], iter(range(4))
+
+            def spoilt(calls=calls, bad=bad, model=model):
+                loss = loss_of(model, x, y)() * (float("inf") if next(calls) == bad and rank == 1 else 1.0)
+                loss.backward()
+                return loss
+
+            optimizer.step(spoilt)
+            same([bits(local(p)) for p in model.parameters()], before, f"{base} {bad}")
+            assert optimizer.skipped_steps == 1, (base, bad)
+
+            def fails(calls=iter(range(4)), bad=bad, model=model):  # noqa: B008
+                if next(calls) == bad:
+                    raise RuntimeError("bad batch")
+                loss = loss_of(model, x, y)()
+                loss.backward()
+                return loss
+
+            with pytest.raises(RuntimeError, match="bad batch"):
+                optimizer.step(fails)
+            same([bits(local(p)) for p in model.parameters()], before, f"{base} {bad}")
+            optimizer.step(closure)
+            assert optimizer.skipped_steps == 1
+
+
+def _kept_whole(rank):
+    """`set_reshard_after_backward(False)` keeps whole weights between passes: they must not hide the perturbation."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, y = batch(n=8, outputs=1, dtype=torch.float64)
+    alone, model = net(), shard(net(), mesh=mesh)
+    model.set_reshard_after_backward(False)
+    reference = make(alone.parameters())
+    optimizer = make(model.parameters(), model=model)
+    compare(optimizer, model, reference, alone, shard_of(rank, x, y), (x, y))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), alone(x), rtol=1e-9, atol=1e-9)
+
+
+def test_all_ranks_decide_alike():
+    run(2, _decisions)
+
+
+def test_whole_weights_that_fsdp_keeps_are_gathered_anew():
+    run(2, _kept_whole)
+
+
+# -- other meshes -----------------------------------------------------------------------------------------------------
+
+
+def _hybrid(rank):
+    """Sharded over two ranks, replicated over two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    x, y = batch(n=12, outputs=1, dtype=torch.float64)
+    for method in METHODS:
+        alone, model = net(), shard(net(), mesh=mesh)
+        reference = make(alone.parameters(), method=method)
+        optimizer = make(model.parameters(), method=method, model=model)
+        compare(optimizer, model, reference, alone, shard_of(rank, x, y), (x, y), what=f"hybrid {method}")
+        assert agree(fingerprint(full(model.parameters()))), method
+
+
+def _tensor_parallel(rank):
+    """Columns and rows of two layers over two ranks, biases replicated; the last layer is no DTensor at all."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, y = batch(n=12, outputs=1, dtype=torch.float64)
+    for method in METHODS:
+        alone, model = net(hidden=(8, 5)), net(hidden=(8, 5))
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        kinds = {type(q) for p in model.parameters() if isinstance(p, DTensor) for q in p.placements}
+        assert {Shard, Replicate} <= kinds
+        reference = make(alone.parameters(), method=method, max_grad_norm=0.5)
+        optimizer = make(model.parameters(), method=method, model=model, max_grad_norm=0.5)
+        compare(optimizer, model, reference, alone, (x, y), (x, y), what=f"tensor parallel {method}")
+        assert agree(fingerprint(full(model.parameters()))), method
+
+
+def _two_meshes(rank):
+    """A 2-D mesh: one parameter over both dimensions, one over each, one replicated, one plain; each counted once."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    torch.manual_seed(0)
+    values = [torch.randn(5, 3, dtype=torch.float64) for _ in range(5)]
+    places = [(mesh, [Shard(0), Shard(1)]), (mesh["a"], [Shard(0)]), (mesh["b"], [Shard(1)]), (mesh, [Replicate(), Replicate()])]
+    for method in METHODS:
+        alone = [nn.Parameter(v.clone()) for v in values]
+        params = [nn.Parameter(distribute_tensor(v, m, p)) for v, (m, p) in zip(values, places, strict=False)]
+        params.append(nn.Parameter(values[4].clone()))
+        reference, optimizer = make(alone, method=method), make(params, method=method)
+
+        def loss(of):
+            whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in of]
+            return sum((p * (i + 1)).cos().sum() for i, p in enumerate(whole)) * 0.1 + (whole[0] * whole[4]).exp().mean()
+
+        for _ in range(3):
+            reference.step(lambda: loss(alone))
+            optimizer.step(lambda: loss(params))
+        close(full(params), alone, 1e-9, method)
+        for key, value in reference.diagnostics().items():
+            torch.testing.assert_close(optimizer.diagnostics()[key], value, rtol=1e-6, atol=1e-9, msg=f"{method} {key}")
+
+
+def test_hybrid_sharding_equals_one_process():
+    run(4, _hybrid)
+
+
+def test_tensor_parallelism_equals_one_process():
+    run(2, _tensor_parallel)
+
+
+def test_parameters_on_several_meshes_count_once():
+    run(4, _two_meshes)
+
+
+# -- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def _refusals(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    model = shard(net(), mesh=mesh)
+    for options, words in [
+        ({"perturb_sync": "local"}, "perturb_sync='local'.*sharded"),
+        ({"method": "exact"}, "method='exact'.*sharded"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            make(model.parameters(), model=model, **options)
+    with pytest.raises(ValueError, match="flatten=True.*DTensor"):
+        make(model.parameters(), flatten=True)
+    pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    with pytest.raises(TypeError, match="still to be added"):
+        make([pending])
+    elsewhere = DeviceMesh("cpu", [0])
+    if rank == 1:
+        with pytest.raises(TypeError, match="no part on this rank"):
+            make([nn.Parameter(DTensor.from_local(torch.ones(3), elsewhere, [Replicate()]))])
+    optimizer = make(model.parameters())
+    optimizer.state[next(model.parameters())] = {"momentum_buffer": torch.zeros(7, 3, dtype=torch.float64)}
+    with pytest.raises(TypeError, match=r"torch.distributed.checkpoint"):
+        optimizer.step(closure_of(optimizer, loss_of(model, *batch(outputs=1, dtype=torch.float64))))
+
+
+def test_what_cannot_be_says_why():
+    run(2, _refusals)
+
+
+def _all_reduces(rank):
+    """One all-reduce of a few numbers per reduction: four in a GAM step, and nothing else of ours."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = shard(net(), mesh=mesh)
+    x, y = shard_of(rank, *batch(n=8, outputs=1, dtype=torch.float64))
+    counts = []
+    for method in METHODS:
+        optimizer = make(model.parameters(), method=method)
+        closure = closure_of(optimizer, loss_of(model, x, y))
+        optimizer.step(closure)
+        with unittest.mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spy:
+            optimizer.step(closure)
+        counts.append((spy.call_count, sum(call.args[0].numel() for call in spy.call_args_list)))
+    return counts
+
+
+def test_one_all_reduce_per_reduction():
+    for counts in run(2, _all_reduces):
+        assert counts == [(2, 4), (4, 8), (4, 12)]
