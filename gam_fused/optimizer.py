@@ -140,7 +140,7 @@ class FusedGAM(Optimizer):
 
         self.base_optimizer = base_optimizers.build(params, base_optimizer, base_kwargs)
         self._fused = base_optimizers.fused_base(self.base_optimizer)
-        self._gam_defaults = {"rho": values.rho, "perturb": True}
+        self._gam_defaults: dict[str, Any] = {"rho": values.rho, "perturb": True, "gam": {}}
         check_parameters(self.base_optimizer.param_groups)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **self._gam_defaults})
         self._share_with_base()
@@ -262,14 +262,18 @@ class FusedGAM(Optimizer):
         try:
             check_parameters(self.param_groups)
             check_groups(self.param_groups)
+            distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[number:]
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, in the layout of the base optimizer's own, plus the counters of GAM under "gam"."""
+        """As torch.optim's, in the layout of the base optimizer's own; param groups also hold "rho", "perturb" and "gam"."""
         checkpoint.drop_unstarted(self)
-        return super().state_dict() | {"gam": checkpoint.counters(self)}
+        counters = checkpoint.counters(self)
+        for group in self.param_groups:
+            group["gam"] = counters
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class."""

@@ -69,7 +69,9 @@ def take(
             taken.append(None)
             continue
         if not is_dtensor(gradient) or gradient.layout is not torch.strided:
-            raise RuntimeError(f"the gradient of {describe(p, groups)} is not a dense DTensor, but {type(gradient).__name__}")
+            raise RuntimeError(
+                f"the gradient of {describe(p, groups)} is not a dense DTensor, but {type(gradient).__name__}"
+            )
         if tuple(gradient.placements) != tuple(p.placements):  # tensor parallelism leaves sums pending
             gradient = gradient.redistribute(p.device_mesh, p.placements)
         shard = local(gradient)

@@ -51,9 +51,12 @@ class TensorList:
 
     @property
     def addresses(self) -> Tensor:
-        """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`."""
+        """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`, and 1 for a tensor without elements.
+
+        The latter is there (an empty shard has a step count to advance), but has no address.
+        """
         if self._addresses is None:
-            row = array("q", [0 if t is None else t.data_ptr() for t in self.tensors])
+            row = array("q", [0 if t is None else t.data_ptr() or 1 for t in self.tensors])
             self._addresses = torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64)
         return self._addresses
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 TIMEOUT = 240  # seconds until a test of several ranks counts as hung
 
-_PRELOAD = "pytest unittest.mock torch.distributed.fsdp torch.distributed.tensor.parallel torch.testing".split()
-_PRELOAD += "torch.distributed.checkpoint.state_dict torch.nn.parallel torch._dynamo gam_helpers float64_gam".split()
+_PRELOAD = ["pytest", "unittest.mock", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.testing"]
+_PRELOAD += ["torch.distributed.checkpoint.state_dict", "torch.nn.parallel", "torch._dynamo", "gam_helpers", "float64_gam"]
 multiprocessing.set_forkserver_preload(_PRELOAD)
 FORKED = multiprocessing.get_context("forkserver")
 
@@ -67,7 +67,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A hash of the bits of all tensors."""
     digest = hashlib.sha256()
     for t in tensors:
-        digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

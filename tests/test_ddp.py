@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
+import unittest.mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from float64_gam import Gam64
-from gam_helpers import METHODS, SETTINGS, batch, bits, close, closure_of, functional_loss, make, mlp, regression, same
+from gam_helpers import (
+    METHODS,
+    PASSES,
+    SETTINGS,
+    batch,
+    bits,
+    close,
+    closure_of,
+    functional_loss,
+    make,
+    mlp,
+    regression,
+    same,
+)
 from ranks import agree, fingerprint, run, shard_of
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 MODES = ("global", "local")
@@ -50,7 +67,9 @@ def build(model, mode, method="finite_difference", base="sgd", ddp=None, **optio
 def _long_run(rank, mode, views):
     results = {}
     for method in METHODS:
-        model, optimizer = build(Heads(), mode, method, ddp={"gradient_as_bucket_view": views, "find_unused_parameters": True})
+        model, optimizer = build(
+            Heads(), mode, method, ddp={"gradient_as_bucket_view": views, "find_unused_parameters": True}
+        )
         unused = bits(model.module.unused.weight)
         start = fingerprint(model.parameters())
         torch.manual_seed(100 + rank)  # other dropout masks, other batches
@@ -123,7 +142,9 @@ def _local_against_float64(rank, backend):
             optimizer.step(closure_of(optimizer, regression(model, *halves[rank])))
             directions = []
             for half in halves:
-                judge = Gam64([{"params": list(twin.parameters()), "rho": SETTINGS[method]["rho"]}], method=method, **settings)
+                judge = Gam64(
+                    [{"params": list(twin.parameters()), "rho": SETTINGS[method]["rho"]}], method=method, **settings
+                )
                 directions.append(judge.direction(functional_loss(twin, *half)))
             for p, *ds in zip(twin.parameters(), *directions, strict=True):
                 p.grad = (ds[0] + ds[1]) / 2
@@ -137,3 +158,215 @@ def _local_against_float64(rank, backend):
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_local_mode_averages_each_ranks_own_direction(backend):
     run(2, _local_against_float64, backend)
+
+
+# -- decisions --------------------------------------------------------------------------------------------------------
+
+
+def _non_finite(rank, mode):
+    """An infinity on one rank, in one pass: every rank skips the step, leaves its scaler alike, and goes on."""
+    x, y = shard_of(rank, *batch())
+    for method, base in [*((m, "sgd") for m in METHODS), ("finite_difference", "adamw"), ("accelerated", "foreign")]:
+        for bad in range(PASSES[method]):
+            scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+            model, optimizer = build(mlp(), mode, method, base, grad_scaler=scaler)
+            spoil = {"at": None}
+            calls = iter(range(10**6))
+
+            def loss_fn(model=model, calls=calls, spoil=spoil):
+                loss = (model(x) - y).square().mean()
+                return loss * float("inf") if next(calls) == spoil["at"] and rank == 1 else loss
+
+            for step in range(3):
+                before = fingerprint(model.parameters())
+                spoil["at"] = bad + PASSES[method] if step == 1 else None
+                optimizer.step(loss_fn)
+                scaler.update()
+                moved = fingerprint(model.parameters()) != before
+                assert moved == (step != 1), (method, base, bad, step)
+            assert (optimizer.skipped_steps, scaler.get_scale()) == (1, 128.0), (method, base, bad)
+            assert agree(fingerprint(model.parameters())), (method, base, bad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_infinity_on_one_rank_skips_the_step_on_all(mode):
+    run(2, _non_finite, mode)
+
+
+def _scaled(rank):
+    """The loss scale changes nothing but rounding: local directions are averaged scaled, and clipped unscaled."""
+    x, y = shard_of(rank, *batch())
+    for method in METHODS:
+        runs = []
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+            model, optimizer = build(mlp(), "local", method, grad_scaler=scaler, max_grad_norm=0.1)
+            for _ in range(3):
+                optimizer.step(regression(model, x, y))
+                if scaler:
+                    scaler.update()
+            runs.append((list(model.parameters()), optimizer.diagnostics()["direction_norm"].item()))
+        for p, q in zip(runs[0][0], runs[1][0], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-4)
+        assert runs[0][1] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_loss_scale_and_clipping_in_local_mode():
+    run(2, _scaled)
+
+
+def _buffers(rank, mode):
+    """As after one DDP pass: each rank has moved its own; the next forward brings in line with rank 0."""
+    for method in METHODS:
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        twin = DistributedDataParallel(copy.deepcopy(net))
+        model, optimizer = build(net, mode, method)
+        for step in range(4):
+            x, y = batch(seed=10 * step + rank)
+            twin.load_state_dict(copy.deepcopy(model.state_dict()))
+            twin(x)
+            optimizer.step(closure_of(optimizer, regression(model, x, y)))
+            same([bits(b) for b in model.buffers()], [bits(b) for b in twin.buffers()], f"{method} {step}")
+            assert not agree(fingerprint(model.buffers()))
+        with torch.no_grad():
+            model.eval()(x)
+        assert agree(fingerprint(model.buffers())), method
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_are_as_after_one_pass_of_ddp(mode):
+    run(2, _buffers, mode)
+
+
+def _failures(rank):
+    """Local mode: a rank whose step failed, and which caught that, comes later; the others wait for its next step."""
+    x, y = shard_of(rank, *batch())
+    for method in METHODS:
+        model, optimizer = build(mlp(), "local", method)
+        for step in range(4):
+            if step == 1 and rank == 1:
+                before, calls = fingerprint(model.parameters()), iter(range(9))
+
+                def fails(model=model, calls=calls, method=method):
+                    if next(calls) == PASSES[method] - 1:
+                        raise RuntimeError("bad batch")
+                    return (model(x) - y).square().mean()
+
+                with pytest.raises(RuntimeError, match="bad batch"):
+                    optimizer.step(fails)
+                assert fingerprint(model.parameters()) == before
+            optimizer.step(regression(model, x, y))
+        assert agree(fingerprint(model.parameters())), method
+        assert model.require_backward_grad_sync
+
+
+def test_a_failed_step_of_one_rank_in_local_mode_leaves_all_alike():
+    run(2, _failures)
+
+
+def _dies(rank, mode, bad, folder):
+    """Rank 1 dies in pass `bad` of step 2; rank 0 finds the connection closed, and its weights as before the step."""
+    x, y = shard_of(rank, *batch())
+    model, optimizer = build(mlp(), mode)
+    optimizer.step(regression(model, x, y))
+    torch.save([bits(p) for p in model.parameters()], f"{folder}/before-{rank}")
+    calls = iter(range(9))
+
+    def loss_fn():
+        if next(calls) == bad and rank == 1:
+            os._exit(0)
+        return (model(x) - y).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"(?i)connection|closed|peer"):
+        optimizer.step(loss_fn)
+    torch.save([bits(p) for p in model.parameters()], f"{folder}/after-{rank}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("mode", "bad"), [("global", 0), ("global", 2), ("local", 3)])
+def test_a_rank_that_dies_leaves_the_weights_of_the_others(mode, bad, tmp_path):
+    with pytest.raises(FileNotFoundError):  # no rank returns anything
+        run(2, _dies, mode, bad, str(tmp_path))
+    before, after = (torch.load(tmp_path / f"{when}-0") for when in ("before", "after"))
+    same(after, before)
+
+
+# -- cost, and what cannot be -----------------------------------------------------------------------------------------
+
+
+def _communication(rank):
+    """All-reduces of DDP and of ours per step: local mode makes one, in one flat buffer per dtype."""
+    x, y = shard_of(rank, *batch())
+    counts = {}
+    for mode in MODES:
+        for method in METHODS:
+            model, optimizer = build(mlp(), mode, method)
+            buckets = []
+
+            def hook(state, bucket, buckets=buckets):
+                buckets.append(bucket.index())
+                return allreduce_hook(state, bucket)
+
+            model.register_comm_hook(None, hook)
+            optimizer.step(regression(model, x, y))
+            buckets.clear()
+            with unittest.mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spy:
+                optimizer.step(regression(model, x, y))
+            counts[mode, method] = (len(buckets), spy.call_count - len(buckets))  # the hook calls it too
+    return counts
+
+
+def test_local_mode_communicates_once_per_step():
+    for counts in run(2, _communication):
+        assert all(counts["local", method] == (0, 1) for method in METHODS)
+        assert counts["global", "sam"] == (2, 0)
+        assert counts["global", "finite_difference"] == counts["global", "accelerated"] == (4, 0)
+        assert counts["global", "exact"] == (0, 4)  # two gradients, two products
+
+
+def _refusals(rank):
+    plain = mlp()
+    for model in (None, plain):
+        with pytest.raises(ValueError, match=r"perturb_sync='local'.*wrap the model first"):
+            make(plain.parameters(), perturb_sync="local", model=model)
+    wrapped = DistributedDataParallel(plain)
+    outside = mlp(seed=3)
+    with pytest.raises(ValueError, match=r"parameter 4 of group 0 .*not averaged by the DistributedDataParallel"):
+        make([*wrapped.parameters(), *outside.parameters()], perturb_sync="local", model=wrapped)
+    inside = nn.ModuleDict({"trained": wrapped})
+    optimizer = make(wrapped.parameters(), perturb_sync="local", model=inside)
+    with pytest.raises(ValueError, match="not averaged"):
+        optimizer.add_param_group({"params": list(outside.parameters())})
+    assert len(optimizer.param_groups) == 1
+    optimizer.step(regression(wrapped, *batch()))
+    assert agree(fingerprint(wrapped.parameters()))
+
+
+def test_local_mode_says_what_it_needs():
+    run(2, _refusals)
+
+
+def _low_precision(rank, mode):
+    """bf16 and float64 side by side: stochastic rounding is the same on all ranks, and each dtype has its buffer."""
+    for method in METHODS:
+        net = nn.ModuleList([nn.Linear(3, 4).bfloat16(), nn.Linear(4, 2).double()])
+
+        class Mixed(nn.Module):
+            def __init__(self, net=net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x):
+                return self.net[1](self.net[0](x.bfloat16()).tanh().double())
+
+        model, optimizer = build(Mixed(), mode, method)
+        for step in range(10):
+            x, y = batch(seed=20 * step + rank)
+            optimizer.step(closure_of(optimizer, regression(model, x, y)))
+        assert agree(fingerprint(model.parameters())), method
+        assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dtypes_side_by_side(mode):
+    run(2, _low_precision, mode)

@@ -69,7 +69,9 @@ def _unsharded_twin(rank, backend, policy):
     mine = shard_of(rank, x, y)
     cases = [(m, base, {}) for m in METHODS for base in BASES]
     cases += [(m, "sgd", {"max_grad_norm": 0.05}) for m in METHODS] + [("accelerated", "adamw", {"adaptive": True})]
-    cases += [("finite_difference", "sgd", o) for o in ({"interval": 2}, {"oracle": "sam"}, {"oracle": "sam", "sam_rho": 0.3})]
+    cases += [
+        ("finite_difference", "sgd", o) for o in ({"interval": 2}, {"oracle": "sam"}, {"oracle": "sam", "sam_rho": 0.3})
+    ]
     for method, base, extra in cases:
         kind, base_options = BASES[base]
         alone, model = net(), shard(net(), mesh=mesh, **options)
@@ -223,7 +225,12 @@ def _two_meshes(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     torch.manual_seed(0)
     values = [torch.randn(5, 3, dtype=torch.float64) for _ in range(5)]
-    places = [(mesh, [Shard(0), Shard(1)]), (mesh["a"], [Shard(0)]), (mesh["b"], [Shard(1)]), (mesh, [Replicate(), Replicate()])]
+    places = [
+        (mesh, [Shard(0), Shard(1)]),
+        (mesh["a"], [Shard(0)]),
+        (mesh["b"], [Shard(1)]),
+        (mesh, [Replicate(), Replicate()]),
+    ]
     for method in METHODS:
         alone = [nn.Parameter(v.clone()) for v in values]
         params = [nn.Parameter(distribute_tensor(v, m, p)) for v, (m, p) in zip(values, places, strict=False)]
