@@ -152,13 +152,13 @@ class Bucket:
 
     def _adopt(self, entry: dict[str, Any], key: str, i: int) -> Tensor:
         """The state tensor `key` of parameter `i` as the verbs take it, in memory that `entry` holds too."""
-        p, present = self.params[i], entry.get(key)
+        p, present = self.params[i], entry.get(key)  # p is a DTensor in a sharded bucket
         if not self.sharded:
             entry[key] = value = _like(present, p, self.strides[i])
             return value
         shard = sharding.adopt(present, p)
         value = _like(shard, self.theta.tensors[i], self.strides[i])
-        if present is None or value is not shard or tuple(present.placements) != tuple(p.placements):
+        if present is None or value is not shard or not sharding.alike(present, p):
             entry[key] = sharding.like(value, p)
         return value
 

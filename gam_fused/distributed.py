@@ -31,7 +31,7 @@ def replicas(modules: Sequence[nn.Module], perturb_sync: str, method: str, group
     """What has to be averaged here, or None: DDP does it all, or there is no DDP to be seen.
 
     Raises:
-        ValueError: ``perturb_sync="local"`` without a DistributedDataParallel in `modules`, or with parameters outside of it.
+        ValueError: ``perturb_sync="local"`` without DistributedDataParallel in `modules`, or with parameters outside of it.
         TypeError: a method or `perturb_sync` that sharded parameters cannot have.
     """
     local = perturb_sync == "local"
@@ -91,12 +91,10 @@ class Replicas:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """For the time of a step, DDP reduces nothing; buffers it brings in line all the same, in the first forward."""
+        """For the time of a step, DDP reduces nothing. Its next forward brings buffers in line, as after an ordinary step."""
         with ExitStack() as stack:
             for module in self._ddp:
                 stack.enter_context(module.no_sync())
-                module.require_forward_param_sync = True
-                # and after the step again, for a forward outside of it
                 stack.callback(setattr, module, "require_forward_param_sync", True)
             yield
 

@@ -19,7 +19,8 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
     Parameters that already lie so stay where they are; values, strides and Parameter objects stay the same.
 
     Raises:
-        ValueError: storage that is not ours to move: shared with something else, with gaps, a DTensor, or known to an existing DDP.
+        ValueError: storage that is not ours to move: shared with something else, with gaps, a DTensor's, or known to an
+            existing DDP.
     """
     if any(isinstance(m, DistributedDataParallel) for m in modules):
         raise ValueError("flatten=True must come before DistributedDataParallel, which holds on to the parameters' memory")

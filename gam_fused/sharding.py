@@ -37,6 +37,11 @@ def like(shard: Tensor, p: Any) -> Tensor:
     return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two DTensors are distributed in the same way."""
+    return a.device_mesh == b.device_mesh and tuple(a.placements) == tuple(b.placements)
+
+
 def adopt(value: Any, p: Any) -> Any:
     """The local shard of `value`, optimizer state of the DTensor `p` that may be distributed otherwise; None stays None.
 
@@ -50,7 +55,7 @@ def adopt(value: Any, p: Any) -> Any:
             f"optimizer state of shape {tuple(value.shape)} for a DTensor parameter of shape {tuple(p.shape)} is a plain "
             "tensor: load checkpoints of sharded parameters with torch.distributed.checkpoint"
         )
-    if value.device_mesh != p.device_mesh or tuple(value.placements) != tuple(p.placements):
+    if not alike(value, p):
         value = value.redistribute(p.device_mesh, p.placements)
     return local(value)
 
@@ -72,7 +77,7 @@ def take(
             raise RuntimeError(
                 f"the gradient of {describe(p, groups)} is not a dense DTensor, but {type(gradient).__name__}"
             )
-        if tuple(gradient.placements) != tuple(p.placements):  # tensor parallelism leaves sums pending
+        if not alike(gradient, p):  # tensor parallelism leaves sums pending
             gradient = gradient.redistribute(p.device_mesh, p.placements)
         shard = local(gradient)
         if keep or shard.dtype is not dtype or shard.stride() != stride:

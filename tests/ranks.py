@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 TIMEOUT = 240  # seconds until a test of several ranks counts as hung
 
@@ -81,3 +83,27 @@ def agree(value: Any) -> bool:
 def shard_of(rank: int, *tensors: Tensor) -> list[Tensor]:
     """This rank's rows of tensors that all ranks hold: rows rank, rank + world, ..."""
     return [t[rank :: dist.get_world_size()] for t in tensors]
+
+
+# A network of uneven shards.
+
+
+def net(dtype=torch.float64, seed=0, hidden=(7, 5)):
+    """Rows that do not divide evenly: 7, 5 and 1; over three ranks one of them has no row of the last layer."""
+    torch.manual_seed(seed)
+    a, b = hidden
+    return nn.Sequential(nn.Linear(3, a), nn.Tanh(), nn.Linear(a, b), nn.Tanh(), nn.Linear(b, 1)).to(dtype)
+
+
+def shard(model, **options):
+    for layer in (model[0], model[2]):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def loss_of(model, x, y):
+    return lambda: (model(x) - y).square().mean()
+
+
+def full(params):
+    return [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from gam_helpers import batch, bits, close, closure_of, freeze, make, same
-from ranks import FORKED, agree, run
-from test_fsdp import full, local, loss_of, net, shard
+from ranks import FORKED, agree, full, loss_of, net, run, shard
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 from gam_fused.schedules import ProportionalRho
+from gam_fused.sharding import local
 
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
@@ -86,8 +86,10 @@ def _round_trips(rank, folder):
     for way, options in WAYS.items():
         for base in BASES:
             model, optimizer, closure = build(base=base, dtype=torch.float32)
-            for step in range(5):
-                optimizer.step(closure if step else lambda loss=loss_of(model, *data): loss() * float("nan"))
+            loss_fn = loss_of(model, *data)
+            optimizer.step(lambda loss_fn=loss_fn: loss_fn() * float("nan"))
+            for _ in range(4):
+                optimizer.step(closure)
             optimizer.gamma, optimizer.param_groups[0]["rho"] = 0.7, 0.11
             saved = gather(model, optimizer, options)
             if way == "full":  # rank 0 has all of it; the others nothing

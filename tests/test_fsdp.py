@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from gam_helpers import batch, bits, close, closure_of, make, same
-from ranks import agree, fingerprint, run, shard_of
+from ranks import agree, fingerprint, full, loss_of, net, run, shard, shard_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
@@ -24,27 +24,6 @@ BASES = {
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
     "foreign": (torch.optim.NAdam, {"lr": 0.01}),
 }
-
-
-def net(dtype=torch.float64, seed=0, hidden=(7, 5)):
-    """Rows that do not divide evenly: 7, 5 and 1; over three ranks one of them has no row of the last layer."""
-    torch.manual_seed(seed)
-    a, b = hidden
-    return nn.Sequential(nn.Linear(3, a), nn.Tanh(), nn.Linear(a, b), nn.Tanh(), nn.Linear(b, 1)).to(dtype)
-
-
-def shard(model, **options):
-    for layer in (model[0], model[2]):
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def loss_of(model, x, y):
-    return lambda: (model(x) - y).square().mean()
-
-
-def full(params):
-    return [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
 
 
 def compare(optimizer, model, reference, alone, mine, whole, tolerance=1e-9, steps=3, what=""):
@@ -242,11 +221,38 @@ def _two_meshes(rank):
             return sum((p * (i + 1)).cos().sum() for i, p in enumerate(whole)) * 0.1 + (whole[0] * whole[4]).exp().mean()
 
         for _ in range(3):
-            reference.step(lambda: loss(alone))
-            optimizer.step(lambda: loss(params))
+            reference.step(lambda alone=alone: loss(alone))
+            optimizer.step(lambda params=params: loss(params))
         close(full(params), alone, 1e-9, method)
         for key, value in reference.diagnostics().items():
             torch.testing.assert_close(optimizer.diagnostics()[key], value, rtol=1e-6, atol=1e-9, msg=f"{method} {key}")
+
+
+def _pending_gradients(rank):
+    """Replicated weights and a sharded batch: gradients arrive as sums that are still to be added over the ranks."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, y = batch(n=12, outputs=1, dtype=torch.float64)
+    rows = distribute_tensor(x, mesh, [Shard(0)])
+    for method in METHODS:
+        alone = nn.Parameter(torch.full((3, 1), 0.3, dtype=torch.float64))
+        model = nn.Parameter(distribute_tensor(alone.detach().clone(), mesh, [Replicate()]))
+        reference, optimizer = make([alone], method=method), make([model], method=method)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (rows @ model).tanh().square().sum().full_tensor()
+            loss.backward()
+            assert model.grad.placements[0].is_partial()
+            return loss
+
+        for _ in range(3):
+            reference.step(lambda alone=alone: (x @ alone).tanh().square().sum())
+            optimizer.step(closure)
+        close(full([model]), [alone], 1e-9, method)
+
+
+def test_pending_sums_of_gradients_are_added():
+    run(2, _pending_gradients)
 
 
 def test_hybrid_sharding_equals_one_process():
@@ -273,7 +279,7 @@ def _refusals(rank):
     ]:
         with pytest.raises(TypeError, match=words):
             make(model.parameters(), model=model, **options)
-    with pytest.raises(ValueError, match="flatten=True.*DTensor"):
+    with pytest.raises(ValueError, match=r"flatten=True.*DTensor"):
         make(model.parameters(), flatten=True)
     pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     with pytest.raises(TypeError, match="still to be added"):
