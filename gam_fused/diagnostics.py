@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gam_fused import precision
-from gam_fused.buckets import GUARD
-from gam_fused.constants import Control
+from gam_fused.constants import GUARD, Control
 
 if TYPE_CHECKING:
     from gam_fused.buckets import Bucket

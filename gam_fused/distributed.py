@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gam_fused.constants import Control
+from gam_fused.constants import GUARD, Control
 from gam_fused.parameters import Groups, describe, is_dtensor
-from gam_fused.tensor_lists import TensorList, flat_views
+from gam_fused.sharding import refuse_fsdp1
+from gam_fused.tensor_lists import EMPTY, TensorList, flat_views
 
 if TYPE_CHECKING:
     from gam_fused.buckets import Bucket
@@ -32,8 +33,9 @@ def replicas(modules: Sequence[nn.Module], perturb_sync: str, method: str, group
 
     Raises:
         ValueError: ``perturb_sync="local"`` without DistributedDataParallel in `modules`, or with parameters outside of it.
-        TypeError: a method or `perturb_sync` that sharded parameters cannot have.
+        TypeError: FSDP1, or a method or `perturb_sync` that sharded parameters cannot have.
     """
+    refuse_fsdp1(modules, groups)
     local = perturb_sync == "local"
     if local or method == "exact":
         _refuse_shards(groups, local)
@@ -91,7 +93,7 @@ class Replicas:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """For the time of a step, DDP reduces nothing. Its next forward brings buffers in line, as after an ordinary step."""
+        """For the time of a step DDP reduces nothing. Its next forward aligns buffers, as after any step of DDP."""
         with ExitStack() as stack:
             for module in self._ddp:
                 stack.enter_context(module.no_sync())
@@ -118,9 +120,6 @@ class Replicas:
         A rank that would skip the step makes all ranks skip it. d is still multiplied by the loss scale, and is clipped
         after it has been averaged. `seen` becomes which parameters had a gradient on any rank.
         """
-        from gam_fused.buckets import GUARD
-        from gam_fused.tensor_lists import EMPTY
-
         directions = []
         for i, b in enumerate(buckets):
             if b.exchange is None:

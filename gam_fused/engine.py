@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from gam_fused import gradients, sharding
-from gam_fused.buckets import GUARD
-from gam_fused.constants import Control
+from gam_fused.constants import GUARD, Control
 from gam_fused.tensor_lists import EMPTY, TensorList
 from gam_fused.transaction import Buffers, Interrupts, RandomState
 

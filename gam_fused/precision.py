@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gam_fused.sharding import forward_dtypes
 from gam_fused.tensor_lists import EMPTY
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def _probe_radius(optimizer: FusedGAM) -> float:
 
 def _forward_eps(optimizer: FusedGAM, device: torch.device) -> float:
     """Spacing at 1 of the coarsest dtype that weights are cast to in the forward pass, as far as it can be seen."""
-    eps = max(optimizer._precision_watch.autocast_eps, *(torch.finfo(b.dtype).eps for b in optimizer._plan.buckets))
+    plan = optimizer._plan
+    dtypes = {b.dtype for b in plan.buckets} | forward_dtypes(plan.fsdp_modules)
+    eps = max(optimizer._precision_watch.autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes))
     if device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
         eps = max(eps, TF32_EPS)
     return eps

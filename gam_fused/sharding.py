@@ -171,6 +171,21 @@ def _device_of(group: dist.ProcessGroup, home: torch.device) -> torch.device:
     return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
+def forward_dtypes(fsdp: Iterable[Any]) -> set[torch.dtype]:
+    """To which dtypes FSDP's mixed-precision policies cast weights. Policies are not public; only an estimate asks."""
+    policies = (getattr(getattr(m, "_get_fsdp_state", lambda: None)(), "_mp_policy", None) for m in fsdp)
+    return {dtype for policy in policies if (dtype := getattr(policy, "param_dtype", None))}
+
+
+def refuse_fsdp1(modules: Iterable[nn.Module], groups: Groups) -> None:
+    """Raises TypeError for FullyShardedDataParallel: its shards look like plain tensors, and norms would be each rank's."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    wrapped = kind is not None and any(isinstance(m, kind) for root in modules for m in root.modules())
+    flat = any(getattr(p, "_is_flat_param", False) for group in groups for p in group["params"])
+    if wrapped or flat:
+        raise TypeError("FullyShardedDataParallel (FSDP1) is not supported; shard with torch.distributed.fsdp.fully_shard")
+
+
 def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     """The modules among `modules` and inside them that `fully_shard` was applied to."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: then there are none

@@ -11,7 +11,7 @@ from gam_helpers import batch, bits, close, closure_of, make, same
 from ranks import agree, fingerprint, full, loss_of, net, run, shard, shard_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
@@ -104,6 +104,7 @@ def _mixed_precision(rank):
         close(moved, [p.detach() - s for p, s in zip(alone.parameters(), start, strict=True)], 0.02, method)
         for key in ("gradient_norm", "direction_norm", "perturbation_0", "noise_ratio"):
             assert agree(optimizer.diagnostics()[key].item()), key
+        assert optimizer.diagnostics()["noise_ratio"] > 100 * reference.diagnostics()["noise_ratio"]  # it knows the policy
 
 
 def test_mixed_precision_policy_equals_one_process_in_bfloat16():
@@ -231,7 +232,7 @@ def _two_meshes(rank):
 def _pending_gradients(rank):
     """Replicated weights and a sharded batch: gradients arrive as sums that are still to be added over the ranks."""
     mesh = init_device_mesh("cpu", (2,))
-    x, y = batch(n=12, outputs=1, dtype=torch.float64)
+    x, _ = batch(n=12, dtype=torch.float64)
     rows = distribute_tensor(x, mesh, [Shard(0)])
     for method in METHODS:
         alone = nn.Parameter(torch.full((3, 1), 0.3, dtype=torch.float64))
@@ -253,6 +254,33 @@ def _pending_gradients(rank):
 
 def test_pending_sums_of_gradients_are_added():
     run(2, _pending_gradients)
+
+
+class Counting(nn.Module):
+    """A DTensor parameter, and a DTensor buffer that every forward moves."""
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.weight = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        self.register_buffer("seen", distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+
+    def forward(self):
+        with torch.no_grad():
+            self.seen.add_(1.0)
+        return self.weight.sin().sum().full_tensor()
+
+
+def _buffers(rank):
+    for method in METHODS:
+        model = Counting(init_device_mesh("cpu", (2,)))
+        optimizer = make(model.parameters(), method=method, model=model)
+        optimizer.step(model)
+        optimizer.step(model)
+        assert torch.equal(full([model.seen])[0], torch.full((4,), 2.0)), method
+
+
+def test_sharded_buffers_move_once():
+    run(2, _buffers)
 
 
 def test_hybrid_sharding_equals_one_process():
@@ -281,6 +309,12 @@ def _refusals(rank):
             make(model.parameters(), model=model, **options)
     with pytest.raises(ValueError, match=r"flatten=True.*DTensor"):
         make(model.parameters(), flatten=True)
+    old = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match="FSDP1"):
+        make(old.parameters())
+    old = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(TypeError, match="FSDP1"):
+        make(old.parameters(), model=old)
     pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     with pytest.raises(TypeError, match="still to be added"):
         make([pending])
