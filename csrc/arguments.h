@@ -10,10 +10,12 @@
 
 #include <algorithm>
 #include <deque>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "gam_math.h"
+#include "verbs.h"
 
 namespace gam {
 
@@ -64,45 +66,73 @@ inline ScalarType storage_dtype(int64_t dtype) {
   STD_TORCH_CHECK(false, "gam_fused: dtype code ", dtype, " is not one of 0 (float32), 1, 2, 3; see gam_fused/ops.py");
 }
 
+// One operand: an address per tensor, 0 where a tensor is missing. Host addresses, or a table that a GPU reads; neither
+// where the list is not used.
+struct Operand {
+  const int64_t* host = nullptr;
+  const int64_t* device = nullptr;
+};
+
 // The layout table and the lists that go with it.
 class Lists {
  public:
-  // `table`: int64 [3, T + 1] on the CPU: starts, groups, counted.
-  Lists(const Tensor& table, int64_t chunk, int64_t dtype, bool on_cpu)
-      : storage_(storage_dtype(dtype)),
+  // `table`: int64 [3, T + 1] on the CPU: starts, groups, counted. `map`: the same for a GPU (`Layout.on`), or empty.
+  Lists(const Tensor& table, const Tensor& map, int64_t chunk, int64_t dtype, bool on_cpu)
+      : dtype_(dtype),
+        storage_(storage_dtype(dtype)),
         compute_(dtype == DType::FLOAT64 ? ScalarType::Double : ScalarType::Float),
-        on_cpu_(on_cpu) {
+        on_cpu_(on_cpu),
+        chunk_(chunk) {
     STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
                         table.size(0) == 3 && table.size(1) >= 1 && table.is_contiguous(),
                     "gam_fused: layout must be a contiguous int64 CPU tensor [3, T + 1], got ", describe(table));
     STD_TORCH_CHECK(chunk > 0, "gam_fused: chunk must be positive, got ", chunk);
     tensors_ = table.size(1) - 1;
     starts_ = static_cast<const int64_t*>(table.const_data_ptr());
+    if (map.numel() == 0) return;
+    STD_TORCH_CHECK(map.is_cpu() == on_cpu && map.scalar_type() == ScalarType::Long &&
+                        map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
+                    "gam_fused: map must be what Layout.on gives for the device of the lists, got ", describe(map));
+    map_ = static_cast<const int64_t*>(map.const_data_ptr());
+    is_on(map);
   }
 
+  int64_t dtype() const { return dtype_; }
   int64_t tensors() const { return tensors_; }
+  int64_t chunk() const { return chunk_; }
+  int64_t chunks() const { return std::max<int64_t>(1, (starts_[tensors_] + chunk_ - 1) / chunk_); }
   const int64_t* starts() const { return starts_; }
   const int64_t* groups() const { return starts_ + tensors_ + 1; }
   const int64_t* counted() const { return groups() + tensors_ + 1; }
+  const int64_t* map() const { return map_; }
+  int32_t device() const { return like_ ? like_->get_device_index() : -1; }
+  const Tensor& like() const { return *like_; }  // a tensor of the device of the lists; there is one if there are any
 
   // A list in the dtype of storage, of compute (acc), or of step counters; tensors may be missing.
   template <class List>
-  const int64_t* storage(const char* name, const List& list) {
+  Operand storage(const char* name, const List& list) {
     return take(name, list, storage_);
   }
   // The same, complete: no tensor may be missing, though the whole list may be.
   template <class List>
-  const int64_t* complete(const char* name, const List& list) {
-    const int64_t* addresses = take(name, list, storage_);
-    for (int64_t i = 0; addresses && i < tensors_; ++i) require(name, addresses, i);
-    return addresses;
+  Operand complete(const char* name, const List& list) {
+    const Operand operand = take(name, list, storage_);
+    for (int64_t i = 0; operand.host && i < tensors_; ++i) require(name, operand.host, i);
+    return operand;
+  }
+  // The same, which must be there.
+  template <class List>
+  Operand required(const char* name, const List& list) {
+    const Operand operand = complete(name, list);
+    STD_TORCH_CHECK(operand.host || operand.device || tensors_ == 0, "gam_fused: ", name, " must not be an empty list");
+    return operand;
   }
   template <class List>
-  const int64_t* compute(const char* name, const List& list) {
+  Operand compute(const char* name, const List& list) {
     return take(name, list, compute_);
   }
   template <class List>
-  const int64_t* counters(const char* name, const List& list) {
+  Operand counters(const char* name, const List& list) {
     return take(name, list, ScalarType::Float, true);
   }
 
@@ -112,17 +142,25 @@ class Lists {
   }
 
  private:
-  const int64_t* take(const char* name, const Tensor& addresses, ScalarType, bool = false) {
-    const int64_t count = addresses.numel();
-    if (count == 0) return nullptr;
-    STD_TORCH_CHECK(count == tensors_ && addresses.is_cpu() && addresses.scalar_type() == ScalarType::Long,
-                    "gam_fused: ", name, " must be ", tensors_, " int64 addresses on the CPU, got ",
-                    describe(addresses));
-    return static_cast<const int64_t*>(addresses.const_data_ptr());
+  void is_on(const Tensor& t) {
+    if (!like_) like_ = &t;
   }
 
-  const int64_t* take(const char* name, const Tensors& list, ScalarType dtype, bool scalars = false) {
-    if (list.empty()) return nullptr;
+  Operand take(const char* name, const Tensor& addresses, ScalarType, bool = false) {
+    const int64_t count = addresses.numel();
+    if (count == 0) return {};
+    STD_TORCH_CHECK(
+        count == tensors_ && (addresses.is_cpu() || !on_cpu_) && addresses.scalar_type() == ScalarType::Long,
+        "gam_fused: ", name, " must be ", tensors_, " int64 addresses on the CPU (or, for a GPU, there), got ",
+        describe(addresses));
+    const int64_t* data = static_cast<const int64_t*>(addresses.const_data_ptr());
+    if (addresses.is_cpu()) return {data, nullptr};
+    is_on(addresses);
+    return {nullptr, data};
+  }
+
+  Operand take(const char* name, const Tensors& list, ScalarType dtype, bool scalars = false) {
+    if (list.empty()) return {};
     const int64_t count = static_cast<int64_t>(list.size());
     STD_TORCH_CHECK(count == tensors_, "gam_fused: ", name, " has ", count, " tensors, the layout ", tensors_);
     owned_.emplace_back(count);
@@ -134,8 +172,9 @@ class Lists {
       check(name, i, t, numel, dtype, scalars ? 1 : starts_[i + 1] - starts_[i]);
       if (!scalars) check_strides(name, i, t);
       owned_.back()[i] = reinterpret_cast<int64_t>(t.mutable_data_ptr());
+      is_on(t);
     }
-    return owned_.back().data();
+    return {owned_.back().data(), nullptr};
   }
 
   void check(const char* name, int64_t i, const Tensor& t, int64_t numel, ScalarType dtype, int64_t expected) const {
@@ -153,10 +192,12 @@ class Lists {
                     ") lies in memory in another order than the same tensor of the lists before it");
   }
 
+  int64_t dtype_;
   ScalarType storage_, compute_;
   bool on_cpu_;
-  int64_t tensors_ = 0;
-  const int64_t* starts_ = nullptr;
+  int64_t chunk_, tensors_ = 0;
+  const int64_t *starts_ = nullptr, *map_ = nullptr;
+  const Tensor* like_ = nullptr;
   std::deque<std::vector<int64_t>> owned_;  // addresses of `Tensor[]` operands
   std::vector<const Tensor*> strides_;      // the first tensor seen at each index
 };
@@ -168,7 +209,7 @@ inline double* float64(const char* name, const Tensor& t, bool on_cpu) {
 }
 
 // The coefficient table, with a row for every param group of the layout.
-inline const double* coefficients(const Tensor& t, const Lists& lists, bool on_cpu) {
+inline const double* coefficients_of(const Tensor& t, const Lists& lists, bool on_cpu) {
   const double* data = float64("coefficients", t, on_cpu);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == COLUMNS && t.is_contiguous(),
                   "gam_fused: coefficients must be [groups, ", COLUMNS, "], got ", describe(t));
@@ -178,11 +219,24 @@ inline const double* coefficients(const Tensor& t, const Lists& lists, bool on_c
   return data;
 }
 
-inline double* control_block(const Tensor& t, bool on_cpu) {
+inline double* control_of(const Tensor& t, bool on_cpu) {
   double* data = float64("control", t, on_cpu);
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == CONTROLS && t.is_contiguous(), "gam_fused: control must be [", CONTROLS,
                   "], got ", describe(t));
   return data;
+}
+
+// float64 partial sums: [rows, columns], or [columns], with unit stride and at least `columns` columns.
+inline Matrix sums_of(const char* name, const Tensor& t, int64_t columns, std::initializer_list<int64_t> rows,
+                      bool on_cpu) {
+  double* data = float64(name, t, on_cpu);
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK((last == 0 || last == 1) && t.size(last) >= columns && (t.size(last) == 1 || t.stride(last) == 1),
+                  "gam_fused: ", name, " must have at least ", columns, " columns of unit stride, got ", describe(t));
+  const int64_t count = last ? t.size(0) : 1;
+  STD_TORCH_CHECK(std::find(rows.begin(), rows.end(), count) != rows.end(), "gam_fused: ", name, " must have ",
+                  *rows.begin(), " rows", rows.size() > 1 ? " (or 6, see the verb)" : "", ", got ", describe(t));
+  return {data, count, t.size(last), last ? t.stride(0) : 0};
 }
 
 }  // namespace gam

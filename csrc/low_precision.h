@@ -55,11 +55,17 @@ GAM_HOST_DEVICE double widen(double x) { return x; }
 GAM_HOST_DEVICE float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 
 GAM_HOST_DEVICE float widen(Float16 x) {
+#ifdef __CUDA_ARCH__  // the same in one instruction
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   uint32_t exponent = (x.bits >> 10) & 31u, mantissa = x.bits & 1023u, sign = uint32_t(x.bits & 0x8000u) << 16;
   uint32_t biased = exponent + (exponent == 31u ? 224u : 112u);  // 31, infinity and NaN, becomes 255
   float subnormal = float(int32_t(mantissa)) * 0x1p-24f;
   uint32_t magnitude = exponent == 0u ? bits_of(subnormal) : (biased << 23 | mantissa << 13);
   return float_of(sign | magnitude);
+#endif
 }
 
 // Compute type to storage, to nearest, ties to even; NaN stays NaN.
@@ -68,12 +74,19 @@ GAM_HOST_DEVICE void narrow(float x, float& out) { out = x; }
 GAM_HOST_DEVICE void narrow(double x, double& out) { out = x; }
 
 GAM_HOST_DEVICE void narrow(float x, BFloat16& out) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
   uint32_t bits = bits_of(x);
   uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   out.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+#endif
 }
 
 GAM_HOST_DEVICE void narrow(float x, Float16& out) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
   uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
   // Floats in [0.5, 1) are 2^-24 apart, as float16's subnormals are: the sum rounds as they do.
   uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
@@ -82,6 +95,7 @@ GAM_HOST_DEVICE void narrow(float x, Float16& out) {
   rounded = magnitude >= 0x477FF000u ? 0x7C00u : rounded;           // 65520 and more
   rounded = magnitude > 0x7F800000u ? 0x7E00u : rounded;
   out.bits = uint16_t(sign | rounded);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

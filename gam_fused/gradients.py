@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from gam_fused.parameters import Groups, describe
 from gam_fused.tensor_lists import TensorList
 
-_storage_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+_storage_address: Any = getattr(torch._C, "_storage_address", None)  # unlike `untyped_storage()`, makes no Python object
 
 
 def clear(params: Sequence[Tensor]) -> None:
@@ -73,9 +75,9 @@ def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], groups: Grou
 
 def _is_shared(gradient: Tensor) -> bool:
     """Whether any other tensor lies in the gradient's memory."""
-    if _storage_use_count is None:
+    if _storage_use_count is None or _storage_address is None:
         return gradient._is_view()
-    return _storage_use_count(gradient.untyped_storage()._cdata) > _OWN_STORAGES
+    return _storage_use_count(_storage_address(gradient)) > 1
 
 
 def _own_references() -> int:
@@ -84,11 +86,4 @@ def _own_references() -> int:
     return sys.getrefcount(local)
 
 
-def _own_storages() -> int:
-    """What torch says of the use count of a storage that one tensor and this look at it hold."""
-    tensor = torch.empty(1)
-    storage = tensor.untyped_storage()
-    return _storage_use_count(storage._cdata) if _storage_use_count else 0
-
-
-_OWN_REFERENCES, _OWN_STORAGES = _own_references(), _own_storages()
+_OWN_REFERENCES = _own_references()

@@ -2,7 +2,8 @@
 
 Each verb has two overloads with the same arguments. The default takes lists as `Tensor[]`, with mutation declared, for
 torch.compile and direct callers; a tensor without elements stands for a missing one. `addresses` is the hot path: an int64
-CPU tensor of addresses (`TensorList.addresses`) in place of each list, which the caller vouches for.
+tensor of addresses (`TensorList.addresses`, or for a GPU `TensorList.on`) in place of each list, which the caller vouches
+for. `layout` is `Layout.table`, `map` what `Layout.on` gives for a GPU; it may be empty.
 
 Implementations register themselves for their device (`csrc/cpu/bindings.cpp`); `csrc/arguments.h` checks arguments.
 """
@@ -34,8 +35,8 @@ _VERBS = {
 
 
 def _schema(verb: str, lists: str, rest: str, *, addresses: bool) -> str:
-    """The schema of one overload, e.g. `restore_(Tensor layout, int chunk, int dtype, Tensor(c!)[] theta, ...) -> ()`."""
-    parameters = ["Tensor layout", "int chunk", "int dtype"]
+    """The schema of one overload, e.g. `restore_(Tensor layout, Tensor map, ..., Tensor(c!)[] theta, ...) -> ()`."""
+    parameters = ["Tensor layout", "Tensor map", "int chunk", "int dtype"]
     letters = iter("cdefghijklm")
     for name in lists.split():
         if addresses:

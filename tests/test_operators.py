@@ -14,6 +14,7 @@ from gam_fused.tensor_lists import EMPTY, TensorList
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 OPS = torch.ops.gam_fused
 FLOAT32 = DTYPES[torch.float32]
+NO_MAP = torch.empty(0, dtype=torch.int64)
 
 
 def problem(**options) -> Problem:
@@ -23,7 +24,7 @@ def problem(**options) -> Problem:
 def samples() -> dict[str, tuple]:
     """Arguments of the list overload of every verb."""
     p = problem()
-    head, tail = (p.layout.table, p.layout.chunk, FLOAT32), (p.coefficients, p.finished(9.0, 1.0), p.control)
+    head, tail = (p.layout.table, NO_MAP, p.layout.chunk, FLOAT32), (p.coefficients, p.finished(9.0, 1.0), p.control)
     gradient = [p.values(seed, gradient=True).operands for seed in range(4)]
     weights = [p.values(seed).operands for seed in range(4, 9)]
     steps = p.steps.operands
@@ -104,8 +105,8 @@ def test_autograd_sees_that_weights_changed(verb):
 )
 def test_list_overload_names_what_is_wrong(change, message):
     args = list(samples()["squared_norm"])
-    args[3] = list(problem(missing=False).values(0).operands)
-    args[3][1] = change(args[3][1])
+    args[4] = list(problem(missing=False).values(0).operands)
+    args[4][1] = change(args[4][1])
     with pytest.raises(RuntimeError, match=message):
         OPS.squared_norm.default(*args)
 
@@ -114,11 +115,13 @@ def test_list_overload_refuses_other_memory_orders_and_missing_weights():
     p = Problem("transposed", torch.float32, torch.float32, missing=False)
     weights, copies = p.values(0).tensors, [t.contiguous() for t in p.values(1).tensors]
     with pytest.raises(RuntimeError, match=r"backup\[0\].*another order"):
-        OPS.restore_.default(p.layout.table, p.layout.chunk, FLOAT32, weights, copies)
+        OPS.restore_.default(p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights, copies)
     with pytest.raises(RuntimeError, match=r"backup\[1\] is missing"):
-        OPS.restore_.default(p.layout.table, p.layout.chunk, FLOAT32, weights, [p.values(1).tensors[0], torch.empty(0)])
+        OPS.restore_.default(
+            p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights, [p.values(1).tensors[0], torch.empty(0)]
+        )
     with pytest.raises(RuntimeError, match="theta has 1 tensors, the layout 2"):
-        OPS.restore_.default(p.layout.table, p.layout.chunk, FLOAT32, weights[:1], weights)
+        OPS.restore_.default(p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights[:1], weights)
 
 
 def test_unsupported_dtype_is_named():

@@ -1,7 +1,7 @@
-// The five verbs as the CPU kernels take them: raw pointers, no torch. gam_fused/rooms/reference.py specifies each.
+// The verbs as the CPU kernels take them, and the table of kernels of one instruction set.
 #pragma once
 
-#include <stdint.h>
+#include "../verbs.h"
 
 namespace gam {
 
@@ -16,63 +16,16 @@ struct Layout {
   int64_t tensors, chunk;
 };
 
-// float64 [rows, columns] with unit stride between columns.
-struct Matrix {
-  double* data;
-  int64_t rows, columns, stride;
-};
+using SquaredNorm = Verbs<Layout, Addresses>::SquaredNorm;
+using DirectionProducts = Verbs<Layout, Addresses>::DirectionProducts;
+using Perturb = Verbs<Layout, Addresses>::Perturb;
+using CombinedUpdate = Verbs<Layout, Addresses>::CombinedUpdate;
+using Combine = Verbs<Layout, Addresses>::Combine;
+using Restore = Verbs<Layout, Addresses>::Restore;
 
 // Runs body(begin, end, context) over parts of [0, count), each at least `grain` long where there are as many.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
-
-struct SquaredNorm {
-  Layout layout;
-  Addresses x, y, weight;
-  Matrix partials;  // [2, chunks]
-};
-
-struct DirectionProducts {
-  Layout layout;
-  Addresses x1, x3, acc;
-  const double* coefficients;  // [groups, COLUMNS]
-  Matrix partials;             // [6 or 2, chunks]
-};
-
-struct Perturb {
-  Layout layout;
-  Addresses theta, base, x, y, acc, backup;
-  const double* coefficients;
-  Matrix partials;  // [2, columns of all buckets]
-  double* control;  // [CONTROLS]
-  Matrix realised;  // [1, chunks]
-  int ascent;
-  bool adaptive;
-};
-
-struct CombinedUpdate {
-  Layout layout;
-  Addresses theta, backup, x1, x3, acc, first, second, third, steps;
-  const double* coefficients;
-  Matrix partials;  // [6 or 2, columns of all buckets]
-  double* control;
-  Matrix direction;  // [1, chunks]
-  int algorithm;
-};
-
-struct Combine {
-  Layout layout;
-  Addresses out, x1, x3, acc;
-  const double* coefficients;
-  Matrix partials;
-  double* control;
-  Matrix direction;
-};
-
-struct Restore {
-  Layout layout;
-  Addresses theta, backup;
-};
 
 // The verbs compiled for one instruction set. `dtype` is a DType.
 struct Kernels {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 
-from gam_fused.rooms import cpp, foreach, reference
+from gam_fused.rooms import foreach, reference
+from gam_fused.rooms.compiled import cpp, cuda
+
+Room = Any  # a module or an object with the verbs of `reference` and `reason()`
 
 # In order of preference for "auto"; `reference` is the judge, never chosen.
-_ROOMS: dict[str, tuple[ModuleType, tuple[str, ...] | None]] = {
+_ROOMS: dict[str, tuple[Room, tuple[str, ...] | None]] = {
     "cpp": (cpp, ("cpu",)),
+    "cuda": (cuda, ("cuda",)),
     "torch": (foreach, None),
     "reference": (reference, None),
 }
@@ -30,7 +34,7 @@ def check_backend(backend: str) -> None:
         raise RuntimeError(f"backend={backend!r} is not available: {why}")
 
 
-def room(backend: str, device: torch.device, *, dense: bool = True) -> ModuleType:
+def room(backend: str, device: torch.device, *, dense: bool = True) -> Room:
     """The room for tensors of `device`. Compiled rooms read storage order, so tensors with gaps go to the torch room.
 
     Raises:

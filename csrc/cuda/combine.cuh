@@ -1,0 +1,96 @@
+// Verb `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_`
+// shares with it: the close of the step.
+#pragma once
+
+#include "multi_tensor.cuh"
+
+namespace gam {
+
+// What a step's end knows before it visits elements: whether to skip, and the scalars of d.
+struct Close {
+  bool skip;
+  DirectionScale scale;
+};
+
+template <int ROWS>
+__device__ __forceinline__ Close close_of(const Matrix& partials, const double* control, const double* coefficients) {
+  __shared__ WarpSums<ROWS> shared;
+  double total[ROWS];
+  row_totals(partials, total, shared);
+  return {control[Control::FOUND_INF] != 0.0 || !all_finite(total),
+          direction_scale(total, ROWS, coefficients[Column::DIRECTION_ACC], control[Control::LOSS_SCALE],
+                          control[Control::MAX_NORM])};
+}
+
+// Every block decides alike; one counts the step in slots that no block reads.
+__device__ __forceinline__ Close close_step(const Matrix& partials, double* control, const double* coefficients) {
+  const Close close =
+      partials.rows == 6 ? close_of<6>(partials, control, coefficients) : close_of<2>(partials, control, coefficients);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    control[Control::LAST_SKIPPED] = close.skip;
+    control[Control::SKIPPED] += close.skip;
+    control[Control::NOISE_STEP] += 1.0;
+  }
+  return close;
+}
+
+template <class S>
+struct CombineSpan {
+  using C = Compute<S>;
+  Span span;
+  Part<S> out, x1, x3;
+  Part<C> acc;
+  Direction<C> k;
+  double squares;
+
+  template <int COUNT, int STEPS>
+  __device__ __forceinline__ void tile(int element) {
+    Pack<S, COUNT> a[STEPS], b[STEPS];
+    Pack<C, COUNT> c[STEPS];
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      const int e = element + s * WARP * COUNT;
+      load(a[s], x1, e);
+      load(b[s], x3, e);
+      load(c[s], acc, e);
+    }
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const C d = direction(k, a[s].get(i), b[s].get(i), c[s].get(i));
+        squares = add_product(squares, d, d);
+        a[s].set(i, d);
+      }
+      store(a[s], out, element + s * WARP * COUNT);
+    }
+  }
+};
+
+template <class S>
+__device__ __forceinline__ void combine(const Combine& v, const int64_t* words) {
+  using C = Compute<S>;
+  constexpr int STEPS = 2;
+  __shared__ WarpSums<1> shared;
+  __shared__ Slots<4> slots;
+  const Close close = close_step(v.partials, v.control, v.coefficients);
+  const Map map(v.layout, words);
+  double squares[1] = {};
+  int turn = 0;
+  for_each_span<S>(v.layout, map, [&](const Span& span) {
+    if (!address(v.out, words, span.tensor)) return;
+    Fetch fetch(slots, words, span);
+    CombineSpan<S> body{span,
+                        fetch.part<S>(v.out),
+                        fetch.part<S>(v.x1),
+                        fetch.part<S>(v.x3),
+                        fetch.part<C>(v.acc),
+                        direction_of<C>(v.coefficients + map.group(span.tensor) * COLUMNS, close.scale),
+                        0.0};
+    for_each_element<VECTOR<S>, STEPS>(span, turn, fetch.aligned(), body);
+    squares[0] += body.squares;
+  });
+  put_sums(v.direction, squares, shared);
+}
+
+}  // namespace gam
