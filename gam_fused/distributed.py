@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from gam_fused.constants import GUARD, Control
@@ -80,22 +81,50 @@ def _check_local(ddp: list[DistributedDataParallel], groups: Groups) -> None:
                 )
 
 
+@contextmanager
+def no_unseen_ddp(seen: Replicas | None) -> Iterator[None]:
+    """For the time of a pass that DDP's hooks will not average: raise where a DDP runs that was not given as `model`.
+
+    Raises:
+        RuntimeError: from its forward. Unaveraged gradients would let the replicas drift apart without a word.
+    """
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and not (seen and module in seen.ddp):
+            if dist.get_world_size(module.process_group) == 1:
+                return
+            raise RuntimeError(
+                "method='exact' under DistributedDataParallel averages gradients and Hessian-vector products itself, so it "
+                "has to see the wrapper: FusedGAM(..., model=ddp_model)"
+            )
+
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Replicas:
     """DDP modules that leave the averaging to the optimizer.
 
     Attributes:
+        ddp: the modules.
         local: whether the combined direction is averaged, once per step; otherwise every gradient is.
     """
 
     def __init__(self, ddp: list[DistributedDataParallel], local: bool):
-        self._ddp, self.local = ddp, local
+        self.ddp, self.local = ddp, local
         self._group = ddp[0].process_group
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """For the time of a step DDP reduces nothing. Its next forward aligns buffers, as after any step of DDP."""
         with ExitStack() as stack:
-            for module in self._ddp:
+            for module in self.ddp:
                 stack.enter_context(module.no_sync())
                 stack.callback(setattr, module, "require_forward_param_sync", True)
             yield

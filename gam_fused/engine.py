@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gam_fused import gradients, sharding
+from gam_fused import distributed, gradients, sharding
 from gam_fused.constants import GUARD, Control
 from gam_fused.tensor_lists import EMPTY, TensorList
 from gam_fused.transaction import Buffers, Interrupts, RandomState
@@ -68,7 +68,8 @@ class Step:
 
     def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
         """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
-        loss = self._call_closure(point)
+        with distributed.no_unseen_ddp(self.plan.replicas):
+            loss = self._call_closure(point)
         if any(p.grad is not None for p in self.plan.params):
             gradients.clear(self.plan.params)
             raise RuntimeError(

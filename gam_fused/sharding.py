@@ -25,8 +25,10 @@ def local(t: Any) -> Tensor:
     """The part of `t` on this rank, detached: the local shard of a DTensor, in its own memory; any other tensor itself."""
     if not is_dtensor(t):
         return t.detach()
-    with torch.no_grad():
-        shard = t.to_local()
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return local(t)
+    shard = t.to_local()
     return (shard.wait() if hasattr(shard, "wait") else shard).detach()
 
 
@@ -39,7 +41,8 @@ def like(shard: Tensor, p: Any) -> Tensor:
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two DTensors are distributed in the same way."""
-    return a.device_mesh == b.device_mesh and tuple(a.placements) == tuple(b.placements)
+    same_mesh = a.device_mesh is b.device_mesh or a.device_mesh == b.device_mesh
+    return same_mesh and a.placements == b.placements  # tuples
 
 
 def adopt(value: Any, p: Any) -> Any:
@@ -93,7 +96,9 @@ def reduction_groups(p: Any) -> tuple[dist.ProcessGroup, ...]:
     """
     if not is_dtensor(p):
         return ()
-    return tuple(p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if placement.is_shard())
+    mesh = p.device_mesh
+    dims = (dim for dim, placement in enumerate(p.placements) if placement.is_shard() and mesh.size(dim) > 1)
+    return tuple(mesh.get_group(dim) for dim in dims)
 
 
 def shard_index(p: Any) -> int:

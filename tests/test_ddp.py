@@ -334,6 +334,11 @@ def _refusals(rank):
     outside = mlp(seed=3)
     with pytest.raises(ValueError, match=r"parameter 4 of group 0 .*not averaged by the DistributedDataParallel"):
         make([*wrapped.parameters(), *outside.parameters()], perturb_sync="local", model=wrapped)
+    optimizer = make(wrapped.parameters(), method="exact")
+    before = fingerprint(wrapped.parameters())
+    with pytest.raises(RuntimeError, match=r"method='exact'.*model=ddp_model"):
+        optimizer.step(regression(wrapped, *batch()))
+    assert fingerprint(wrapped.parameters()) == before
     inside = nn.ModuleDict({"trained": wrapped})
     optimizer = make(wrapped.parameters(), perturb_sync="local", model=inside)
     with pytest.raises(ValueError, match="not averaged"):

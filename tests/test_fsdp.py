@@ -149,6 +149,31 @@ def _decisions(rank):
             assert optimizer.skipped_steps == 1
 
 
+def _scaled(rank):
+    """Loss scaling: unscaled before it is clipped, and every rank's scaler backs off when one rank's loss is infinite."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = batch(n=8, outputs=1)
+    x, y = shard_of(rank, *whole)
+    for method in METHODS:
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        alone, model = net(torch.float32), shard(net(torch.float32), mesh=mesh)
+        reference = make(alone.parameters(), method=method, max_grad_norm=0.5)
+        optimizer = make(model.parameters(), method=method, model=model, grad_scaler=scaler, max_grad_norm=0.5)
+        for _ in range(3):
+            reference.step(loss_of(alone, *whole))
+            optimizer.step(loss_of(model, x, y))
+            scaler.update()
+        close(full(model.parameters()), list(alone.parameters()), 1e-5, method)
+        optimizer.step(lambda model=model: loss_of(model, x, y)() * (float("inf") if rank else 1.0))
+        scaler.update()
+        assert (scaler.get_scale(), optimizer.skipped_steps) == (128.0, 1), method
+        close(full(model.parameters()), list(alone.parameters()), 1e-5, method)
+
+
+def test_loss_scaling_of_sharded_parameters():
+    run(2, _scaled)
+
+
 def _kept_whole(rank):
     """`set_reshard_after_backward(False)` keeps whole weights between passes: they must not hide the perturbation."""
     mesh = init_device_mesh("cpu", (2,))
@@ -183,6 +208,12 @@ def _hybrid(rank):
         optimizer = make(model.parameters(), method=method, model=model)
         compare(optimizer, model, reference, alone, shard_of(rank, x, y), (x, y), what=f"hybrid {method}")
         assert agree(fingerprint(full(model.parameters()))), method
+        low = shard(net(torch.bfloat16), mesh=mesh)
+        optimizer = make(low.parameters(), method=method, model=low)
+        for _ in range(5):  # stochastic rounding: replicas of a shard draw the same numbers
+            optimizer.step(loss_of(low, *(t.bfloat16() for t in shard_of(rank, x, y))))
+        assert agree(fingerprint(full(low.parameters()))), method
+        assert fingerprint(full(low.parameters())) != fingerprint(net(torch.bfloat16).parameters())
 
 
 def _tensor_parallel(rank):
