@@ -95,10 +95,13 @@ def test_replicas_stay_bit_identical(mode, views):
 # -- what is computed -------------------------------------------------------------------------------------------------
 
 
-def _full_batch(rank, backend):
-    """Global mode on half batches against one process on the whole batch; every method, base and option that has norms."""
+def _full_batch(rank, backend, views):
+    """Global mode on half batches against one process on the whole batch; every method, base and option that has norms.
+
+    With views, DDP's buckets hold the gradients, and the next pass overwrites them.
+    """
     x, y = batch(dtype=torch.float64)
-    half = shard_of(rank, x, y)
+    half, ddp = shard_of(rank, x, y), {"gradient_as_bucket_view": views}
     cases = [(m, base, {}) for m in METHODS for base in BASES]
     cases += [(m, "sgd", {"max_grad_norm": 0.05}) for m in METHODS] + [("accelerated", "sgd", {"adaptive": True})]
     cases += [("exact", "sgd", {"oracle": "sam", "sam_rho": 0.3}), ("finite_difference", "sgd", {"interval": 2})]
@@ -107,7 +110,7 @@ def _full_batch(rank, backend):
         alone = mlp(torch.float64)
         kind, base_options = BASES[base]
         reference = make(alone.parameters(), kind, method, backend=backend, **base_options, **options)
-        model, optimizer = build(mlp(torch.float64), "auto", method, base, backend=backend, **options)
+        model, optimizer = build(mlp(torch.float64), "auto", method, base, ddp, backend=backend, **options)
         for _ in range(3):
             reference.step(closure_of(reference, regression(alone, x, y)))
             optimizer.step(closure_of(optimizer, regression(model, *half)))
@@ -117,9 +120,9 @@ def _full_batch(rank, backend):
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-9, msg=f"{method} {base} {options}: {key}")
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_global_mode_equals_one_process_on_the_whole_batch(backend):
-    run(2, _full_batch, backend)
+@pytest.mark.parametrize(("backend", "views"), [("auto", False), ("auto", True), ("reference", True)])
+def test_global_mode_equals_one_process_on_the_whole_batch(backend, views):
+    run(2, _full_batch, backend, views)
 
 
 def _local_against_float64(rank, backend):

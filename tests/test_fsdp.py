@@ -210,8 +210,10 @@ def _hybrid(rank):
         assert agree(fingerprint(full(model.parameters()))), method
         low = shard(net(torch.bfloat16), mesh=mesh)
         optimizer = make(low.parameters(), method=method, model=low)
-        for _ in range(5):  # stochastic rounding: replicas of a shard draw the same numbers
+        for _ in range(5):
             optimizer.step(loss_of(low, *(t.bfloat16() for t in shard_of(rank, x, y))))
+        # replicas of a shard draw the same numbers for the stochastic rounding of their perturbed weights
+        assert agree(optimizer.diagnostics()["perturbation_0"].item()), method
         assert agree(fingerprint(full(low.parameters()))), method
         assert fingerprint(full(low.parameters())) != fingerprint(net(torch.bfloat16).parameters())
 
