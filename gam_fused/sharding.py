@@ -86,7 +86,7 @@ def take(
         if keep or shard.dtype is not dtype or shard.stride() != stride:
             shard = torch.empty_strided(shard.shape, stride, dtype=dtype, device=shard.device).copy_(shard)
         taken.append(shard)
-    return TensorList(taken)
+    return TensorList(taken, empty=1)
 
 
 def reduction_groups(p: Any) -> tuple[dist.ProcessGroup, ...]:
