@@ -97,8 +97,7 @@ def reduction_groups(p: Any) -> tuple[dist.ProcessGroup, ...]:
     if not is_dtensor(p):
         return ()
     mesh = p.device_mesh
-    dims = (dim for dim, placement in enumerate(p.placements) if placement.is_shard() and mesh.size(dim) > 1)
-    return tuple(mesh.get_group(dim) for dim in dims)
+    return tuple(mesh.get_group(dim) for dim in _sharded_dims(p) if mesh.size(dim) > 1)
 
 
 def shard_index(p: Any) -> int:
@@ -106,10 +105,14 @@ def shard_index(p: Any) -> int:
     if not is_dtensor(p):
         return 0
     index = 0
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard():
-            index = index * p.device_mesh.size(dim) + p.device_mesh.get_local_rank(dim)
+    for dim in _sharded_dims(p):
+        index = index * p.device_mesh.size(dim) + p.device_mesh.get_local_rank(dim)
     return index
+
+
+def _sharded_dims(p: Any) -> list[int]:
+    """Mesh dimensions that split `p`. Not by `is_shard`, which denies the strided shards of FSDP over tensor parallelism."""
+    return [dim for dim, placement in enumerate(p.placements) if not placement.is_replicate()]
 
 
 class ShardSums:

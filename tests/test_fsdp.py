@@ -11,7 +11,7 @@ from gam_helpers import batch, bits, close, closure_of, make, same
 from ranks import agree, fingerprint, full, loss_of, net, run, shard, shard_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
@@ -231,6 +231,28 @@ def _tensor_parallel(rank):
         optimizer = make(model.parameters(), method=method, model=model, max_grad_norm=0.5)
         compare(optimizer, model, reference, alone, (x, y), (x, y), what=f"tensor parallel {method}")
         assert agree(fingerprint(full(model.parameters()))), method
+
+
+def _two_dimensional(rank):
+    """FSDP over tensor parallelism: rows are split twice, as strided shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    x, y = batch(n=12, outputs=1, dtype=torch.float64)
+    data = mesh.get_local_rank("data")
+    for method in METHODS:
+        alone, model = net(hidden=(8, 5)), net(hidden=(8, 5))
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        for layer in (model[0], model[2], model[4]):
+            fully_shard(layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        assert any("_StridedShard" in repr(p.placements) for p in model.parameters())
+        reference = make(alone.parameters(), method=method)
+        optimizer = make(model.parameters(), method=method, model=model)
+        compare(optimizer, model, reference, alone, (x[data::2], y[data::2]), (x, y), what=f"two-dimensional {method}")
+        assert agree(fingerprint(full(model.parameters()))), method
+
+
+def test_fsdp_over_tensor_parallelism_equals_one_process():
+    run(4, _two_dimensional)
 
 
 def _two_meshes(rank):
