@@ -84,7 +84,7 @@ def _round_trips(rank, folder):
     warnings.simplefilter("ignore")
     data = batch(outputs=1)
     for way, options in WAYS.items():
-        for base in BASES:
+        for base in BASES if way in ("plain", "flattened") else ("adam",):
             model, optimizer, closure = build(base=base, dtype=torch.float32)
             loss_fn = loss_of(model, *data)
             optimizer.step(lambda loss_fn=loss_fn: loss_fn() * float("nan"))
