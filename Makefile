@@ -73,6 +73,7 @@ $(STAMPS)/train: $(STAMPS)/build
 
 $(STAMPS)/test: $(STAMPS)/train
 	$(INSTALL) pytest pytest-benchmark hypothesis
+	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
 
 $(STAMPS)/check: $(STAMPS)/environment

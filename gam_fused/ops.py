@@ -52,8 +52,17 @@ def _fake(*_: object) -> None:
     """No verb returns anything or allocates."""
 
 
-_library = torch.library.Library("gam_fused", "DEF")
-for _verb, (_lists, _rest) in _VERBS.items():
-    for _addresses in (False, True):
-        _library.define(_schema(_verb, _lists, _rest, addresses=_addresses))
-        torch.library.register_fake(f"gam_fused::{_verb}{'.addresses' if _addresses else ''}", _fake, lib=_library)
+_libraries: list[torch.library.Library] = []  # operators last as long as these
+
+
+def define(namespace: str) -> None:
+    """Define every verb's operators in `namespace`; implementations register themselves there."""
+    library = torch.library.Library(namespace, "DEF")
+    for verb, (lists, rest) in _VERBS.items():
+        for addresses in (False, True):
+            library.define(_schema(verb, lists, rest, addresses=addresses))
+            torch.library.register_fake(f"{namespace}::{verb}{'.addresses' if addresses else ''}", _fake, lib=library)
+    _libraries.append(library)
+
+
+define("gam_fused")

@@ -8,7 +8,7 @@ it belongs to and whether it counts in the norms; it is shared by every list of 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,15 @@ class TensorList:
             self._addresses = torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64)
         return self._addresses
 
-    def on(self, device: torch.device) -> Tensor:
-        """`addresses` on `device`, sent there once."""
+    def on(self, device: torch.device, send: Callable[[Tensor, torch.device], Tensor] | None = None) -> Tensor:
+        """`addresses` on `device`, sent there once, by `upload` or by `send`."""
         if device not in self._tables:
-            self._tables[device] = upload(self.addresses, device)
+            return _keep(self._tables, device, (send or upload)(self.addresses, device))
         return self._tables[device]
+
+    def written(self) -> None:
+        """Tell autograd that a kernel wrote to the tensors: a graph that saved them must not be used any more."""
+        torch.autograd.graph.increment_version(self.tensors)
 
     @property
     def operands(self) -> list[Tensor]:
@@ -114,14 +118,37 @@ class Layout:
         if device not in self._tables:
             firsts = torch.arange(0, self.chunks * self.chunk, self.chunk)
             tensors = torch.searchsorted(self.table[0].contiguous(), firsts, right=True) - 1
-            self._tables[device] = upload(torch.cat([self.table.flatten(), tensors]), device)
+            return _keep(self._tables, device, upload(torch.cat([self.table.flatten(), tensors]), device))
         return self._tables[device]
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on `device` is being recorded into a graph instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _keep(tables: dict[torch.device, Tensor], device: torch.device, sent: Tensor) -> Tensor:
+    """`sent`, kept for the next time; a copy recorded into a graph is filled when that runs, so it is for the graph only."""
+    if not is_capturing(device):
+        tables[device] = sent
+    return sent
+
+
+# Both ends of copies recorded into graphs, which run them again and again; nothing tells when a graph is dropped.
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on `device`, without waiting for it; the tensor itself where that is the CPU."""
+    """A copy of a CPU tensor on `device`, without waiting for it; the tensor itself where that is the CPU.
+
+    Under CUDA-graph capture the copy is recorded, so both its ends are kept. It is then one from pageable memory, since
+    pinning asks for events that torch before 2.11 must not ask for while it captures.
+    """
     if device.type == "cpu":
         return host
+    if is_capturing(device):
+        _captured.append((host, host.to(device, non_blocking=True)))
+        return _captured[-1][1]
     return host.pin_memory().to(device, non_blocking=True)
 
 

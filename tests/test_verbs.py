@@ -60,7 +60,7 @@ room_names = pytest.mark.parametrize("room_name", ROOMS)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def one_thread():
     """Small problems: a second thread mostly waits for the first, the more so on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -175,7 +175,7 @@ struct Quantum<8> {
   using type = uint2;
 };
 
-// A missing tensor reads as zeros.
+// A missing tensor reads as zeros. Elements are visited once, so they need no place in L1.
 template <class T, int COUNT>
 __device__ __forceinline__ void load(Pack<T, COUNT>& pack, const Part<T>& from, int element) {
   const T* data = from.data();
@@ -187,7 +187,7 @@ __device__ __forceinline__ void load(Pack<T, COUNT>& pack, const Part<T>& from, 
     Q quanta[QUANTA];
     const Q* source = reinterpret_cast<const Q*>(data + element);
 #pragma unroll
-    for (int q = 0; q < QUANTA; ++q) quanta[q] = data ? source[q] : Q{};
+    for (int q = 0; q < QUANTA; ++q) quanta[q] = data ? __ldcg(source + q) : Q{};
     memcpy(&pack, quanta, sizeof(pack));
   }
 }
@@ -203,7 +203,7 @@ __device__ __forceinline__ void store(const Pack<T, COUNT>& pack, const Part<T>&
     memcpy(quanta, &pack, sizeof(pack));
     Q* target = reinterpret_cast<Q*>(to.data() + element);
 #pragma unroll
-    for (int q = 0; q < QUANTA; ++q) target[q] = quanta[q];
+    for (int q = 0; q < QUANTA; ++q) __stcg(target + q, quanta[q]);
   }
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gam_fused.rooms import foreach, reference
+from gam_fused.rooms import foreach, reference, triton
 from gam_fused.rooms.compiled import cpp, cuda
 
 Room = Any  # a module or an object with the verbs of `reference` and `reason()`
@@ -15,6 +15,7 @@ Room = Any  # a module or an object with the verbs of `reference` and `reason()`
 _ROOMS: dict[str, tuple[Room, tuple[str, ...] | None]] = {
     "cpp": (cpp, ("cpu",)),
     "cuda": (cuda, ("cuda",)),
+    "triton": (triton, triton.DEVICES),
     "torch": (foreach, None),
     "reference": (reference, None),
 }
@@ -44,7 +45,9 @@ def room(backend: str, device: torch.device, *, dense: bool = True) -> Room:
         serves = (
             module
             for module, devices in _ROOMS.values()
-            if (devices is None or (device.type in devices and dense)) and not module.reason()
+            if (devices is None or (device.type in devices and dense))
+            and not (module is triton and triton.INTERPRETED)
+            and not module.reason()
         )
         return next(serves)
     module, devices = _ROOMS[backend]

@@ -134,14 +134,18 @@ class CompiledRoom:
         if torch.compiler.is_compiling():
             operator.default(layout.table, _NO_MAP, layout.chunk, dtype, *[lst.operands for lst in lists], *rest)
             return
-        if like is None or like.device.type == "cpu":
-            operator.addresses(layout.table, _NO_MAP, layout.chunk, dtype, *[lst.addresses for lst in lists], *rest)
+        device = like.device if like is not None else torch.device("cpu")
+        if device.type == "cpu":
+            rows = [lst.addresses for lst in lists]
         else:
-            device = like.device
             rows = [lst.on(device) if lst.lasting else lst.addresses for lst in lists]
-            operator.addresses(layout.table, layout.on(device), layout.chunk, dtype, *rows, *rest)
+        operator.addresses(layout.table, self.map_of(layout, device), layout.chunk, dtype, *rows, *rest)
         if mutates is not None:
-            torch.autograd.graph.increment_version(mutates.tensors)
+            mutates.written()
+
+    def map_of(self, layout: Layout, device: torch.device) -> Tensor:
+        """The layout's numbers on a GPU; kernels on the CPU read its table."""
+        return _NO_MAP if device.type == "cpu" else layout.on(device)
 
     def _dtype_code(self, like: Tensor | None) -> int:
         """The code of the first tensor's dtype; the first list of every verb is in the dtype of storage."""

@@ -1,0 +1,204 @@
+"""The CUDA kernels themselves, run on the CPU, against the reference: every verb, dtype and awkward shape.
+
+GAM_FUSED_SANITIZED=1 builds them with the address and undefined-behaviour sanitizers; `test_under_sanitizers` runs this
+file that way.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import cuda_on_cpu
+import pytest
+import torch
+from cases import DTYPES, SHAPES, Problem, assert_same_bits
+from gam_helpers import METHODS
+from test_against_float64 import test_groups as groups_follow_float64
+from test_verbs import ADAM, SGD, TWO, VERBS, check, one_thread  # noqa: F401 (a fixture)
+
+from gam_fused import rooms
+from gam_fused.constants import Algorithm, Column, Control, Flag
+from gam_fused.rooms import reference
+from gam_fused.tensor_lists import EMPTY, Layout, TensorList
+
+pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
+SANITIZED = os.environ.get("GAM_FUSED_SANITIZED") == "1"
+NAME = "cuda on cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room():
+    cases.EXTRA_ROOMS[NAME] = cuda_on_cpu.room(sanitized=SANITIZED)
+    return cases.EXTRA_ROOMS[NAME]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in SHAPES if kind != "many chunks"])
+def test_verbs_on_awkward_shapes(kind, dtype):
+    for verb in VERBS:
+        check(NAME, verb, kind, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_of_the_verbs(dtype):
+    for options in ({"loss_scale": 1024.0}, {"max_norm": 0.5}, {"missing": False}):
+        for verb in VERBS:
+            check(NAME, verb, "chunk edges", dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps", [0.0, 3.0])
+def test_base_optimizers(steps, dtype):
+    for flags in (Flag.MAXIMIZE, Flag.NESTEROV, Flag.NESTEROV | Flag.MAXIMIZE):
+        check(NAME, "sgd momentum", "chunk edges", dtype, flags=flags, steps_so_far=steps)
+    for flags in (Flag.MAXIMIZE, Flag.AMSGRAD, Flag.DECOUPLED, Flag.AMSGRAD | Flag.DECOUPLED):
+        check(NAME, "adam", "chunk edges", dtype, flags=flags, steps_so_far=steps)
+
+
+def test_several_chunks(room):
+    """Sums of chunks that other blocks took, and the last block's count of steps."""
+    for verb in VERBS:
+        check(NAME, verb, "many chunks", torch.float32)
+
+
+def test_perturbed_bits_are_those_of_the_reference():
+    """Stochastic rounding, across a position that needs more than 32 bits too."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for kind in ("chunk edges", "misaligned", "channels_last"):
+            results = [
+                cases.run_perturb(cases.get_room(name), Problem(kind, dtype, dtype), ascent=1)
+                for name in (NAME, "reference")
+            ]
+            differs = [
+                (a != b).double().mean().item()
+                for a, b in zip(results[0]["theta"].tensors, results[1]["theta"].tensors, strict=True)
+            ]
+            assert max(differs) < 2e-3  # the reference rounds a float64 sum; theirs was rounded to float32 first
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("algorithm", [SGD, ADAM])
+def test_not_finite(room, algorithm, bad):
+    problem = Problem("chunk edges", torch.bfloat16, torch.bfloat16, flags=Flag.AMSGRAD, steps_so_far=3.0)
+    ascent = cases.run_perturb(room, problem, ascent=1, total=bad)
+    assert_same_bits({"theta": ascent["theta"]}, {"theta": problem.values(5)})
+    assert ascent["control"][Control.FOUND_INF] == 1
+    result = cases.run_combined_update(room, problem, algorithm, x1=False, totals=(bad, 1.0))
+    untouched = {"theta": problem.values(5), "first": problem.values(7), "second": problem.values(8, positive=True)}
+    assert_same_bits(result, untouched)
+    assert {float(s) for s in result["steps"].tensors} == {3.0}
+    assert result["control"][Control.SKIPPED] == result["control"][Control.LAST_SKIPPED] == 1
+    assert result["control"][Control.TICKET] == 0
+
+
+def many(count: int, size: int, dtype: torch.dtype) -> tuple[Layout, list[TensorList]]:
+    layout = Layout([size] * count, [0] * count, [True] * count)
+    generator = torch.Generator().manual_seed(0)
+    return layout, [TensorList(list(torch.randn(count, size, generator=generator).to(dtype))) for _ in range(3)]
+
+
+@pytest.mark.parametrize("count", [500, 3000])
+def test_more_tensors_than_an_argument_block_holds(room, count):
+    """440 words travel in a small block, 4,000 in a large one, and more in several launches."""
+    layout, (theta, x, y) = many(count, 3, torch.float32)
+    sums = [torch.zeros(2, layout.chunks, dtype=torch.float64) for _ in range(2)]
+    for judge, partials in zip((room, reference), sums, strict=True):
+        judge.squared_norm(layout, x, y, theta, partials)
+    torch.testing.assert_close(sums[0].sum(1), sums[1].sum(1), rtol=1e-6, atol=0)
+    room.restore_(layout, theta, x)
+    assert all(torch.equal(a, b) for a, b in zip(theta.tensors, x.tensors, strict=True))
+
+
+def test_list_overload_sends_the_layout_along(room):
+    """Without a map the layout travels in the words: the same result."""
+    problem = Problem("empty tensors", torch.float32, torch.float32)
+    x, expected, partials = problem.values(1), problem.partials[:2].clone(), problem.partials[:2]
+    room.squared_norm(problem.layout, x, EMPTY, EMPTY, expected)
+    head = (problem.layout.table, torch.empty(0, dtype=torch.int64), problem.layout.chunk, 0)
+    room._ops.squared_norm.default(*head, x.operands, [], [], partials)
+    assert torch.equal(partials, expected)
+
+
+def test_chunks_of_one_tensor_see_the_same_step(room):
+    """Steps are counted by the block that finishes last: a block that counted at once would show the next one step + 1."""
+    layout = Layout([3 * 4096], [0], [True])
+    problem = Problem("one element", torch.float32, torch.float32)
+    steps, theta = TensorList([torch.tensor(0.0)]), TensorList([torch.zeros(3 * 4096)])
+    gradient, state = TensorList([torch.ones(3 * 4096)]), [TensorList([torch.zeros(3 * 4096)]) for _ in range(2)]
+    coefficients = problem.coefficients[:1].clone()
+    coefficients[0, Column.WEIGHT_DECAY] = 0.0
+    sums = torch.zeros(layout.chunks, dtype=torch.float64)
+    tail = (coefficients, problem.finished(*TWO), problem.control, sums, Algorithm.ADAM)
+    room.combined_update_(layout, theta, EMPTY, EMPTY, gradient, EMPTY, *state, EMPTY, steps, *tail)
+    assert theta.tensors[0].unique().numel() == 1
+    assert steps.tensors[0] == 1
+
+
+def test_a_removed_barrier_is_seen(room):
+    """That this way of testing can fail: without __syncthreads a block sums what its warps had written for the block before."""
+
+    def sums_of_chunks():
+        problem = Problem("chunk edges", torch.float32, torch.float32)
+        cases.run_perturb(room, problem, ascent=0)
+        return problem.sums
+
+    right = sums_of_chunks()
+    room.drop_block_barriers(True)
+    try:
+        wrong = sums_of_chunks()
+    finally:
+        room.drop_block_barriers(False)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(wrong, right)
+
+
+@pytest.mark.parametrize("base", ["sgd-nesterov", "adamw-amsgrad"])
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_steps(monkeypatch, room, method, base):
+    """Steps of all methods, in three groups, follow the independent float64 implementation."""
+    monkeypatch.setitem(rooms._ROOMS, NAME, (room, ("cpu",)))
+    monkeypatch.setattr(rooms, "BACKENDS", (*rooms.BACKENDS, NAME))
+    for options in ({}, {"adaptive": True}, {"max_grad_norm": 0.05}):
+        groups_follow_float64(method, base, options, NAME)
+
+
+@pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
+def test_under_sanitizers():
+    """This file again, in a process whose kernels report every access out of bounds, misaligned or undefined."""
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ has no address sanitizer runtime")
+    environment = os.environ | {
+        "GAM_FUSED_SANITIZED": "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }  # fmt: skip
+    awkward = "awkward and (edges or empty or misaligned or 0-dim) and (float32 or bfloat16)"
+    chosen = f"({awkward}) or block_holds[500] or list_overload or same_step"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.skipif(SANITIZED, reason="this is the run without sanitizers")
+def test_sanitizers_see_an_access_out_of_bounds():
+    """A layout that promises one element more than the tensor has."""
+    code = (
+        "import torch, cuda_on_cpu; from gam_fused.tensor_lists import EMPTY, Layout, TensorList\n"
+        "room = cuda_on_cpu.room(sanitized=True); layout = Layout([1001], [0], [True])\n"
+        "x = TensorList([torch.ones(1000)])\n"
+        "room.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))"
+    )
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr

@@ -1,0 +1,88 @@
+"""Verb `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_` shares
+with it: the close of the step and d of a block."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from gam_fused.triton_kernels.gam_math import (
+    DIRECTION_ACC,
+    FOUND_INF,
+    LAST_SKIPPED,
+    LOSS_SCALE,
+    MAX_NORM,
+    NOISE_STEP,
+    SKIPPED,
+    direction,
+    direction_of,
+    direction_scale,
+    narrow,
+)
+from gam_fused.triton_kernels.sums import all_finite, row_sums, square
+from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, read, row_of, span_at, store
+
+
+class Close(NamedTuple):
+    """What a step's end knows before it visits elements: whether to skip, and the scalars of d."""
+
+    skip: Any
+    scale: Any
+
+
+@triton.jit
+def close_step(partials, stride, columns, control, coefficients, ROWS: tl.constexpr):
+    """Decides; the first program counts the step in slots of the control block that no other reads meanwhile."""
+    total = row_sums(partials, stride, columns, ROWS)
+    skip = (tl.load(control + FOUND_INF) != 0.0) | (all_finite(total) == 0)
+    if tl.program_id(0) == 0:
+        tl.store(control + LAST_SKIPPED, skip.to(tl.float64))
+        tl.store(control + SKIPPED, tl.load(control + SKIPPED) + skip.to(tl.float64))
+        tl.store(control + NOISE_STEP, tl.load(control + NOISE_STEP) + 1.0)
+    loss_scale, max_norm = tl.load(control + LOSS_SCALE), tl.load(control + MAX_NORM)
+    return Close(skip, direction_scale(total, tl.load(coefficients + DIRECTION_ACC), loss_scale, max_norm))
+
+
+@triton.jit
+def direction_block(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+    """d of a block; `lists` and `at`: x1, x3, acc and their addresses."""
+    x1, x3, acc = lists
+    return direction(
+        k,
+        read(x1, at[0], block, WHOLE, DTYPE, C),
+        read(x3, at[1], block, WHOLE, DTYPE, C),
+        read(acc, at[2], block, WHOLE, C, C),
+    )
+
+
+@triton.jit
+def combine_block(lists, at, out_at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+    d = direction_block(lists, at, k, block, WHOLE, DTYPE, C)
+    store(out_at, block, narrow(d, DTYPE), WHOLE, DTYPE)
+    return square(d)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def combine_kernel(
+    layout, tensors, chunk, out, x1, x3, acc, coefficients, partials, stride, columns, control, sums_of_d,
+    ROWS: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    close = close_step(partials, stride, columns, control, coefficients, ROWS)
+    lists = x1, x3, acc
+    tensor, position, end = chunk_of(layout, tensors, chunk)
+    sums = tl.zeros([BLOCK], tl.float64)
+    while position < end:
+        span = span_at(layout, tensor, position, end, VECTOR)
+        k = direction_of(row_of(layout, tensors, coefficients, tensor), close.scale, C)
+        out_at = address(out, tensor, span, DTYPE)
+        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
+        together = out_at | at[0] | at[1] | at[2]
+        for offset in range(0, tl.where(out_at != 0, span.high, 0), BLOCK):
+            if is_whole(span, offset, together, BLOCK):
+                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK), True, DTYPE, C)
+            else:
+                sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK), False, DTYPE, C)
+        position = span.end
+        tensor += 1
+    tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))

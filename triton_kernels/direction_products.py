@@ -1,0 +1,64 @@
+"""Verb `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from gam_fused.triton_kernels.gam_math import DIRECTION_1, DIRECTION_3, DIRECTION_ACC, Direction, direction
+from gam_fused.triton_kernels.sums import put
+from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, row_of, span_at
+
+
+@triton.jit
+def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+    """h+ h+, h- h+ and h- h-. Without x1 there is one product, d^2, in place of the first."""
+    x1, x3, acc = lists
+    minus = read(acc, at[2], block, WHOLE, C, C)
+    # With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete (k.acc is not 0).
+    plus = direction(k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), minus).to(
+        tl.float64
+    )
+    minus = minus.to(tl.float64)
+    return plus * plus, minus * plus, minus * minus
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def direction_products_kernel(
+    layout, tensors, chunk, x1, x3, acc, coefficients, partials, stride,
+    DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lists = x1, x3, acc
+    tensor, position, end = chunk_of(layout, tensors, chunk)
+    zero = tl.full((), 0.0, tl.float64)
+    pp, mp, mm = zero, zero, zero  # over counted tensors
+    other_pp, other_mp, other_mm = zero, zero, zero
+    while position < end:
+        span = span_at(layout, tensor, position, end, VECTOR)
+        row = row_of(layout, tensors, coefficients, tensor)
+        of_acc = zero if x1 is not None else tl.load(row + DIRECTION_ACC)
+        k = Direction(tl.load(row + DIRECTION_1).to(C), tl.load(row + DIRECTION_3).to(C), of_acc.to(C))
+        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
+        aa = tl.zeros([BLOCK], tl.float64)
+        ab = tl.zeros([BLOCK], tl.float64)
+        bb = tl.zeros([BLOCK], tl.float64)
+        present = at[0] | at[1] | at[2]
+        for offset in range(0, tl.where(present != 0, span.high, 0), BLOCK):
+            if is_whole(span, offset, present, BLOCK):
+                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK), True, DTYPE, C)
+            else:
+                a, b, c = products(lists, at, k, block_at(span, offset, BLOCK), False, DTYPE, C)
+            aa += a
+            if x1 is not None:
+                ab += b
+                bb += c
+        counts = is_counted(layout, tensors, tensor)
+        a, b, c = tl.sum(aa, 0), tl.sum(ab, 0), tl.sum(bb, 0)
+        pp, other_pp = pp + tl.where(counts, a, 0.0), other_pp + tl.where(counts, 0.0, a)
+        mp, other_mp = mp + tl.where(counts, b, 0.0), other_mp + tl.where(counts, 0.0, b)
+        mm, other_mm = mm + tl.where(counts, c, 0.0), other_mm + tl.where(counts, 0.0, c)
+        position = span.end
+        tensor += 1
+    put(partials, stride, 0, pp, other_pp)
+    if x1 is not None:
+        put(partials, stride, 2, mp, other_mp)
+        put(partials, stride, 4, mm, other_mm)
