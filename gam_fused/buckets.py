@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gam_fused import sharding
 from gam_fused.base_optimizers import FusedBase
-from gam_fused.constants import Column, Control
-from gam_fused.parameters import Groups
+from gam_fused.constants import GUARD, Column, Control
+from gam_fused.distributed import Replicas
+from gam_fused.parameters import Groups, is_dtensor
 from gam_fused.rooms import room
 from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense, upload
 
-SLOTS = 4  # reductions of one step: three ascents, and the guard of the last gradient
+SLOTS = GUARD + 1  # reductions of one step: three ascents, and the guard of the last gradient
 Table = list[list[float | Tensor]]
 
 
@@ -52,10 +55,12 @@ class Device:
 
 
 class Bucket:
-    """One device, dtype and kind of layout. T parameters, N elements.
+    """One device, dtype, kind of layout and way of sharding. T parameters, N elements (of a DTensor: on this rank).
 
     Attributes:
-        theta, backup: the parameters, and their copies in one flat buffer (allocated at the first ascent).
+        theta, backup: the parameters (of DTensors: the local shards), and their copies in one flat buffer (allocated at the
+            first ascent).
+        sharded: whether the parameters are DTensors. reduction_groups: over which ranks its sums are to be added.
         verbs: the room that serves this bucket.
         control: its control block. Every bucket sees the sums of all, so all blocks of an optimizer tell the same.
         columns: its columns of the shared partial sums.
@@ -64,19 +69,23 @@ class Bucket:
 
     def __init__(self, params: list[Tensor], groups: list[int], counted: list[bool], backend: str):
         self.params, self.groups = params, groups
-        self.theta = TensorList([p.detach() for p in params], lasting=True)
-        self.pointers = [p.data_ptr() for p in params]
-        self.dtype, self.dense = params[0].dtype, is_dense(params[0])
-        self.strides = [p.stride() if self.dense else torch.empty(p.shape, device="meta").stride() for p in params]
-        self.layout = Layout([p.numel() for p in params], groups, counted)
-        self.verbs = room(backend, params[0].device, dense=self.dense)
-        self.control = torch.zeros(len(Control), dtype=torch.float64, device=params[0].device)
+        self.sharded, self.reduction_groups = is_dtensor(params[0]), sharding.reduction_groups(params[0])
+        locals_ = [sharding.local(p) for p in params]
+        self.theta = TensorList(locals_, lasting=True)
+        self.pointers = self.addresses()
+        self.dtype, self.device, self.dense = params[0].dtype, locals_[0].device, is_dense(locals_[0])
+        self.strides = [p.stride() if self.dense else torch.empty(p.shape, device="meta").stride() for p in locals_]
+        self.layout = Layout([p.numel() for p in locals_], groups, counted)
+        self.verbs = room(backend, self.device, dense=self.dense)
+        self.control = torch.zeros(len(Control), dtype=torch.float64, device=self.device)
         self.columns = slice(0, 0)
         self.shared: Device
         self.backed_up = False
-        self.steps_buffer = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
+        self.steps_buffer = torch.zeros(len(params), dtype=torch.float32, device=self.device)
         self.steps = TensorList(list(self.steps_buffer), lasting=True)
         self.state_lists: tuple[TensorList, ...] = (EMPTY, EMPTY, EMPTY)
+        self.shard_index = sharding.shard_index(params[0])
+        self.exchange: Any = None  # where `distributed` averages over ranks
         self._backup: TensorList | None = None
         self._accumulator: TensorList | None = None
         self._state_refs: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -104,7 +113,11 @@ class Bucket:
 
     def zeros(self, i: int) -> Tensor:
         """A zero gradient for parameter `i`."""
-        return _like(None, self.params[i], self.strides[i])
+        return _like(None, self.theta.tensors[i], self.strides[i])
+
+    def addresses(self) -> list[int]:
+        """Where the parameters lie now."""
+        return [sharding.local(p).data_ptr() for p in self.params] if self.sharded else [p.data_ptr() for p in self.params]
 
     def column_slice(self, name: str, *index: int) -> Tensor:
         return getattr(self.shared, name)[(*index, ..., self.columns)]
@@ -129,14 +142,24 @@ class Bucket:
                 if key is None or (not active[i] and entry.get(key) is None):
                     column.append(None)
                     continue
-                value = _like(entry.get(key), p, self.strides[i])
-                entry[key] = value
-                column.append(value)
-                self._state_refs.append((entry, key, value))
+                column.append(self._adopt(entry, key, i))
+                self._state_refs.append((entry, key, entry[key]))
             if entry or active[i]:
                 self._adopt_step(i, base.step_key, entry, fresh)
         self.state_lists = tuple(TensorList(c, lasting=True) if any(t is not None for t in c) else EMPTY for c in columns)
         self._listed, self._entries = list(active), list(state.values())
+
+    def _adopt(self, entry: dict[str, Any], key: str, i: int) -> Tensor:
+        """The state tensor `key` of parameter `i` as the verbs take it, in memory that `entry` holds too."""
+        p, present = self.params[i], entry.get(key)  # p is a DTensor in a sharded bucket
+        if not self.sharded:
+            entry[key] = value = _like(present, p, self.strides[i])
+            return value
+        shard = sharding.adopt(present, p)
+        value = _like(shard, self.theta.tensors[i], self.strides[i])
+        if present is None or value is not shard or not sharding.alike(present, p):
+            entry[key] = sharding.like(value, p)
+        return value
 
     def _adopt_step(self, i: int, key: str, entry: dict[str, Any], fresh: bool) -> None:
         counter = self.steps.tensors[i]
@@ -179,7 +202,9 @@ class Plan:
         for number, group in enumerate(param_groups):
             for p in group["params"]:
                 if p.requires_grad:
-                    members[p.device, p.dtype, is_dense(p)].append((p, number, group["perturb"]))
+                    t = sharding.local(p)
+                    kind = (t.device, p.dtype, is_dense(t), is_dtensor(p), sharding.reduction_groups(p))
+                    members[kind].append((p, number, group["perturb"]))
         self.buckets = []
         for rows in members.values():
             params, groups, counted = map(list, zip(*rows, strict=True))
@@ -188,14 +213,21 @@ class Plan:
         total = sum(bucket.layout.chunks for bucket in self.buckets)
         start = 0
         for bucket in self.buckets:
-            device = bucket.params[0].device
+            device = bucket.device
             if device not in self.devices:
                 self.devices[device] = Device(device, total)
             bucket.shared = self.devices[device]
             bucket.columns = slice(start, start + bucket.layout.chunks)
             start += bucket.layout.chunks
         self.params = [p for bucket in self.buckets for p in bucket.params]
+        self.shards = sharding.ShardSums(self.buckets)
+        self.replicas: Replicas | None = None  # what the optimizer averages over ranks itself
+        self.fsdp_modules: list[Any] = []
         self._scalars: tuple[float, float] | None = None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """For the time of a step."""
+        return self.replicas.no_sync() if self.replicas else nullcontext()
 
     def upload(self, tables: dict[str, Table], eps: float, max_norm: float) -> None:
         """Bring coefficient tables and control blocks up to date; what has not changed is not written."""
@@ -210,11 +242,16 @@ class Plan:
     def is_current(self, param_groups: Groups) -> bool:
         """Whether groups, their parameters and the memory behind them are what the plan was built from."""
         return _signature(param_groups) == self.signature and all(
-            [p.data_ptr() for p in bucket.params] == bucket.pointers for bucket in self.buckets
+            bucket.addresses() == bucket.pointers for bucket in self.buckets
         )
 
     def share(self, name: str, *index: int) -> None:
-        """Give every device the columns that the others computed (nothing to do with one device)."""
+        """Add what the ranks with the other shards computed, then give every device the columns of the others.
+
+        There is nothing to do with one device and no shards.
+        """
+        if self.shards:
+            self.shards.add_up(name, *index)
         if len(self.devices) == 1:
             return
         for bucket in self.buckets:

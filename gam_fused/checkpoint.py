@@ -1,4 +1,8 @@
-"""State dicts, pickling, and the state of parameters that have not been updated yet."""
+"""State dicts, pickling, and the state of parameters that have not been updated yet.
+
+What FusedGAM adds to torch.optim's layout are entries of the param groups, the one place that every tool that saves
+optimizers keeps (torch.distributed.checkpoint knows no others): "rho", "perturb", and under "gam" the counters.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gam_fused.constants import Control
+from gam_fused.sharding import local
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM
@@ -31,7 +36,7 @@ def picklable(optimizer: FusedGAM) -> dict[str, Any]:
 
 
 def counters(optimizer: FusedGAM) -> dict[str, Any]:
-    """What FusedGAM adds to a state dict: numbers and tuples of numbers."""
+    """What belongs to the whole optimizer: numbers and tuples of numbers. Every group carries all of it."""
     skipped, noise_step = device_counters(optimizer)
     entry = {"steps_taken": optimizer._steps_taken, "skipped_steps": int(skipped), "noise_step": int(noise_step)}
     return entry | {name: getattr(optimizer, name) for name in _SCHEDULED}
@@ -40,13 +45,13 @@ def counters(optimizer: FusedGAM) -> dict[str, Any]:
 def load(optimizer: FusedGAM, state_dict: dict[str, Any], load_base: Callable[[dict[str, Any]], None]) -> None:
     """Load a state dict of FusedGAM or of its base optimizer's class; entries it lacks keep their present values."""
     state_dict = dict(state_dict)
-    extra = state_dict.pop("gam", {})
     saved = state_dict["param_groups"]
+    extra: dict[str, Any] = next((group["gam"] for group in saved if group.get("gam")), {})
     if len(saved) == len(optimizer.param_groups):
         present = [{k: g[k] for k in optimizer._gam_defaults} for g in optimizer.param_groups]
         state_dict["param_groups"] = [{**mine, **theirs} for mine, theirs in zip(present, saved, strict=True)]
     load_base(state_dict)
-    if not extra:
+    if not extra:  # of the base optimizer's class
         return
     optimizer._steps_taken = int(extra["steps_taken"])
     optimizer._counters = (float(extra["skipped_steps"]), float(extra["noise_step"]))
@@ -88,7 +93,7 @@ def create_state(optimizer: FusedGAM) -> None:
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
     idle = all(float(group.get("lr", 1.0)) == 0.0 for group in groups)
-    if not idle or any(p.grad is not None and bool(p.grad.count_nonzero()) for p in params):
+    if not idle or any(p.grad is not None and bool(local(p.grad).count_nonzero()) for p in params):
         raise RuntimeError(
             "FusedGAM.step needs a closure that computes the loss, since every step makes several gradient passes: "
             "optimizer.step(closure)"

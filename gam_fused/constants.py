@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
+GUARD = 3  # slot of the last gradient's reduction, after those of the three ascents
+
 
 class Column(IntEnum):
     """Columns of the coefficient table: float64 [number of param groups, len(Column)], one table per device."""

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from gam_fused import precision
-from gam_fused.constants import Control
+from gam_fused.constants import GUARD, Control
 
 if TYPE_CHECKING:
+    from gam_fused.buckets import Bucket
     from gam_fused.engine import Step
     from gam_fused.optimizer import FusedGAM
-
-GUARD = 3
 
 
 def diagnose(optimizer: FusedGAM) -> dict[str, Tensor]:
@@ -32,6 +31,9 @@ def diagnose(optimizer: FusedGAM) -> dict[str, Tensor]:
     - ``noise_ratio``: rounding noise of the probe over the probe, an estimate; see `gam_fused.precision`;
     - ``skipped_steps``: since the beginning.
 
+    With ``perturb_sync="local"`` these are each rank's own, but ``direction_norm`` is of the averaged d. With sharded
+    parameters they are global, and every rank must ask for them: the norms need an all-reduce. Losses are always the rank's.
+
     Raises:
         RuntimeError: before the first step.
     """
@@ -43,9 +45,10 @@ def diagnose(optimizer: FusedGAM) -> dict[str, Tensor]:
     if "theta1" in step.losses:
         result["sharpness"] = _number(step.losses["theta1"], shared.device) - result["loss"]
     result |= _norms(optimizer, step)
-    for ascent in step.ascents:
-        result[f"perturbation_{ascent}"] = _sum(step, "realised", ascent).sqrt()
-    result["direction_norm"] = _sum(step, "direction").sqrt()
+    sums = step.plan.shards.totals(step.buckets, lambda b: _sums(b, step.ascents))
+    for i, ascent in enumerate(step.ascents):
+        result[f"perturbation_{ascent}"] = sums[i].sqrt()
+    result["direction_norm"] = sums[-1].sqrt()
     if step.ascents:
         result["noise_ratio"] = precision.noise_ratio(optimizer, step)
     result["skipped_steps"] = control[Control.SKIPPED].clone()
@@ -67,14 +70,16 @@ def _norms(optimizer: FusedGAM, step: Step) -> dict[str, Tensor]:
         return result
     result |= {"curvature": norm[1] / optimizer.rho_prime, "first_order_flatness": rho * norm[2]}
     if optimizer.method == "accelerated":
-        plus, _, cross, _, minus, _ = shared.partials[GUARD].sum(1)
+        plus, _, cross, _, minus, _ = step.extras.get("products", shared.partials[GUARD].sum(1))
         result["cosine"] = cross / (plus.sqrt() * minus.sqrt())
     return result
 
 
-def _sum(step: Step, name: str, *index: int) -> Tensor:
-    home = step.buckets[0].shared.device
-    return torch.stack([b.column_slice(name, *index).sum().to(home) for b in step.buckets]).sum()
+def _sums(b: Bucket, ascents: list[int]) -> Tensor:
+    """Sums of squares over one bucket: of each perturbation, and of d."""
+    return torch.stack(
+        [b.column_slice("realised", ascent).sum() for ascent in ascents] + [b.column_slice("direction").sum()]
+    )
 
 
 def _number(loss: Any, device: torch.device) -> Tensor:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gam_fused import gradients
-from gam_fused.constants import Control
+from gam_fused import distributed, gradients, sharding
+from gam_fused.constants import GUARD, Control
 from gam_fused.tensor_lists import EMPTY, TensorList
 from gam_fused.transaction import Buffers, Interrupts, RandomState
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Lists = list[TensorList]
 _UNREACHED = "the closure's loss depends on none of the parameters that require a gradient: is the right model in it?"
-GUARD = 3  # slot of the last gradient's reduction, after those of the three ascents
 
 
 class Step:
@@ -60,11 +59,17 @@ class Step:
             self._backward(loss)
         groups = self.optimizer.param_groups
         keep = keep or not self.optimizer._fused  # a foreign base gets d in the buffers of the last gradient
-        return self._seen_in([gradients.take(b.params, b.strides, b.dtype, groups, keep=keep) for b in self.buckets])
+        return self._received(
+            [
+                (sharding if b.sharded else gradients).take(b.params, b.strides, b.dtype, groups, keep=keep)
+                for b in self.buckets
+            ]
+        )
 
     def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
         """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
-        loss = self._call_closure(point)
+        with distributed.no_unseen_ddp(self.plan.replicas):
+            loss = self._call_closure(point)
         if any(p.grad is not None for p in self.plan.params):
             gradients.clear(self.plan.params)
             raise RuntimeError(
@@ -76,7 +81,7 @@ class Step:
             raw = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
         if all(g is None for g in raw):
             raise RuntimeError(_UNREACHED)
-        return raw, self._seen_in(self.as_lists(raw))
+        return raw, self._received(self.as_lists(raw))
 
     def as_lists(self, tensors: Sequence[Tensor | None]) -> Lists:
         """Tensors in the order of the plan's parameters, detached, as one list per bucket."""
@@ -87,8 +92,14 @@ class Step:
             start += len(b.params)
         return lists
 
+    def averaged(self, lists: Lists) -> Lists:
+        """`lists` averaged over the ranks, where DDP has not done so and each pass shall be global."""
+        replicas = self.plan.replicas
+        return replicas.average(self.buckets, lists) if replicas and not replicas.local else lists
+
     def _call_closure(self, point: str) -> Any:
         torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
+        self._reshard()
         first = not self.losses
         if first:
             gradients.clear(self.plan.params)  # what was left there is not of this step; later passes find it taken
@@ -104,6 +115,11 @@ class Step:
                     part.first_pass_done()
         self.losses[point] = loss.detach() if isinstance(loss, Tensor) else loss
         return loss
+
+    def _reshard(self) -> None:
+        """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`) would not see what we wrote."""
+        for module in self.plan.fsdp_modules:
+            module.reshard()
 
     def _backward(self, loss: Any) -> None:
         with torch.enable_grad():
@@ -124,7 +140,9 @@ class Step:
             )
         return loss
 
-    def _seen_in(self, lists: Lists) -> Lists:
+    def _received(self, lists: Lists) -> Lists:
+        """The gradients of a pass as the method sees them; notes which parameters have one."""
+        lists = self.averaged(lists)
         for seen, lst in zip(self._seen, lists, strict=True):
             if not all(seen):
                 seen[:] = [s or t is not None for s, t in zip(seen, lst.tensors, strict=True)]
@@ -171,7 +189,7 @@ class Step:
                 weight = b.backup if b.backed_up and slot < 2 else b.theta
             y = minus[i] if minus else EMPTY
             b.verbs.squared_norm(b.layout, x[i], y, weight, b.column_slice("partials", slot, slice(0, 2)))
-        self.plan.share("partials", slot)
+        self.plan.share("partials", slot, slice(0, 2))
 
     def accumulator(self, lists: Lists) -> Lists:
         """`lists` as what `update` takes as `acc`: in float32 where they are of lower precision."""
@@ -205,6 +223,12 @@ class Step:
             self._reduce_direction(x1, x3, acc, table, rows)
         else:
             self._reduce_norm(GUARD, x3)
+        if self.plan.replicas and self.plan.replicas.local:
+            if x1:
+                self.extras["products"] = self.buckets[0].shared.partials[GUARD].sum(1)
+            x3 = self.plan.replicas.average_direction(self.buckets, x1, x3, acc, table, rows, self._seen)
+            x1, acc, table, rows = None, None, "plain", 2
+            self._reduce_norm(GUARD, x3)
         active = self._fill_in(x1, x3, acc)
         apply = self._apply_fused if self.optimizer._fused else self._apply_foreign
         apply(x1, x3, acc, table, rows, active)
@@ -219,7 +243,7 @@ class Step:
                 b.shared.tables[table],
                 b.column_slice("partials", GUARD, slice(0, rows)),
             )
-        self.plan.share("partials", GUARD)
+        self.plan.share("partials", GUARD, slice(0, rows))
 
     def _fill_in(self, x1: Lists | None, x3: Lists, acc: Lists | None) -> list[list[bool]]:
         """Which parameters had a gradient in any pass. One that has none in the lists of the update gets a zero there."""
@@ -284,7 +308,7 @@ class Step:
             return
         for b, lst in zip(self.buckets, x3, strict=True):
             for p, d in zip(b.params, lst.tensors, strict=True):
-                p.grad = d
+                p.grad = sharding.like(d, p) if b.sharded and d is not None else d
         self.optimizer.base_optimizer.step()
         gradients.clear(self.plan.params)
         for b in self.buckets:
@@ -303,6 +327,7 @@ class Step:
             self._random.finish()
         if self._buffers:
             self._buffers.finish(self.skipped)
+        self._reshard()
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
@@ -315,3 +340,4 @@ class Step:
                 if part:
                     part.abort()
         gradients.clear(self.plan.params)
+        self._reshard()

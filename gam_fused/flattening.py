@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gam_fused.parameters import describe
+from gam_fused.parameters import describe, is_dtensor
 from gam_fused.tensor_lists import ALIGNMENT, flat_views, is_dense
 
 
@@ -19,7 +19,8 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
     Parameters that already lie so stay where they are; values, strides and Parameter objects stay the same.
 
     Raises:
-        ValueError: storage that is not ours to move: shared with something else, with gaps, or known to an existing DDP.
+        ValueError: storage that is not ours to move: shared with something else, with gaps, a DTensor's, or known to an
+            existing DDP.
     """
     if any(isinstance(m, DistributedDataParallel) for m in modules):
         raise ValueError("flatten=True must come before DistributedDataParallel, which holds on to the parameters' memory")
@@ -27,6 +28,13 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
     for group in param_groups:
         for p in group["params"]:
             kinds[p.device, p.dtype].append(p)
+    for params in kinds.values():
+        for p in params:
+            if is_dtensor(p):
+                raise ValueError(
+                    f"flatten=True: {describe(p, param_groups)} is a DTensor, whose shards lie in memory that FSDP or the "
+                    "mesh manages; leave flatten=False"
+                )
     pending = [params for params in kinds.values() if not is_flat(params)]
     for params in pending:
         for p in params:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.hyperparameters import number
+from gam_fused.tensor_lists import TensorList
 from gam_fused.transaction import RandomState
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def hessian_vector_product(
         return list(torch.autograd.grad(outputs, list(params), grad_outputs=weights, allow_unused=True))
 
 
-def ascent(gradients: Sequence[Tensor | None], step: Step) -> tuple[list[Tensor | None], Tensor]:
+def ascent(lists: Sequence[TensorList], step: Step) -> tuple[list[Tensor | None], Tensor]:
     """The direction v in which the first-order probe of `finite_difference` would go, and the norm |g|.
 
     v = g / (|g| + xi) over the perturbed parameters; with `adaptive`, theta^2 g / (|theta g| + xi); the sign turned in
@@ -40,11 +41,12 @@ def ascent(gradients: Sequence[Tensor | None], step: Step) -> tuple[list[Tensor 
     counted is not finite, so that the step is skipped.
     """
     optimizer, params = step.optimizer, step.plan.params
+    gradients = [g for lst in lists for g in lst.tensors]
     counted = [c for b in step.buckets for c in b.layout.counted]
     signs = [-1 if optimizer.param_groups[g].get("maximize") else 1 for b in step.buckets for g in b.groups]
     weights = [p.detach() if optimizer.adaptive else 1 for p in params]
-    rows = [w * g.detach() if g is not None and c else None for w, g, c in zip(weights, gradients, counted, strict=True)]
-    others = [g.detach() for g, c in zip(gradients, counted, strict=True) if g is not None and not c]
+    rows = [w * g if g is not None and c else None for w, g, c in zip(weights, gradients, counted, strict=True)]
+    others = [g for g, c in zip(gradients, counted, strict=True) if g is not None and not c]
     scale, device = optimizer._amp.current_scale(), params[0].device
     norm = _norm([g for g in rows if g is not None], device) + 0.0 * _norm(others, device)
     divisor = norm + optimizer.eps * scale

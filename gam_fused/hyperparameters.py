@@ -132,7 +132,5 @@ def check_oracle(method: str, oracle: str, sam_rho: float | None) -> None:
 
 
 def check_perturb_sync(perturb_sync: str) -> None:
-    """Raises ValueError for an unknown value, and for "local", which needs a communicating optimizer."""
+    """Raises ValueError for an unknown value. What "local" needs is checked by `distributed.replicas`."""
     one_of("perturb_sync", perturb_sync, PERTURB_SYNC)
-    if perturb_sync == "local":
-        raise ValueError("perturb_sync='local' is not supported: use 'auto' or 'global', where DDP averages every pass")

@@ -65,17 +65,17 @@ def exact(step: Step) -> None:
     """Algorithm 1 with Hessian-vector products by double backward: d = h_loss + alpha h_norm."""
     params = step.plan.params
     graph, g = step.differentiable_gradient("theta")  # line 5
-    v, step.extras["gradient_norm"] = ascent(graph, step)
-    f = step.as_lists(hessian_vector_product(graph, params, v))  # line 6
+    v, step.extras["gradient_norm"] = ascent(g, step)
+    f = step.averaged(step.as_lists(hessian_vector_product(graph, params, v)))  # line 6
     del graph, v
     h_loss, extra = g, _needs_oracle_pass(step)
     if extra:
         step.ascend(0, g, oracle=True)  # theta + sam_rho g/|g|
         h_loss = step.gradient("oracle", keep=True)
     step.ascend(0, f)  # line 7: theta_adv = theta + rho f/|f|
-    graph, _ = step.differentiable_gradient("theta_adv")
-    v, step.extras["adversarial_gradient_norm"] = ascent(graph, step)
-    hv = step.as_lists(hessian_vector_product(graph, params, v))  # line 8
+    graph, g_adv = step.differentiable_gradient("theta_adv")
+    v, step.extras["adversarial_gradient_norm"] = ascent(g_adv, step)
+    hv = step.averaged(step.as_lists(hessian_vector_product(graph, params, v)))  # line 8
     del graph, v
     step.update(x3=hv, acc=step.accumulator(h_loss), guard_direction=True)  # line 10
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gam_fused import base_optimizers, checkpoint, coefficients, flattening, hyperparameters, methods, precision
+from gam_fused import (
+    base_optimizers,
+    checkpoint,
+    coefficients,
+    distributed,
+    flattening,
+    hyperparameters,
+    methods,
+    precision,
+    sharding,
+)
 from gam_fused.amp import LossScaling
 from gam_fused.buckets import Plan
 from gam_fused.constants import Control
@@ -45,7 +55,7 @@ class FusedGAM(Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as torch.optim takes them. Dense float32, float64, bfloat16
-            or float16, of any shapes, on any devices.
+            or float16, of any shapes, on any devices; or DTensors, sharded or replicated over any meshes.
         base_optimizer: class or factory, called with `params` and `base_kwargs`; or an instance (then `params` may be
             None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer gets d in `p.grad`
             and is stepped; it is the one case where the host waits for the device, to know whether to skip.
@@ -64,13 +74,19 @@ class FusedGAM(Optimizer):
         sam_rho: radius of that ascent; None means rho_prime, which costs ``finite_difference`` no further pass.
         interval: run the method on every interval-th step (the first one included) and plain steps between.
         model: the module, or modules, whose buffers (batch norm, ...) shall move once per step. Buffers of a model that is
-            not given cannot be seen: they move with every pass.
+            not given cannot be seen: they move with every pass. Give the DistributedDataParallel wrapper itself, with which
+            ``exact`` and ``perturb_sync="local"`` work, or the root that `fully_shard` was applied to.
         preserve_rng_state: replay the random numbers of pass 1 in the others. Without, the finite difference follows the
             noise of different dropout masks.
         max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
         grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward, then call
             ``scaler.update()`` after the step. A closure that calls backward itself must scale its loss.
-        perturb_sync: ``"auto"`` or ``"global"``: all ranks perturb by the gradients they are given, averaged by DDP.
+        perturb_sync: ``"auto"`` or ``"global"``: all ranks perturb alike, by gradients that DDP averages in every pass.
+            ``"local"``: each rank perturbs by its own gradients (m-sharpness, m being a rank's batch), and one all-reduce
+            per step averages the combined direction, before it is clipped; DDP reduces nothing (its communication hooks do
+            not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank whose
+            step raised, and which caught that, may step again: the others wait for it. With ``"global"``, as under plain
+            DDP, they would take its next pass for the one that failed: let the process end.
         flatten: move parameters and optimizer state into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
         base_kwargs: passed to the base optimizer: lr, momentum, weight_decay, ...
@@ -81,7 +97,8 @@ class FusedGAM(Optimizer):
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter that cannot work, named with what is allowed, before anything
-            is built.
+            is built. ``perturb_sync="local"`` without a DistributedDataParallel in `model`; ``exact`` with sharded
+            parameters; FSDP1.
         RuntimeError: a backend that is not there.
     """
 
@@ -130,11 +147,12 @@ class FusedGAM(Optimizer):
 
         self.base_optimizer = base_optimizers.build(params, base_optimizer, base_kwargs)
         self._fused = base_optimizers.fused_base(self.base_optimizer)
-        self._gam_defaults = {"rho": values.rho, "perturb": True}
+        self._gam_defaults: dict[str, Any] = {"rho": values.rho, "perturb": True, "gam": {}}
         check_parameters(self.base_optimizer.param_groups)
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **self._gam_defaults})
         self._share_with_base()
         check_groups(self.param_groups)
+        distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
         if self.flatten:
             flattening.flatten(self.param_groups, self._modules)
 
@@ -164,7 +182,7 @@ class FusedGAM(Optimizer):
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
         if self._last is None:
             self._precision_watch.attach(self._modules)
-        with Interrupts() as interrupts:
+        with self._plan.no_sync(), Interrupts() as interrupts:
             step = Step(self, closure, interrupts)
             try:
                 run(step)
@@ -204,8 +222,10 @@ class FusedGAM(Optimizer):
         else:
             control[Control.SKIPPED], control[Control.NOISE_STEP] = self._counters
         for number, bucket in enumerate(plan.buckets):
-            control[Control.NOISE_SEED] = number
+            control[Control.NOISE_SEED] = number + len(plan.buckets) * bucket.shard_index
             bucket.control.copy_(control)
+        plan.replicas = distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
+        plan.fsdp_modules = sharding.fsdp_modules(self._modules)
         self._plan = plan
 
     def _values(self) -> hyperparameters.Hyperparameters:
@@ -228,7 +248,10 @@ class FusedGAM(Optimizer):
         return int(self._plan.buckets[0].control[Control.SKIPPED]) if self._plan else int(self._counters[0])
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """What the last step saw, as 0-d tensors on the device, without waiting for it; see `gam_fused.diagnostics`."""
+        """What the last step saw, as 0-d tensors on the device, without waiting for it; see `gam_fused.diagnostics`.
+
+        With sharded parameters every rank must call it.
+        """
         return diagnose(self)
 
     # What torch.optim promises. State and groups are the base optimizer's own.
@@ -249,14 +272,18 @@ class FusedGAM(Optimizer):
         try:
             check_parameters(self.param_groups)
             check_groups(self.param_groups)
+            distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[number:]
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, in the layout of the base optimizer's own, plus the counters of GAM under "gam"."""
+        """As torch.optim's, in the layout of the base optimizer's own; param groups also hold "rho", "perturb" and "gam"."""
         checkpoint.drop_unstarted(self)
-        return super().state_dict() | {"gam": checkpoint.counters(self)}
+        counters = checkpoint.counters(self)
+        for group in self.param_groups:
+            group["gam"] = counters
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class."""

@@ -14,6 +14,11 @@ from gam_fused.tensor_lists import is_dense
 Groups = Sequence[dict[str, Any]]
 
 
+def is_dtensor(t: Any) -> bool:
+    """Whether `t` is a torch.distributed.tensor.DTensor, without importing that."""
+    return hasattr(t, "to_local")
+
+
 def describe(p: Tensor, groups: Groups) -> str:
     """'parameter 3 of group 0 (conv.weight, shape (32, 1, 3, 3), torch.float32, cpu)'."""
     facts = f"shape {tuple(p.shape)}, {p.dtype}, {p.device}"
@@ -26,12 +31,14 @@ def describe(p: Tensor, groups: Groups) -> str:
 
 
 def check_parameters(groups: Groups) -> None:
-    """Raises for parameters that no room can perturb and restore.
+    """Raises for parameters that no room can perturb and restore. Of a DTensor, the local shard is looked at.
 
     Raises:
-        TypeError: not floating point, complex, sparse, or distributed.
+        TypeError: not floating point, complex, sparse, or a DTensor with pending sums.
         ValueError: listed twice, expanded, or sharing memory with another parameter.
     """
+    from gam_fused.sharding import local
+
     seen: set[int] = set()
     extents = []
     for group in groups:
@@ -40,11 +47,12 @@ def check_parameters(groups: Groups) -> None:
             if id(p) in seen:
                 raise ValueError(f"{describe(p, groups)} is listed twice; list each parameter once")
             seen.add(id(p))
-            if _overlaps_itself(p):
+            t = local(p)
+            if _overlaps_itself(t):
                 raise ValueError(f"{describe(p, groups)} is expanded or overlaps itself; use p.detach().clone()")
-            if p.numel() and p.device.type != "meta" and is_dense(p):
-                start = p.data_ptr()
-                extents.append((str(p.device), start, start + p.numel() * p.element_size(), p))
+            if t.numel() and t.device.type != "meta" and is_dense(t):
+                start = t.data_ptr()
+                extents.append((str(t.device), start, start + t.numel() * t.element_size(), p))
     extents.sort(key=lambda e: e[:3])
     for (device, _, end, p), (next_device, start, _, q) in itertools.pairwise(extents):
         if device == next_device and start < end:
@@ -71,8 +79,16 @@ def _check_kind(p: Tensor, groups: Groups) -> None:
         raise TypeError(f"{describe(p, groups)} is complex; optimize torch.view_as_real(p) instead")
     if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{describe(p, groups)} is not of dtype float32, float64, bfloat16 or float16")
-    if hasattr(p, "to_local"):
-        raise TypeError(f"{describe(p, groups)} is a DTensor; sharded parameters are not supported")
+    if is_dtensor(p):
+        _check_placements(p, groups)
+
+
+def _check_placements(p: Any, groups: Groups) -> None:
+    where = f"{describe(p, groups)}, distributed as {tuple(p.placements)} over {p.device_mesh},"
+    if any(placement.is_partial() for placement in p.placements):
+        raise TypeError(f"{where} holds sums that are still to be added; redistribute it to Shard or Replicate")
+    if p.device_mesh.get_coordinate() is None:
+        raise TypeError(f"{where} has no part on this rank; give this rank only parameters whose mesh it is in")
 
 
 def check_groups(groups: Groups) -> None:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gam_fused.sharding import forward_dtypes
 from gam_fused.tensor_lists import EMPTY
 
 if TYPE_CHECKING:
+    from gam_fused.buckets import Bucket
     from gam_fused.engine import Step
     from gam_fused.optimizer import FusedGAM
 
@@ -37,7 +39,8 @@ def noise_ratio(optimizer: FusedGAM, step: Step) -> Tensor:
     bucket = max(step.buckets, key=lambda b: torch.finfo(b.dtype).eps)
     radius = _probe_radius(optimizer)
     if bucket.dtype in (torch.float16, torch.bfloat16):
-        realised = torch.stack([b.column_slice("realised", 0).sum().to(bucket.shared.device) for b in step.buckets]).sum()
+        realised = step.plan.shards.totals(step.buckets, lambda b: b.column_slice("realised", 0).sum().reshape(1))
+        realised = realised[0].to(bucket.shared.device)
         return (realised - radius**2).clamp(min=0).sqrt() / max(radius, 1e-300)
     spacing = 0.72 * _forward_eps(optimizer, bucket.shared.device) * _theta_norm(step)
     ratio = spacing / max(radius, 1e-300)
@@ -109,16 +112,18 @@ def _probe_radius(optimizer: FusedGAM) -> float:
 
 def _forward_eps(optimizer: FusedGAM, device: torch.device) -> float:
     """Spacing at 1 of the coarsest dtype that weights are cast to in the forward pass, as far as it can be seen."""
-    eps = max(optimizer._precision_watch.autocast_eps, *(torch.finfo(b.dtype).eps for b in optimizer._plan.buckets))
+    plan = optimizer._plan
+    dtypes = {b.dtype for b in plan.buckets} | forward_dtypes(plan.fsdp_modules)
+    eps = max(optimizer._precision_watch.autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes))
     if device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
         eps = max(eps, TF32_EPS)
     return eps
 
 
 def _theta_norm(step: Step) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=step.buckets[0].shared.device)
-    for b in step.buckets:
+    def square(b: Bucket) -> Tensor:
         partials = torch.zeros(2, b.layout.chunks, dtype=torch.float64, device=b.shared.device)
         b.verbs.squared_norm(b.layout, b.theta, EMPTY, EMPTY, partials)
-        total += partials[0].sum().to(total.device)
-    return total.sqrt()
+        return partials[0].sum().reshape(1)
+
+    return step.plan.shards.totals(step.buckets, square)[0].sqrt()

@@ -27,13 +27,15 @@ class TensorList:
             tensors of one layout must be dense and have equal strides at equal positions.
         lasting: whether the list stays from step to step (parameters, state, scratch). Then rooms on a GPU keep its
             addresses there; those of other lists go along with every launch.
+        empty: the address of tensors without elements. With 0 the verbs take them for missing; with 1 for present, so that
+            their step counts advance: an empty shard is part of a parameter that is updated.
     """
 
-    __slots__ = ("_addresses", "_rows", "_tables", "lasting", "tensors")
+    __slots__ = ("_addresses", "_empty", "_rows", "_tables", "lasting", "tensors")
 
-    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False):
+    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0):
         self.tensors: list[Any] = list(tensors)  # Tensor | None; rooms know from the layout which may be None
-        self.lasting = lasting
+        self.lasting, self._empty = lasting, empty
         self._forget()
 
     def _forget(self) -> None:
@@ -53,7 +55,7 @@ class TensorList:
     def addresses(self) -> Tensor:
         """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`."""
         if self._addresses is None:
-            row = array("q", [0 if t is None else t.data_ptr() for t in self.tensors])
+            row = array("q", [0 if t is None else t.data_ptr() or self._empty for t in self.tensors])
             self._addresses = torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64)
         return self._addresses
 

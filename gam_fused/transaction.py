@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gam_fused.parameters import is_dtensor
+from gam_fused.sharding import local
+
 
 class RandomState:
     """The generators' states of the CPU and of every given device, saved, replayed and handed back.
@@ -102,7 +105,8 @@ class _Snapshot:
         self._kinds: dict[tuple, list[Tensor]] = defaultdict(list)
         for _, _, t in entries:
             if t is not None:
-                self._kinds[t.dtype, t.device].append(t)
+                shard = local(t) if is_dtensor(t) else t
+                self._kinds[t.dtype, shard.device].append(shard)
         self._copies = {kind: torch.cat([t.detach().reshape(-1) for t in ts]) for kind, ts in self._kinds.items()}
 
     def matches(self, other: _Snapshot) -> bool:
