@@ -97,7 +97,7 @@ class Step:
         with torch.enable_grad():
             loss = self.closure()
         if first:
-            self.optimizer._amp.publish(self.buckets)
+            self.optimizer._amp.publish(self.optimizer, self.buckets)
             self.loss = loss.detach() if isinstance(loss, Tensor) else loss
             for part in (self._random, self._buffers):
                 if part:

@@ -68,8 +68,9 @@ class FusedGAM(Optimizer):
         preserve_rng_state: replay the random numbers of pass 1 in the others. Without, the finite difference follows the
             noise of different dropout masks.
         max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
-        grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward, then call
-            ``scaler.update()`` after the step. A closure that calls backward itself must scale its loss.
+        grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward; one that calls backward
+            itself must do so on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or
+            ``scaler.step(optimizer, closure)``, call ``scaler.update()``. It can be set later, as an attribute.
         perturb_sync: ``"auto"`` or ``"global"``: all ranks perturb by the gradients they are given, averaged by DDP.
         flatten: move parameters and optimizer state into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
@@ -122,7 +123,7 @@ class FusedGAM(Optimizer):
         self.max_grad_norm = hyperparameters.optional("max_grad_norm", max_grad_norm, above=0.0)
         self.perturb_sync, self.flatten, self.backend = perturb_sync, bool(flatten), backend
         self._modules = _as_modules(model)
-        self._amp = LossScaling(grad_scaler)
+        self._amp = LossScaling()
         self._steps_taken = 0
         self._plan: Any = None  # a Plan, from the first step on
         self._last: Step | None = None
@@ -135,6 +136,7 @@ class FusedGAM(Optimizer):
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **self._gam_defaults})
         self._share_with_base()
         check_groups(self.param_groups)
+        self.grad_scaler = grad_scaler
         if self.flatten:
             flattening.flatten(self.param_groups, self._modules)
 
@@ -160,6 +162,7 @@ class FusedGAM(Optimizer):
         """
         if closure is None:
             return checkpoint.create_state(self)
+        self._amp.begin(self)
         self._prepare()
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
         if self._last is None:
@@ -171,10 +174,11 @@ class FusedGAM(Optimizer):
                 step.finish()
             except BaseException:
                 step.abort()
+                self._amp.abort(self)
                 raise
             finally:
                 self._precision_watch.detach()
-        self._amp.report(self, step.skipped)
+        self._amp.report(step.skipped)
         self._steps_taken += 1
         self._last = step
         self._precision_watch.look(self, step)
@@ -217,6 +221,17 @@ class FusedGAM(Optimizer):
         if self.oracle != "sam":
             return None
         return self.rho_prime if self.sam_rho is None else self.sam_rho
+
+    _step_supports_amp_scaling = True  # torch's word for: `scaler.step` shall not unscale `p.grad` itself
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler that the losses are scaled by; it can be set, for loops that make their own."""
+        return self._amp.scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._amp.use(scaler, next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")))
 
     _counters = (0.0, 0.0)  # skipped steps and noise counter to start from, set by a checkpoint
 
