@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gam_fused import base_optimizers, checkpoint, coefficients, flattening, hyperparameters, methods, precision
+from gam_fused import (
+    base_optimizers,
+    checkpoint,
+    coefficients,
+    flattening,
+    hyperparameters,
+    integrations,
+    methods,
+    precision,
+)
 from gam_fused.amp import LossScaling
 from gam_fused.buckets import Plan
 from gam_fused.constants import Control
@@ -162,6 +171,7 @@ class FusedGAM(Optimizer):
         """
         if closure is None:
             return checkpoint.create_state(self)
+        integrations.check_closure(closure)
         self._amp.begin(self)
         self._prepare()
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain

@@ -288,6 +288,13 @@ def test_no_synchronisation_with_a_scaler():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_example():
+    pytest.importorskip("sklearn", reason="needs the package scikit-learn")
+    from examples.loops.mixed_precision import train
+
+    assert train(epochs=3, limit=192) > 0.3
+
+
 # Weights stored in low precision.
 
 
@@ -301,7 +308,7 @@ def test_low_precision_weights_keep_the_hessian_vector_product(dtype, rho_prime)
 
     The points are what `step` stores; gradients at them are exact (float32), so only the rounding of the weights counts.
     """
-    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="needs the package scikit-learn")
     images, labels = sklearn_datasets.load_digits(return_X_y=True)
     x, y = torch.tensor(images[:128] / 16, dtype=torch.float32), torch.tensor(labels[:128])
     width = 1536
