@@ -100,6 +100,7 @@ class Step:
             loss = self.closure()
         if first:
             self.optimizer._amp.publish(self.optimizer, self.buckets)
+            self.optimizer._precision_watch.see(loss)
             self.loss = loss.detach() if isinstance(loss, Tensor) else loss
             for part in (self._random, self._buffers):
                 if part:

@@ -102,12 +102,10 @@ class CapturedStep:
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream):
-                    optimizer._precision_watch.attach(optimizer._modules)
                     for _ in range(self.warmup):
                         random = RandomState({self.device}) if optimizer.preserve_rng_state else None
                         self._run(random)
             finally:
-                optimizer._precision_watch.detach()
                 torch.cuda.current_stream().wait_stream(stream)
                 preserved.put_back()
             graph = torch.cuda.CUDAGraph()

@@ -175,8 +175,6 @@ class FusedGAM(Optimizer):
         self._amp.begin(self)
         self._prepare()
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
-        if self._last is None:
-            self._precision_watch.attach(self._modules)
         with Interrupts() as interrupts:
             step = Step(self, closure, interrupts)
             try:
@@ -186,8 +184,6 @@ class FusedGAM(Optimizer):
                 step.abort()
                 self._amp.abort(self)
                 raise
-            finally:
-                self._precision_watch.detach()
         self._amp.report(step.skipped)
         self._steps_taken += 1
         self._last = step

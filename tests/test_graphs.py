@@ -108,6 +108,9 @@ def test_warming_up_leaves_no_trace(method, base, kind):
     optimizer._steps_taken = steps  # a captured step's warm-up does not count them
     assert [p.data_ptr() for p in model.parameters()] == addresses
     assert all(a is b for a, b in zip(states, (t for e in optimizer.state.values() for t in e.values()), strict=True))
+    if kind == "new":  # a graph goes on with these very tensors, as if they had just been made
+        assert states
+        assert not any(bool(t.any()) for t in states)
     random = torch.get_rng_state()
     for _ in range(2):  # the tensors that warming up has made are the ones in use
         optimizer.step(closure)
