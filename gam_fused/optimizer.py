@@ -151,6 +151,7 @@ class FusedGAM(Optimizer):
 
     # A step.
 
+    @torch._disable_dynamo  # a compiled function around it runs it as it is; what the closure has compiled stays compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update: all passes of the method, then the base optimizer's update in the direction d.
