@@ -72,7 +72,7 @@ $(STAMPS)/train: $(STAMPS)/build
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/train
-	$(INSTALL) pytest pytest-benchmark hypothesis
+	$(INSTALL) pytest pytest-benchmark hypothesis lightning accelerate transformers
 	@touch $@
 
 $(STAMPS)/check: $(STAMPS)/environment
