@@ -152,7 +152,8 @@ def _replay(optimizer: FusedGAM, captured: CapturedStep, inputs: Sequence[Tensor
         optimizer._prepare()
         if not captured._is_current():
             captured._capture()
-        torch._foreach_copy_(captured.inputs, list(inputs), non_blocking=True)
+        for static, t in zip(captured.inputs, inputs, strict=True):
+            static.copy_(t, non_blocking=True)
         if captured._random:
             captured._random.align()
         captured._graph.replay()
