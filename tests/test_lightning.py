@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -226,3 +228,9 @@ def test_the_example():
     from examples.loops.lightning import train
 
     assert train(epochs=6, limit=256, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu") > 0.5
+
+
+def test_the_package_imports_no_framework_by_itself():
+    code = "import sys, gam_fused; print({'lightning', 'pytorch_lightning', 'transformers', 'accelerate'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"
