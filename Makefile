@@ -72,7 +72,7 @@ $(STAMPS)/train: $(STAMPS)/build
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/train
-	$(INSTALL) pytest pytest-benchmark hypothesis
+	$(INSTALL) pytest pytest-benchmark hypothesis lightning accelerate transformers
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
 

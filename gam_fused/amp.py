@@ -1,50 +1,123 @@
-"""Loss scaling: what FusedGAM and a `torch.amp.GradScaler` tell each other."""
+"""Loss scaling: what FusedGAM and a `torch.amp.GradScaler` tell each other, all of it here.
+
+The scaler multiplies the loss of every pass, and the verbs divide by the scale where they read gradients, so each pass is
+unscaled exactly once. The scaler learns whether the step was skipped by its own `unscale_`, called on a one-element stand-in
+whose gradient is 0, or infinite where a gradient in any pass was. Nothing of this waits for the device.
+
+Two ways to step, the same result: `optimizer.step(closure)` and `scaler.step(optimizer, closure)`, each followed by
+`scaler.update()`.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from gam_fused.constants import Control
 
 if TYPE_CHECKING:
     from gam_fused.buckets import Bucket
 
+_HANDED_OVER = ("grad_scale", "found_inf")  # what `scaler.step` sets on an optimizer for the time of the call
+
 
 class LossScaling:
     """Scales losses, tells the verbs the scale, and tells the scaler of a skipped step.
 
-    Args:
-        scaler: a `torch.amp.GradScaler`, or None for no scaling.
-
-    Raises:
-        TypeError: not a GradScaler.
+    Attributes:
+        scaler: the `torch.amp.GradScaler` in use, or None.
     """
 
-    def __init__(self, scaler: Any = None):
+    def __init__(self) -> None:
+        self.scaler: Any = None
+        self._stand_in: Any = None  # an optimizer of one parameter of one element
+        self._published = self._unscaled_before = False
+
+    def use(self, scaler: Any, device: torch.device) -> None:
+        """Scale by `scaler` from now on, or by nothing where it is None or not enabled.
+
+        Raises:
+            TypeError: not a GradScaler.
+        """
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, but is {scaler!r}")
-        self.scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if self.scaler:
+            if device.type == "meta":
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.current_scale(
+                device
+            )  # the first `scale` makes the scale, which `scaler.step` asks for before our first pass
 
     def scale(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss) if self.scaler else loss
 
-    def current_scale(self) -> Tensor | float:
-        """How many times too large the gradients of this step are."""
-        return self.scaler._scale.double() if self.scaler else 1.0
+    def current_scale(self, device: torch.device) -> Tensor | float:
+        """How many times too large the gradients of this step are: 0-d float64 on `device`."""
+        return self.scaler.scale(torch.ones((), device=device)).double() if self.scaler else 1.0
 
-    def publish(self, buckets: list[Bucket]) -> None:
-        """Write the scale into the control blocks; it stays the same until `scaler.update()`."""
-        if self.scaler:
-            if self.scaler._scale is None:  # made by the first `scale`, which may come after this
-                self.scaler._lazy_init_scale_growth_tracker(buckets[0].control.device)
+    # A step, from its beginning to its end.
+
+    def begin(self, optimizer: Any) -> None:
+        """Before the first pass.
+
+        Raises:
+            RuntimeError: a scaler that is not known here makes the step, or the last step has not been followed by `update`.
+        """
+        if self.scaler is None:
+            if "found_inf" in optimizer.__dict__:
+                self.abort(optimizer)
+                raise RuntimeError(
+                    "scaler.step(optimizer, closure) with a scaler that the optimizer does not know: it can neither unscale "
+                    "the gradients of each pass nor report an infinity. Give it the scaler: FusedGAM(..., "
+                    "grad_scaler=scaler), or optimizer.grad_scaler = scaler"
+                )
+            return
+        if self._stage(self._stand_in) is not OptState.READY:
+            self.abort(optimizer)
+            raise RuntimeError("scaler.update() has not been called since the last step: call it after every step")
+        self._unscaled_before = self._stage(optimizer) is OptState.UNSCALED
+
+    def publish(self, optimizer: Any, buckets: list[Bucket]) -> None:
+        """After the first pass: write the scale into the control blocks. It stays the same until `scaler.update()`.
+
+        Raises:
+            RuntimeError: the closure has unscaled the gradients.
+        """
+        if self.scaler and not self._unscaled_before and self._stage(optimizer) is OptState.UNSCALED:
+            raise RuntimeError(
+                "the closure called scaler.unscale_(optimizer), which divides the gradients of one pass only. Leave it out: "
+                "FusedGAM unscales every pass itself, and clips the combined direction with max_grad_norm="
+            )
+        if self.scaler or self._published:
             for bucket in buckets:
-                bucket.control[Control.LOSS_SCALE] = self.scaler._scale.to(bucket.control.device, torch.float64)
+                bucket.control[Control.LOSS_SCALE] = self.current_scale(bucket.control.device)
+        self._published = self.scaler is not None
 
-    def report(self, optimizer: Any, skipped: Tensor) -> None:
-        """Record for `scaler.update()` whether this step met an infinity: where `scaler.unscale_` would have."""
-        if self.scaler:
-            found = skipped.to(torch.float32).reshape(1)
-            self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {found.device: found}
+    def report(self, skipped: Tensor) -> None:
+        """After the step: let `scaler.update()` know whether it was skipped (`skipped` is not 0, on any device)."""
+        if not self.scaler:
+            return
+        if self._stand_in is None or self._carrier.device != skipped.device:
+            self._stand_in = torch.optim.SGD([torch.zeros(1, device=skipped.device)], lr=0.0)
+        flag = torch.zeros_like(self._carrier)
+        self._carrier.grad = flag.masked_fill_(skipped.reshape(1) != 0, math.inf)
+        self.scaler.unscale_(self._stand_in)
+
+    def abort(self, optimizer: Any) -> None:
+        """After a failure: remove what `scaler.step` left on the optimizer; it only does so itself after success."""
+        for name in _HANDED_OVER:
+            optimizer.__dict__.pop(name, None)
+
+    @property
+    def _carrier(self) -> Tensor:
+        return self._stand_in.param_groups[0]["params"][0]
+
+    def _stage(self, optimizer: Any) -> OptState:
+        """What the scaler has seen of `optimizer` since its last `update`. Not public; only errors depend on it."""
+        states = getattr(self.scaler, "_per_optimizer_states", {})
+        return states[id(optimizer)]["stage"] if id(optimizer) in states else OptState.READY

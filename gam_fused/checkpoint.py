@@ -96,7 +96,7 @@ def create_state(optimizer: FusedGAM) -> None:
     if not idle or any(p.grad is not None and bool(local(p.grad).count_nonzero()) for p in params):
         raise RuntimeError(
             "FusedGAM.step needs a closure that computes the loss, since every step makes several gradient passes: "
-            "optimizer.step(closure)"
+            "optimizer.step(closure). For loops that call it without, see gam_fused.integrations (Lightning, transformers)"
         )
     optimizer.base_optimizer.step()
     forget_plan(optimizer)

@@ -32,7 +32,9 @@ class Step:
         ascents: which reductions this step made. extras: norms that a method computed itself. Both for `diagnostics`.
     """
 
-    def __init__(self, optimizer: FusedGAM, closure: Callable[[], Any], interrupts: Interrupts):
+    def __init__(
+        self, optimizer: FusedGAM, closure: Callable[[], Any], interrupts: Interrupts, random: RandomState | None = None
+    ):
         self.optimizer, self.closure, self.interrupts = optimizer, closure, interrupts
         self.plan = optimizer._plan
         self.buckets = self.plan.buckets
@@ -43,7 +45,7 @@ class Step:
         self._seen = [[False] * len(b.params) for b in self.buckets]
         self._buffers = Buffers(optimizer._modules) if optimizer._modules else None
         devices = set(self.plan.devices) | (self._buffers.devices if self._buffers else set())
-        self._random = RandomState(devices) if optimizer.preserve_rng_state else None
+        self._random = random or (RandomState(devices) if optimizer.preserve_rng_state else None)
         for bucket in self.buckets:
             bucket.backed_up = False
 
@@ -108,7 +110,8 @@ class Step:
         with torch.enable_grad():
             loss = self.closure()
         if first:
-            self.optimizer._amp.publish(self.buckets)
+            self.optimizer._amp.publish(self.optimizer, self.buckets)
+            self.optimizer._precision_watch.see(loss)
             self.loss = loss.detach() if isinstance(loss, Tensor) else loss
             for part in (self._random, self._buffers):
                 if part:

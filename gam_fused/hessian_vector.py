@@ -47,7 +47,7 @@ def ascent(lists: Sequence[TensorList], step: Step) -> tuple[list[Tensor | None]
     weights = [p.detach() if optimizer.adaptive else 1 for p in params]
     rows = [w * g if g is not None and c else None for w, g, c in zip(weights, gradients, counted, strict=True)]
     others = [g for g, c in zip(gradients, counted, strict=True) if g is not None and not c]
-    scale, device = optimizer._amp.current_scale(), params[0].device
+    scale, device = optimizer._amp.current_scale(params[0].device), params[0].device
     norm = _norm([g for g in rows if g is not None], device) + 0.0 * _norm(others, device)
     divisor = norm + optimizer.eps * scale
     v = [

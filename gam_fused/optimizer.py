@@ -16,6 +16,7 @@ from gam_fused import (
     distributed,
     flattening,
     hyperparameters,
+    integrations,
     methods,
     precision,
     sharding,
@@ -27,6 +28,7 @@ from gam_fused.diagnostics import diagnose
 from gam_fused.engine import Step
 from gam_fused.parameters import check_groups, check_parameters
 from gam_fused.rooms import check_backend
+from gam_fused.tensor_lists import upload
 from gam_fused.transaction import Interrupts
 
 
@@ -79,8 +81,9 @@ class FusedGAM(Optimizer):
         preserve_rng_state: replay the random numbers of pass 1 in the others. Without, the finite difference follows the
             noise of different dropout masks.
         max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
-        grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward, then call
-            ``scaler.update()`` after the step. A closure that calls backward itself must scale its loss.
+        grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward; one that calls backward
+            itself must do so on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or
+            ``scaler.step(optimizer, closure)``, call ``scaler.update()``. It can be set later, as an attribute.
         perturb_sync: ``"auto"`` or ``"global"``: all ranks perturb alike, by gradients that DDP averages in every pass.
             ``"local"``: each rank perturbs by its own gradients (m-sharpness, m being a rank's batch), and one all-reduce
             per step averages the combined direction, before it is clipped; DDP reduces nothing (its communication hooks do
@@ -139,7 +142,7 @@ class FusedGAM(Optimizer):
         self.max_grad_norm = hyperparameters.optional("max_grad_norm", max_grad_norm, above=0.0)
         self.perturb_sync, self.flatten, self.backend = perturb_sync, bool(flatten), backend
         self._modules = _as_modules(model)
-        self._amp = LossScaling(grad_scaler)
+        self._amp = LossScaling()
         self._steps_taken = 0
         self._plan: Any = None  # a Plan, from the first step on
         self._last: Step | None = None
@@ -153,11 +156,13 @@ class FusedGAM(Optimizer):
         self._share_with_base()
         check_groups(self.param_groups)
         distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
+        self.grad_scaler = grad_scaler
         if self.flatten:
             flattening.flatten(self.param_groups, self._modules)
 
     # A step.
 
+    @torch._disable_dynamo  # a compiled function around it runs it as it is; what the closure has compiled stays compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update: all passes of the method, then the base optimizer's update in the direction d.
@@ -178,10 +183,10 @@ class FusedGAM(Optimizer):
         """
         if closure is None:
             return checkpoint.create_state(self)
+        integrations.check_closure(closure)
+        self._amp.begin(self)
         self._prepare()
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
-        if self._last is None:
-            self._precision_watch.attach(self._modules)
         with self._plan.no_sync(), Interrupts() as interrupts:
             step = Step(self, closure, interrupts)
             try:
@@ -189,10 +194,9 @@ class FusedGAM(Optimizer):
                 step.finish()
             except BaseException:
                 step.abort()
+                self._amp.abort(self)
                 raise
-            finally:
-                self._precision_watch.detach()
-        self._amp.report(self, step.skipped)
+        self._amp.report(step.skipped)
         self._steps_taken += 1
         self._last = step
         self._precision_watch.look(self, step)
@@ -223,7 +227,7 @@ class FusedGAM(Optimizer):
             control[Control.SKIPPED], control[Control.NOISE_STEP] = self._counters
         for number, bucket in enumerate(plan.buckets):
             control[Control.NOISE_SEED] = number + len(plan.buckets) * bucket.shard_index
-            bucket.control.copy_(control)
+            bucket.control.copy_(upload(control.clone(), bucket.control.device))
         plan.replicas = distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
         plan.fsdp_modules = sharding.fsdp_modules(self._modules)
         self._plan = plan
@@ -237,6 +241,17 @@ class FusedGAM(Optimizer):
         if self.oracle != "sam":
             return None
         return self.rho_prime if self.sam_rho is None else self.sam_rho
+
+    _step_supports_amp_scaling = True  # torch's word for: `scaler.step` shall not unscale `p.grad` itself
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler that the losses are scaled by; it can be set, for loops that make their own."""
+        return self._amp.scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._amp.use(scaler, next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")))
 
     _counters = (0.0, 0.0)  # skipped steps and noise counter to start from, set by a checkpoint
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gam_fused.sharding import forward_dtypes
 from gam_fused.tensor_lists import EMPTY
@@ -48,32 +48,22 @@ def noise_ratio(optimizer: FusedGAM, step: Step) -> Tensor:
 
 
 class Watch:
-    """Warns once when the probe is clearly below the precision of the forward pass, without making the host wait.
-
-    What autocast does happens inside the closure; a hook on `model`'s first forward looks at it.
-    """
+    """Warns once when the probe is clearly below the precision of the forward pass, without making the host wait."""
 
     def __init__(self) -> None:
         self.autocast_eps = 0.0
         self._pending: tuple[Tensor, Callable[[], bool]] | None = None
-        self._hook: Any = None
-        self._done = False
+        self._seen = self._done = False
 
-    def attach(self, modules: list[nn.Module]) -> None:
-        """Before the first step: look at autocast once, in the first forward of the first module."""
-        if self._hook is None and modules:
-            self._hook = modules[0].register_forward_pre_hook(self._note_autocast)
+    def see(self, loss: Any) -> None:
+        """In the first pass of all: what autocast, or the model itself, casts weights to, as autograd has recorded it.
 
-    def detach(self) -> None:
-        """After the first step, or its failure."""
-        if self._hook:
-            self._hook.remove()
-            self._hook = None
-
-    def _note_autocast(self, module: nn.Module, _: Any) -> None:
-        kind = next((p.device.type for p in module.parameters()), "cpu")
-        if torch.is_autocast_enabled(kind):
-            self.autocast_eps = torch.finfo(torch.get_autocast_dtype(kind)).eps
+        A hook on the module would see more, but makes torch.compile compile twice.
+        """
+        if not self._seen:
+            self._seen = True
+            if isinstance(loss, Tensor) and loss.grad_fn is not None:
+                self.autocast_eps = _eps_of_casts(loss.grad_fn)
 
     def look(self, optimizer: FusedGAM, step: Step) -> None:
         """After each step: start the estimate at the first, warn when it has arrived."""
@@ -102,6 +92,20 @@ class Watch:
                     "rho_prime, or run the forward in float32",
                     stacklevel=4,
                 )
+
+
+def _eps_of_casts(root: Any, limit: int = 20_000) -> float:
+    """Spacing at 1 of the coarsest dtype that the graph below `root` casts a leaf to; 0 where it casts none."""
+    eps, waiting, known = 0.0, [root], {root}
+    while waiting and len(known) < limit:
+        node = waiting.pop()
+        below = [n for n, _ in node.next_functions if n is not None]
+        if node.name() == "ToCopyBackward0" and any(hasattr(n, "variable") for n in below):
+            dtype = node._input_metadata[0].dtype
+            eps = max(eps, torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
+        waiting += [n for n in below if n not in known]
+        known.update(below)
+    return eps
 
 
 def _probe_radius(optimizer: FusedGAM) -> float:

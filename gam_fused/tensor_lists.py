@@ -72,6 +72,8 @@ class TensorList:
     @property
     def operands(self) -> list[Tensor]:
         """The list as an operator takes it: an empty tensor in place of each `None`."""
+        if not self.tensors:
+            return []  # not kept: `EMPTY` is global, and a change of it would make torch.compile start again
         if self._rows is None:
             like = next((t for t in self.tensors if t is not None), None)
             empty = torch.empty(0) if like is None else like.new_empty(0)

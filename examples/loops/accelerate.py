@@ -1,0 +1,46 @@
+"""Hugging Face Accelerate: `prepare`, `backward`, and a closure over four micro-batches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+
+from examples.digits.net import conv_net
+from examples.loops.common import accuracy, loader, main
+from gam_fused import FusedGAM
+
+
+def train(epochs: int, limit: int | None = None, **accelerator_options) -> float:
+    """Returns the test accuracy."""
+    # `backward` divides by gradient_accumulation_steps. The micro-batches of a step have to be in the closure, which every
+    # pass runs, not in `with accelerator.accumulate(model)`, which would leave the last one to the passes.
+    accelerator = Accelerator(gradient_accumulation_steps=4, **accelerator_options)
+    torch.manual_seed(0)
+    model = conv_net(seed=0)
+    optimizer = FusedGAM(
+        model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, model=model, grad_scaler=accelerator.scaler
+    )
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, loader(64, limit), schedule)
+    for _ in range(epochs):
+        for x, y in batches:
+
+            def closure(x=x, y=y):
+                losses = []
+                for i, (micro_x, micro_y) in enumerate(zip(x.chunk(4), y.chunk(4), strict=True)):
+                    with accelerator.no_sync(model) if i < 3 else nullcontext():  # DDP averages once per pass
+                        loss = cross_entropy(model(micro_x), micro_y)
+                        accelerator.backward(loss)
+                        losses.append(loss.detach())
+                return torch.stack(losses).mean()
+
+            optimizer.step(closure)
+            schedule.step()
+    return accuracy(accelerator.unwrap_model(model))
+
+
+if __name__ == "__main__":
+    main(train)

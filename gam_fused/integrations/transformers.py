@@ -1,0 +1,84 @@
+"""Hugging Face Trainer: `class MyTrainer(GAMTrainerMixin, Trainer)`.
+
+    optimizer = FusedGAM(model.parameters(), torch.optim.AdamW, lr=5e-5, model=model)
+    MyTrainer(model, args, train_dataset=..., optimizers=(optimizer, None)).train()
+
+or `optimizer_cls_and_kwargs=(FusedGAM, {"base_optimizer": torch.optim.AdamW, "lr": 5e-5})`, which keeps the Trainer's param
+groups.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.optimizer import FusedGAM
+
+
+class GAMTrainerMixin:
+    """Makes the whole optimizer step in `training_step`, whose passes run all micro-batches; put it before `Trainer`.
+
+    - `gradient_accumulation_steps`: micro-batches wait until the last has arrived, and `training_step` then returns the
+      loss of all, as the unperturbed pass saw it.
+    - `max_grad_norm` of the arguments clips the combined direction; at 0 the optimizer's own value holds. The logged
+      gradient norm is that of the unperturbed gradient.
+    - fp16: the scaler that the Trainer has made becomes the optimizer's `grad_scaler`.
+    - The Trainer's model becomes the optimizer's, where it was given none.
+
+    With an optimizer that is not a `FusedGAM` it changes nothing.
+    """
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.accelerator.sync_gradients = True  # type: ignore[attr-defined]
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        trainer: Any = self
+        if not isinstance(self._gam, FusedGAM):
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if not hasattr(self, "_waiting"):
+            self._waiting: list[tuple[Any, Any]] = []
+        self._waiting.append((inputs, num_items_in_batch))
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros((), device=trainer.args.device)
+        count = getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+        batches, self._waiting = self._waiting[-count:], []  # those before were left by an epoch that was stopped
+        losses: list[Tensor] = []
+
+        def one_pass() -> Tensor:
+            total = torch.zeros((), device=trainer.args.device)
+            for i, batch in enumerate(batches):
+                with nullcontext() if i == len(batches) - 1 else trainer.accelerator.no_sync(model):
+                    total += super(GAMTrainerMixin, self).training_step(model, *batch)  # type: ignore[misc]
+            losses.append(total)
+            return total
+
+        self._gam.grad_scaler = trainer.accelerator.scaler
+        self._gam._modules = self._gam._modules or [trainer.model]
+        if trainer.args.max_grad_norm:
+            self._gam.max_grad_norm = trainer.args.max_grad_norm
+        trainer.optimizer.step(one_pass)
+        # The loop is about to call `optimizer.step()`, which does nothing while gradients are not to be synchronised; it
+        # sets this anew for every batch.
+        trainer.accelerator.sync_gradients = False
+        return losses[0]
+
+    @property
+    def _gam(self) -> Any:
+        optimizer: Any = self.optimizer  # type: ignore[attr-defined]
+        return getattr(optimizer, "optimizer", optimizer)  # what Accelerate has wrapped
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not isinstance(self._gam, FusedGAM):
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return self._gam.diagnostics().get("gradient_norm")
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if isinstance(self._gam, FusedGAM):
+            grad_norm = self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]

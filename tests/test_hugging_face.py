@@ -1,0 +1,239 @@
+"""Hugging Face's Trainer and Accelerate give the same bits as a plain loop."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from gam_helpers import batch, freeze, make, mixed_net, regression, same
+from torch import nn
+
+pytest.importorskip("accelerate", reason="needs the package accelerate")
+pytest.importorskip("transformers", reason="needs the package transformers")
+
+import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from gam_fused import FusedGAM
+from gam_fused.integrations.transformers import GAMTrainerMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+BATCHES, SIZE = 10, 4  # with an accumulation of 4 the last step of an epoch has 2
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class Model(nn.Module):
+    """Batch norm, dropout, and the Trainer's way of calling a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mixed_net()
+
+    def forward(self, x, labels):
+        return {"loss": (self.net(x) - labels).square().mean()}
+
+
+class GAMTrainer(GAMTrainerMixin, transformers.Trainer):
+    pass
+
+
+def rows():
+    x, y = batch(BATCHES * SIZE)
+    return [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+
+
+class Losses(transformers.TrainerCallback):
+    def __init__(self):
+        self.seen, self.norms = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(100 + state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.seen.append(float(logs["loss"]))
+            self.norms.append(float(logs["grad_norm"]))
+
+
+def trainer(model, folder, optimizers=(None, None), **arguments):
+    arguments = {"num_train_epochs": 2, "save_strategy": "no", "max_grad_norm": 0.0, **arguments}
+    given = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=SIZE, learning_rate=0.05, logging_steps=1, report_to="none",
+        disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", dataloader_pin_memory=False, **arguments,
+    )  # fmt: skip
+    return GAMTrainer(model, given, train_dataset=rows(), optimizers=optimizers, callbacks=[Losses()])
+
+
+def losses_of(result) -> Losses:
+    return next(c for c in result.callback_handler.callbacks if isinstance(c, Losses))
+
+
+def plain_loop(model, optimizer, schedule, accumulate=1, bf16=False, epochs=2):
+    """What the Trainer should do. Returns the losses of the steps and the norms of their gradients."""
+    x, y = batch(BATCHES * SIZE)
+    batches = list(zip(x.split(SIZE), y.split(SIZE), strict=True))
+    losses, norms = [], []
+    for _ in range(epochs):
+        for start in range(0, BATCHES, accumulate):
+            micro = batches[start : start + accumulate]
+
+            def closure(micro=micro):
+                total = 0.0
+                for a, b in micro:
+                    with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+                        loss = model(a, b)["loss"] / len(micro)
+                    loss.backward()
+                    total += loss.detach()
+                return total
+
+            torch.manual_seed(100 + len(losses))
+            losses.append(float(optimizer.step(closure)))
+            norms.append(float(optimizer.diagnostics()["gradient_norm"]))
+            schedule.step()
+    return losses, norms
+
+
+def contents(model, optimizer):
+    return freeze([dict(model.state_dict()), optimizer.state_dict()["state"], optimizer.param_groups[0]["lr"]])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_trainer(accumulate, clip, bf16, tmp_path):
+    results = []
+    for kind in ("Trainer", "plain"):
+        model = Model()
+        optimizer = make(model.parameters(), model=model, lr=0.05)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        if kind == "Trainer":
+            options = {"gradient_accumulation_steps": accumulate, "max_grad_norm": clip, "bf16": bf16}
+            result = trainer(model, tmp_path, (optimizer, schedule), **options)
+            result.train()
+            assert result.accelerator.sync_gradients
+            assert result.state.global_step == 2 * -(-BATCHES // accumulate)
+            told = losses_of(result).seen, losses_of(result).norms
+        else:
+            optimizer.max_grad_norm = clip or None
+            told = plain_loop(model, optimizer, schedule, accumulate, bf16)
+        results.append((contents(model, optimizer), told))
+    same(results[0][0], results[1][0])
+    for mine, plain in zip(results[0][1], results[1][1], strict=True):
+        assert mine == pytest.approx(plain, abs=1e-4)
+
+
+def test_trainer_makes_the_optimizer_and_resumes(tmp_path):
+    """`optimizer_cls_and_kwargs`, the Trainer's param groups, a checkpoint in the middle of training."""
+    states = []
+    for resume in (None, tmp_path / "checkpoint-10"):
+        model = Model()
+        result = trainer(model, tmp_path, save_strategy="epoch")
+        result.optimizer_cls_and_kwargs = (FusedGAM, {"base_optimizer": torch.optim.AdamW, "lr": 0.01})
+        result.train(resume_from_checkpoint=None if resume is None else str(resume))
+        optimizer = result.optimizer.optimizer
+        assert isinstance(optimizer, FusedGAM)
+        assert len(optimizer.param_groups) == 2
+        assert result.state.global_step == 20
+        assert model.net[1].num_batches_tracked == 20
+        states.append(contents(model, optimizer))
+    same(*states)
+
+
+def test_trainer_serves_other_optimizers(tmp_path):
+    states = []
+    for kind in (GAMTrainer, transformers.Trainer):
+        model = Model()
+        result = trainer(model, tmp_path, gradient_accumulation_steps=4, max_grad_norm=0.05)
+        result.__class__ = kind
+        result.train()
+        states.append(freeze(dict(model.state_dict())))
+    same(*states)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps its precision for the process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=gpu)])
+def test_accelerate(precision, tmp_path):
+    """`prepare`, `backward` of micro-batches, scheduler; and a checkpoint in the middle gives the rest again."""
+    accelerator = Accelerator(mixed_precision=precision, cpu=precision != "fp16", gradient_accumulation_steps=2)
+    x, y = (t.to(accelerator.device) for t in batch(8))
+
+    def run(steps, save_at=None, load=False):
+        model = mixed_net()
+        optimizer = make(model.parameters(), model=model, lr=0.05, grad_scaler=accelerator.scaler)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        prepared = accelerator.prepare(model, optimizer, schedule)
+        if load:
+            accelerator.load_state(str(tmp_path))
+        for step in range(steps):
+
+            def closure(model=prepared[0]):
+                for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+                    accelerator.backward(regression(model, a, b)())
+
+            prepared[1].step(closure)
+            prepared[2].step()
+            if step + 1 == save_at:
+                accelerator.save_state(str(tmp_path))
+        accelerator.free_memory()
+        return model, optimizer
+
+    torch.manual_seed(3)
+    model, optimizer = run(4, save_at=2)
+    rest, rest_optimizer = run(2, load=True)
+    same(contents(rest, rest_optimizer), contents(model, optimizer))
+    assert model[1].num_batches_tracked == 8
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05 * 0.9**4)
+    if precision == "no":
+        torch.manual_seed(3)
+        plain = mixed_net()
+        plain_optimizer = make(plain.parameters(), model=plain, lr=0.05)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(plain_optimizer, 0.9)
+        for _ in range(4):
+
+            def closure():
+                for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+                    (regression(plain, a, b)() / 2).backward()
+
+            plain_optimizer.step(closure)
+            schedule.step()
+        same(contents(model, optimizer), contents(plain, plain_optimizer))
+
+
+def test_accelerates_way_of_stepping_with_a_scaler():
+    """Its fp16 needs a GPU; its optimizer, `scaler.step(optimizer, closure)` and all, takes a scaler of the CPU."""
+    Accelerator(cpu=True)
+    results = []
+    for wrapped in (False, True):
+        model = mixed_net()
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        optimizer = make(model.parameters(), model=model, grad_scaler=scaler)
+        loss_fn = regression(model, *batch())
+        stepper = AcceleratedOptimizer(optimizer, scaler=scaler) if wrapped else optimizer
+        torch.manual_seed(3)
+        for bad in (False, True, False):
+            stepper.zero_grad()
+            stepper.step(lambda s=scaler, f=loss_fn, bad=bad: s.scale(f() * (float("inf") if bad else 1.0)).backward())
+            if not wrapped:
+                scaler.update()
+        assert scaler.get_scale() == 128.0
+        assert optimizer.skipped_steps == 1
+        results.append(contents(model, optimizer))
+    same(*results)
+
+
+@pytest.mark.parametrize("name", ["accelerate", "transformers"])
+def test_the_examples(name):
+    pytest.importorskip("sklearn", reason="needs the package scikit-learn")
+    import importlib
+
+    train = importlib.import_module(f"examples.loops.{name}").train
+    assert train(epochs=6, limit=256, **({"cpu": True} if name == "accelerate" else {"use_cpu": True})) > 0.5
