@@ -72,7 +72,7 @@ class Bucket:
         self.sharded, self.reduction_groups = is_dtensor(params[0]), sharding.reduction_groups(params[0])
         locals_ = [sharding.local(p) for p in params]
         self.theta = TensorList(locals_, lasting=True)
-        self.pointers = self.addresses()
+        self.memory = self.memory_now()
         self.dtype, self.device, self.dense = params[0].dtype, locals_[0].device, is_dense(locals_[0])
         self.strides = [p.stride() if self.dense else torch.empty(p.shape, device="meta").stride() for p in locals_]
         self.layout = Layout([p.numel() for p in locals_], groups, counted)
@@ -99,25 +99,25 @@ class Bucket:
         return self._backup
 
     def accumulator(self, gradients: TensorList) -> TensorList:
-        """`gradients` as something to accumulate into: themselves, or a float32 copy of low-precision ones."""
+        """`gradients` as something to accumulate into: themselves, or a float32 copy of low-precision ones; missing stays so."""
         if self.dtype in (torch.float32, torch.float64):
             return gradients
         if self._accumulator is None:
             self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1], lasting=True)
-        for target, source in zip(self._accumulator.tensors, gradients.tensors, strict=True):
-            if source is None:
-                target.zero_()
-            else:
+        targets = [t if g is not None else None for t, g in zip(self._accumulator.tensors, gradients.tensors, strict=True)]
+        for target, source in zip(targets, gradients.tensors, strict=True):
+            if target is not None:
                 target.copy_(source)
-        return self._accumulator
+        return self._accumulator if all(t is not None for t in targets) else TensorList(targets)
 
     def zeros(self, i: int) -> Tensor:
         """A zero gradient for parameter `i`."""
         return _like(None, self.theta.tensors[i], self.strides[i])
 
-    def addresses(self) -> list[int]:
-        """Where the parameters lie now."""
-        return [sharding.local(p).data_ptr() for p in self.params] if self.sharded else [p.data_ptr() for p in self.params]
+    def memory_now(self) -> list[list]:
+        """Where the parameters lie now, and how; `p.data` may be set to another part of the same memory."""
+        params = [sharding.local(p) for p in self.params] if self.sharded else self.params
+        return [list(map(look, params)) for look in (Tensor.data_ptr, Tensor.numel, Tensor.stride)]
 
     def column_slice(self, name: str, *index: int) -> Tensor:
         return getattr(self.shared, name)[(*index, ..., self.columns)]
@@ -242,7 +242,7 @@ class Plan:
     def is_current(self, param_groups: Groups) -> bool:
         """Whether groups, their parameters and the memory behind them are what the plan was built from."""
         return _signature(param_groups) == self.signature and all(
-            bucket.addresses() == bucket.pointers for bucket in self.buckets
+            bucket.memory_now() == bucket.memory for bucket in self.buckets
         )
 
     def share(self, name: str, *index: int) -> None:

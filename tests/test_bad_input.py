@@ -256,3 +256,20 @@ def test_sparse_gradients_are_named(method, names, bad):
     assert "group 0" in str(caught.value)
     same(snapshot(optimizer), before)
     optimizer.step(closure)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_parameters_cut_or_turned_in_their_memory(backend):
+    """`p.data` set to another part of the same memory: its address stays, its elements do not."""
+    for change in (lambda t: t[:2], lambda t: t.t()):
+        results = []
+        for own_memory in (True, False):
+            torch.manual_seed(0)
+            p, scale = nn.Parameter(torch.randn(6, 6)), torch.randn(6, 6)
+            optimizer = make([p], momentum=0.0, backend=backend)
+            optimizer.step(lambda p=p, scale=scale: (scale * p**2).sum())
+            p.data = change(p.data).clone() if own_memory else change(p.data)
+            factor = scale[: len(p)]
+            optimizer.step(lambda p=p, factor=factor: (factor * p**2).sum())
+            results.append(p.detach().contiguous())
+        torch.testing.assert_close(*results)

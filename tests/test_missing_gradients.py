@@ -96,6 +96,21 @@ def test_missing_in_every_pass_leaves_the_parameter_alone(method, base, backend)
     assert list(state) == [0]
 
 
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("method", METHODS)
+def test_missing_in_every_pass_in_low_precision(method, backend):
+    """There gradients are accumulated in a float32 copy; that a copy has a place for it makes no gradient."""
+    for kind, options in BASES.values():
+        used, unused = nn.Parameter(torch.randn(7).bfloat16()), nn.Parameter(torch.randn(5).bfloat16())
+        before = unused.detach().clone()
+        optimizer = make([used, unused], kind, method, backend=backend, **options)
+        for _ in range(2):
+            optimizer.step(lambda used=used: (used.float() ** 2).sum())
+        same(unused.detach(), before)
+        assert optimizer.state[used]
+        assert unused not in optimizer.state
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_state_of_a_parameter_that_pauses_stays(method, base):
