@@ -265,6 +265,7 @@ class Step:
         base: Any = optimizer._fused
         for b, mask in zip(self.buckets, active, strict=True):
             b.ensure_state(base, optimizer.state, optimizer.param_groups, mask)
+        self.interrupts.commit()
         with self.interrupts.held(), torch.no_grad():
             for i, b in enumerate(self.buckets):
                 b.verbs.combined_update_(
@@ -312,6 +313,7 @@ class Step:
         for b, lst in zip(self.buckets, x3, strict=True):
             for p, d in zip(b.params, lst.tensors, strict=True):
                 p.grad = sharding.like(d, p) if b.sharded and d is not None else d
+        self.interrupts.commit()
         self.optimizer.base_optimizer.step()
         gradients.clear(self.plan.params)
         for b in self.buckets:

@@ -196,9 +196,9 @@ class FusedGAM(Optimizer):
                 step.abort()
                 self._amp.abort(self)
                 raise
-        self._amp.report(step.skipped)
-        self._steps_taken += 1
-        self._last = step
+            self._amp.report(step.skipped)
+            self._steps_taken += 1
+            self._last = step
         self._precision_watch.look(self, step)
         return step.loss
 

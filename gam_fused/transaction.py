@@ -138,13 +138,14 @@ class _Snapshot:
 class Interrupts:
     """Holds Ctrl-C back while weights and their backup are being written, so that no write is cut in half.
 
-    Entered once per step; inside, `with interrupts.held():` marks what must not be cut. Python runs signal handlers in the
-    main thread only, so elsewhere there is nothing to hold.
+    Entered once per step; inside, `with interrupts.held():` marks what must not be cut, and `commit` the point from which
+    the step is completed before it is interrupted. Python runs signal handlers in the main thread only, so elsewhere there
+    is nothing to hold.
     """
 
     def __init__(self) -> None:
         self._handler: Any = None
-        self._holding = False
+        self._holding = self._committed = False
         self._pending: tuple | None = None
 
     def __enter__(self) -> Interrupts:
@@ -158,9 +159,19 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         if self._handler:
             signal.signal(signal.SIGINT, self._handler)
+        self._deliver()
+
+    def commit(self) -> None:
+        """From here to the end of the step an interrupt waits: an update that has begun cannot be undone."""
+        self._committed = True
+
+    def _deliver(self) -> None:
+        if self._pending:
+            arguments, self._pending = self._pending, None
+            self._handler(*arguments)
 
     def _receive(self, *arguments: Any) -> None:
-        if self._holding:
+        if self._holding or self._committed:
             self._pending = arguments
         else:
             self._handler(*arguments)
@@ -173,6 +184,5 @@ class Interrupts:
             yield
         finally:
             self._holding = False
-            if self._pending:
-                arguments, self._pending = self._pending, None
-                self._handler(*arguments)
+            if not self._committed:
+                self._deliver()

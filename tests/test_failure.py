@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import nullcontext
+
 import pytest
 import torch
 from gam_helpers import (
@@ -18,6 +21,8 @@ from gam_helpers import (
     trainer,
     weights,
 )
+
+from gam_fused.rooms import foreach
 
 BASES = {
     "sgd": (torch.optim.SGD, {"dampening": 0.5, "momentum": 0.9}),
@@ -152,6 +157,30 @@ def test_weights_of_several_dtypes_return(method):
     with pytest.raises(RuntimeError, match="bad batch"):
         optimizer.step(closure)
     same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("base", ["sgd", "foreign"])
+def test_an_interrupt_of_the_update_waits_for_the_end_of_the_step(base, monkeypatch):
+    """Half an update cannot be undone: all of the step is there before the exception is."""
+
+    def pressed_during(update):
+        def run(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return update(*arguments)
+
+        return run
+
+    ends = []
+    for pressed in (False, True):
+        task = Task("finite_difference", base, backend="torch")
+        if pressed:
+            owner, name = (foreach, "combined_update_") if base == "sgd" else (task.optimizer.base_optimizer, "step")
+            monkeypatch.setattr(owner, name, pressed_during(getattr(owner, name)))
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt) if pressed else nullcontext():
+                task.step()
+        ends.append(snapshot(task.optimizer, task.model))
+    same(*ends)
 
 
 class Refuses(torch.optim.SGD):
