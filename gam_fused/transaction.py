@@ -84,7 +84,8 @@ class Buffers:
         """After the step: as the first pass left them, or, where `skipped` is not 0, as before the step.
 
         Args:
-            skipped: 0-d, on any device; it is not read on the host unless a forward replaced a buffer.
+            skipped: 0-d, on any device; it is not read on the host unless a forward replaced a buffer, or wrote to a sparse
+                or quantized one.
         """
         after = self._after_first or self._snapshot()
         if after.matches(self._before):
@@ -103,10 +104,15 @@ class _Snapshot:
         self.entries = entries
         self._shapes = [None if t is None else t.shape for _, _, t in entries]
         self._kinds: dict[tuple, list[Tensor]] = defaultdict(list)
+        self._others = []  # sparse and quantized ones have no flat copy: the tensor, a copy, and which version of it that is
         for _, _, t in entries:
-            if t is not None:
-                shard = local(t) if is_dtensor(t) else t
-                self._kinds[t.dtype, shard.device].append(shard)
+            if t is None:
+                continue
+            shard = local(t) if is_dtensor(t) else t
+            if shard.layout is torch.strided and not shard.is_quantized:
+                self._kinds[t.dtype, shard.device].append(_once(shard))
+            else:
+                self._others.append((shard, shard.detach().clone(), shard._version))
         self._copies = {kind: torch.cat([t.detach().reshape(-1) for t in ts]) for kind, ts in self._kinds.items()}
 
     def matches(self, other: _Snapshot) -> bool:
@@ -122,6 +128,8 @@ class _Snapshot:
         for kind, copy in self._copies.items():
             flag = skipped.to(copy.device, non_blocking=True) != 0
             self._copies[kind] = torch.where(flag, before._copies[kind], copy)
+        if any(now[2] != then[2] for now, then in zip(self._others, before._others, strict=True)) and skipped:
+            self._others = before._others
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -133,6 +141,17 @@ class _Snapshot:
         for kind, tensors in self._kinds.items():
             pieces = self._copies[kind].split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [piece.view(t.shape) for t, piece in zip(tensors, pieces, strict=True)])
+        for t, copy, version in self._others:
+            if t._version != version:
+                t.copy_(copy)
+
+
+def _once(t: Tensor) -> Tensor:
+    """The elements of an expanded tensor, each once: what it repeats cannot be written to."""
+    for dim, (stride, size) in enumerate(zip(t.stride(), t.shape, strict=True)):
+        if stride == 0 and size > 1:
+            t = t.narrow(dim, 0, 1)
+    return t
 
 
 class Interrupts:

@@ -158,6 +158,53 @@ def test_several_models():
     assert int(first[1].num_batches_tracked) == int(second[1].num_batches_tracked) == 1
 
 
+class OddBuffers(nn.Module):
+    """Buffers without a plain layout: expanded, sparse (COO and CSR), quantized; each forward moves the ones it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("expanded", torch.zeros(1, 3).expand(4, 3))
+        self.register_buffer("coo", torch.eye(3).to_sparse())
+        self.register_buffer("csr", torch.eye(3).to_sparse_csr())
+        self.register_buffer("quantized", torch.quantize_per_tensor(torch.ones(4), 0.5, 0, torch.quint8))
+
+    def forward(self, x):
+        self.expanded._base.add_(1)
+        for buffer in (self.coo, self.csr):
+            buffer.copy_(buffer * 2)
+        return self.layer(torch.sparse.mm(self.coo.detach().clone(), x))
+
+    def numbers(self):
+        return [t.detach().to_dense().clone() for t in (self.expanded, self.coo, self.csr)]
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.*", "ignore:Sparse CSR")
+def test_buffers_that_are_expanded_sparse_or_quantized():
+    model = OddBuffers()
+    optimizer = make(model.parameters(), model=model)
+    state = {"fails": False, "factor": 1.0}
+
+    def closure():
+        loss = model(torch.ones(3, 3)).square().sum() * state["factor"]
+        if state["fails"]:
+            raise RuntimeError("bad batch")
+        return loss
+
+    for k in range(2):
+        optimizer.step(closure)
+        same(model.numbers(), [torch.full((4, 3), k + 1.0), torch.eye(3) * 2 ** (k + 1), torch.eye(3) * 2 ** (k + 1)])
+    before = model.numbers()
+    state["factor"] = float("inf")
+    optimizer.step(closure)
+    assert optimizer.skipped_steps == 1
+    same(model.numbers(), before)
+    state["fails"] = True
+    with pytest.raises(RuntimeError, match="bad batch"):
+        optimizer.step(closure)
+    same(model.numbers(), before)
+
+
 def test_the_docstring_says_that_buffers_need_the_model():
     text = " ".join(FusedGAM.__doc__.split())
     assert "buffers" in text
