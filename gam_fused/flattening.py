@@ -37,8 +37,7 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
                 )
     pending = [params for params in kinds.values() if not is_flat(params)]
     for params in pending:
-        for p in params:
-            _check_movable(p, param_groups)
+        _check_movable(params, param_groups)
     for params in pending:
         _, views = flat_views(params)
         with torch.no_grad():
@@ -48,7 +47,10 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
 
 
 def is_flat(params: list[Tensor]) -> bool:
-    """Whether the tensors fill one buffer, one behind the other, as `flatten` leaves them."""
+    """Whether the tensors fill one buffer, one behind the other, as `flatten` leaves them; empty ones lie anywhere."""
+    params = [p for p in params if p.numel()]
+    if not params:
+        return True
     start = expected = params[0].untyped_storage().data_ptr()
     for p in params:
         if p.data_ptr() != expected or p.untyped_storage().data_ptr() != start:
@@ -57,11 +59,22 @@ def is_flat(params: list[Tensor]) -> bool:
     return params[0].untyped_storage().nbytes() == expected - start
 
 
-def _check_movable(p: Tensor, param_groups: list[dict[str, Any]]) -> None:
-    if not is_dense(p):
-        raise ValueError(f"flatten=True: {describe(p, param_groups)} has gaps between its elements; make it contiguous")
-    if p.untyped_storage().nbytes() != p.numel() * p.element_size():
-        raise ValueError(
-            f"flatten=True: {describe(p, param_groups)} shares its storage with other tensors (tied, expanded, or a view), "
-            "which would not move with it"
-        )
+def _check_movable(params: list[Tensor], param_groups: list[dict[str, Any]]) -> None:
+    storages: dict[int, list[Tensor]] = defaultdict(list)
+    for p in params:
+        if p.numel():
+            storages[p.untyped_storage().data_ptr()].append(p)
+    for together in storages.values():
+        together.sort(key=lambda p: p.data_ptr())
+        if is_flat(together):  # an earlier `flatten` of fewer parameters, or in another order
+            continue
+        for p in together:
+            if not is_dense(p):
+                raise ValueError(
+                    f"flatten=True: {describe(p, param_groups)} has gaps between its elements; make it contiguous"
+                )
+            if p.untyped_storage().nbytes() != p.numel() * p.element_size():
+                raise ValueError(
+                    f"flatten=True: {describe(p, param_groups)} shares its storage with other tensors (tied, expanded, or a "
+                    "view), which would not move with it"
+                )

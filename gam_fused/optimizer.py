@@ -90,7 +90,7 @@ class FusedGAM(Optimizer):
             not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank whose
             step raised, and which caught that, may step again: the others wait for it. With ``"global"``, as under plain
             DDP, they would take its next pass for the one that failed: let the process end.
-        flatten: move parameters and optimizer state into one contiguous buffer per device and dtype.
+        flatten: move parameters into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
         base_kwargs: passed to the base optimizer: lr, momentum, weight_decay, ...
 

@@ -53,6 +53,23 @@ def test_flatten_survives_a_change_of_dtype_and_loading():
     assert all(p.dtype is DOUBLE for p in model.parameters())
 
 
+def test_flatten_takes_added_groups_and_empty_parameters_in():
+    model = nn.ParameterList([torch.ones(3), torch.empty(0), torch.ones(4)])
+    optimizer = make(model, flatten=True)
+    optimizer.step(lambda: sum(p.square().sum() for p in model))
+    model.append(torch.ones(5))
+    optimizer.add_param_group({"params": [model[3]]})
+    optimizer.step(lambda: sum(p.square().sum() for p in model))
+    assert lies_flat(nn.ParameterList(p for p in model if p.numel()))
+    twin = nn.ParameterList([torch.ones(3), torch.empty(0), torch.ones(4)])
+    other = make(twin)
+    other.step(lambda: sum(p.square().sum() for p in twin))
+    twin.append(torch.ones(5))
+    other.add_param_group({"params": [twin[3]]})
+    other.step(lambda: sum(p.square().sum() for p in twin))
+    same(weights(optimizer), weights(other))
+
+
 def test_flatten_refuses_what_is_not_its_own():
     whole = torch.zeros(2, 6)
     with pytest.raises(ValueError, match=r"flatten=True.*parameter 0 of group 0.*shares its storage"):
