@@ -92,7 +92,7 @@ def create_state(optimizer: FusedGAM) -> None:
     """
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
-    idle = all(float(group.get("lr", 1.0)) == 0.0 for group in groups)
+    idle = all(group.get("lr") is not None and float(group["lr"]) == 0.0 for group in groups)
     if not idle or any(p.grad is not None and bool(local(p.grad).count_nonzero()) for p in params):
         raise RuntimeError(
             "FusedGAM.step needs a closure that computes the loss, since every step makes several gradient passes: "

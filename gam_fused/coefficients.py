@@ -6,12 +6,14 @@ ascent of the SAM oracle. One row per param group.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from gam_fused.constants import Column
 from gam_fused.hyperparameters import Hyperparameters, pair
+from gam_fused.hyperparameters import number as finite
 
 if TYPE_CHECKING:
     from gam_fused.base_optimizers import FusedBase
@@ -22,10 +24,15 @@ Row = list[float | Tensor]
 def tables(
     method: str, values: Hyperparameters, sam_rho: float | None, param_groups: list[dict[str, Any]], base: FusedBase | None
 ) -> dict[str, list[Row]]:
-    """All coefficient tables, from the hyperparameters as they stand now."""
+    """All coefficient tables, from the hyperparameters as they stand now.
+
+    Raises:
+        ValueError, TypeError: one that is not a finite number; names it and its group.
+    """
     result: dict[str, list[Row]] = {"gam": [], "plain": [], "oracle": []}
-    for group in param_groups:
-        shared = {Column.LR: group.get("lr", 0.0)} | (base.coefficients(group) if base else {})
+    for number, group in enumerate(param_groups):
+        # What a base optimizer that is not fused makes of its own entries is its own business.
+        shared = _checked(number, {Column.LR: group["lr"]} | base.coefficients(group)) if base else {}
         sign = -1.0 if group.get("maximize") else 1.0  # the loss of a maximising group is -L: its worst case lies downhill
         counted = 1.0 if group["perturb"] else 0.0
         result["gam"].append(_row(shared | _METHODS[method](values, float(group["rho"]), sign, counted)))
@@ -38,8 +45,16 @@ def tables(
 def _row(entries: dict[Column, float | Tensor]) -> Row:
     row: Row = [0.0] * len(Column)
     for column, value in entries.items():
-        row[column] = value if isinstance(value, Tensor) else float(value)
+        row[column] = value
     return row
+
+
+def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, float | Tensor]:
+    """Finite floats; a learning rate that lies on a device stays there, since asking for it would wait."""
+    for column, value in entries.items():
+        if not (type(value) is float and isfinite(value) or isinstance(value, Tensor) and value.device.type != "cpu"):
+            entries[column] = finite(f"{column.name.lower()} of group {number}", value)
+    return entries
 
 
 def _sam(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:

@@ -123,6 +123,51 @@ def test_hyperparameters_changed_to_nonsense_are_refused_by_the_step(method, nam
     optimizer.step(closure)
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "bad"),
+    [
+        (torch.optim.SGD, "lr", NAN),
+        (torch.optim.SGD, "lr", torch.tensor(NAN)),
+        (torch.optim.SGD, "lr", None),
+        (torch.optim.SGD, "weight_decay", NAN),
+        (torch.optim.SGD, "momentum", INF),
+        (torch.optim.AdamW, "eps", NAN),
+        (torch.optim.AdamW, "betas", (NAN, 0.9)),
+    ],
+    ids=_id,
+)
+def test_the_bases_hyperparameters_changed_to_nonsense_are_refused_by_the_step(base, name, bad):
+    model = mlp()
+    optimizer = make(model.parameters(), base)
+    closure = closure_of(optimizer, regression(model, *batch()))
+    optimizer.step(closure)
+    before, good = snapshot(optimizer), optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = bad
+    with pytest.raises((ValueError, TypeError), match=f"{name.replace('betas', 'beta1')} of group 0.*(nan|inf|None)"):
+        optimizer.step(closure)
+    optimizer.param_groups[0][name] = good
+    same(snapshot(optimizer), before)
+    optimizer.step(closure)
+
+
+def test_a_base_that_is_not_fused_may_have_no_learning_rate():
+    model = mlp()
+    optimizer = make(model.parameters(), torch.optim.RMSprop)
+    step = optimizer.base_optimizer.step
+
+    def own_rate():
+        optimizer.param_groups[0]["lr"] = 0.01
+        step()
+        optimizer.param_groups[0]["lr"] = None
+
+    optimizer.base_optimizer.step, optimizer.param_groups[0]["lr"] = own_rate, None
+    before = snapshot(optimizer)["weights"]
+    optimizer.step(closure_of(optimizer, regression(model, *batch())))
+    assert all(not torch.equal(a, b) for a, b in zip(snapshot(optimizer)["weights"], before, strict=True))
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("base_keyword", [{"lr": -1.0}, {"momentum": -0.5}, {"nesterov": True}], ids=_id)
 def test_the_bases_own_checks_are_heard(base_keyword):
     with pytest.raises(ValueError, match=r"Invalid|Nesterov"):
