@@ -86,9 +86,11 @@ class Lists {
     STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
                         table.size(0) == 3 && table.size(1) >= 1 && table.is_contiguous(),
                     "gam_fused: layout must be a contiguous int64 CPU tensor [3, T + 1], got ", describe(table));
-    STD_TORCH_CHECK(chunk > 0, "gam_fused: chunk must be positive, got ", chunk);
+    // Kernels count the elements of a chunk, and the chunks, in 32 bits.
+    STD_TORCH_CHECK(chunk > 0 && chunk <= MAX_CHUNK, "gam_fused: chunk must be 1 to ", MAX_CHUNK, ", got ", chunk);
     tensors_ = table.size(1) - 1;
     starts_ = static_cast<const int64_t*>(table.const_data_ptr());
+    check_table();
     if (map.numel() == 0) return;
     STD_TORCH_CHECK(map.is_cpu() == on_cpu && map.scalar_type() == ScalarType::Long &&
                         map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
@@ -142,6 +144,19 @@ class Lists {
   }
 
  private:
+  static constexpr int64_t MAX_CHUNK = int64_t(1) << 30;
+
+  // Kernels follow its numbers without looking.
+  void check_table() const {
+    STD_TORCH_CHECK(starts_[0] == 0, "gam_fused: layout must begin at element 0, got ", starts_[0]);
+    for (int64_t i = 0; i < tensors_; ++i) {
+      STD_TORCH_CHECK(starts_[i] <= starts_[i + 1], "gam_fused: layout has tensor ", i, " end at ", starts_[i + 1],
+                      ", before its begin ", starts_[i]);
+      STD_TORCH_CHECK(groups()[i] >= 0, "gam_fused: layout names group ", groups()[i], " for tensor ", i);
+    }
+    STD_TORCH_CHECK(chunks() <= MAX_CHUNK, "gam_fused: a chunk of ", chunk_, " elements makes ", chunks(), " chunks");
+  }
+
   void is_on(const Tensor& t) {
     if (!like_) like_ = &t;
   }

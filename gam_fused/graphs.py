@@ -23,7 +23,7 @@ from gam_fused.engine import Step
 from gam_fused.graph_random import GraphRandom
 from gam_fused.hyperparameters import whole
 from gam_fused.optimizer import FusedGAM
-from gam_fused.parameters import describe
+from gam_fused.parameters import describe, is_dtensor
 from gam_fused.preserve import Preserved
 from gam_fused.transaction import Interrupts, RandomState
 
@@ -54,7 +54,7 @@ def capture_step(
     Raises:
         TypeError, ValueError: what cannot be in a graph, named: a base optimizer that is not fused (it must ask the host),
             ``method="exact"``, ``interval`` > 1 (two kinds of steps), a `grad_scaler` (use bf16), ``backend="reference"``,
-            parameters on the CPU or on several devices.
+            ``perturb_sync="local"``, sharded parameters, parameters on the CPU or on several devices.
         RuntimeError: no CUDA device.
     """
     return CapturedStep(optimizer, loss_fn, example_inputs, warmup, pool)
@@ -175,10 +175,12 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
         f"interval={optimizer.interval}": optimizer.interval != 1,
         "a grad_scaler": optimizer.grad_scaler is not None,
         "backend='reference'": optimizer.backend == "reference",
+        "perturb_sync='local'": optimizer.perturb_sync == "local",
+        "sharded parameters (DTensor)": any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]),
     }
     for name, is_set in refused.items():
         if is_set:
-            raise ValueError(f"{name} does not go with capture_step; use optimizer.step(closure)")
+            raise ValueError(f"{name} cannot be used with capture_step; use optimizer.step(closure)")
     if not torch.cuda.is_available():
         raise RuntimeError("capture_step needs a CUDA device, and torch sees none here; use optimizer.step(closure)")
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -6,8 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from gam_helpers import METHODS, batch, close, closure_of, freeze, make, mixed_net, mlp, regression, same, snapshot
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import gam_fused
 from gam_fused.graphs import _check_same_kind, capture_step
@@ -39,6 +43,21 @@ def test_what_cannot_be_in_a_graph_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         capture_step(optimizer, lambda x: model(x).sum(), batch()[:1])
     same(snapshot(optimizer, model), before)
+
+
+def test_distributed_steps_are_refused(tmp_path):
+    """Graphs know nothing of `no_sync` and of the all-reduces between passes."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(mlp())
+        local = make(model.parameters(), model=model, perturb_sync="local")
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = make([nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))])
+        for optimizer, message in ((local, "perturb_sync='local'"), (sharded, "sharded parameters")):
+            with pytest.raises(ValueError, match=message):
+                capture_step(optimizer, lambda x: x.sum(), batch()[:1])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_other_optimizers_and_inputs_are_refused():

@@ -124,6 +124,26 @@ def test_list_overload_refuses_other_memory_orders_and_missing_weights():
         OPS.restore_.default(p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights[:1], weights)
 
 
+@pytest.mark.parametrize(
+    ("change", "chunk", "message"),
+    [
+        (lambda t: t, 2**30 + 1, "chunk must be 1 to 1073741824, got 1073741825"),
+        (lambda t: t, 0, "chunk must be 1 to"),
+        (lambda t: t + torch.tensor([[2**33], [0], [0]]), 4096, "begin at element 0, got 8589934592"),
+        (lambda t: t * torch.tensor([[-1], [1], [1]]), 4096, "end at -"),
+        (lambda t: t - torch.tensor([[0], [1], [0]]), 4096, "names group -1"),
+        (lambda t: t * torch.tensor([[2**33], [1], [1]]), 1, "chunks"),
+    ],
+)
+def test_layouts_that_kernels_cannot_follow_are_refused(change, chunk, message):
+    p = Problem("0-dim", torch.float32, torch.float32, missing=False)
+    weights, copies = p.values(0).tensors, p.values(1).tensors
+    with pytest.raises(RuntimeError, match=message):
+        OPS.restore_.addresses(
+            change(p.layout.table), NO_MAP, chunk, FLOAT32, TensorList(weights).addresses, TensorList(copies).addresses
+        )
+
+
 def test_unsupported_dtype_is_named():
     p = problem(missing=False)
     integers = TensorList([t.to(torch.int32) for t in p.values(0).tensors])
