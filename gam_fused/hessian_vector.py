@@ -100,8 +100,10 @@ def finite_difference_hvp(
     if [p.shape for p in params] != [v.shape for v in vector]:
         shapes = f"{[tuple(v.shape) for v in vector]} for parameters of {[tuple(p.shape) for p in params]}"
         raise ValueError(f"vector must hold one tensor of each parameter's shape, but has {shapes}")
+    if not params:
+        return []
     norm = torch.stack([torch.linalg.vector_norm(v.detach().double()) for v in vector]).square().sum().sqrt()
-    if not norm > 0:
+    if norm == 0:
         return [torch.zeros_like(p) for p in params]
     random = RandomState({p.device for p in params}) if preserve_rng_state else None
     backup = [p.detach().clone() for p in params]

@@ -185,7 +185,11 @@ class FusedGAM(Optimizer):
             return checkpoint.create_state(self)
         integrations.check_closure(closure)
         self._amp.begin(self)
-        self._prepare()
+        try:
+            self._prepare()
+        except BaseException:
+            self._amp.abort(self)
+            raise
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
         with self._plan.no_sync(), Interrupts() as interrupts:
             step = Step(self, closure, interrupts)

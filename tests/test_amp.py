@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from gam_helpers import EVERY_PASS, METHODS, batch, freeze, make, mlp, regression, same, weights
@@ -213,6 +215,18 @@ def test_a_forgotten_update_is_an_error(form):
     with pytest.raises(RuntimeError, match="update"):
         task.step(form)
     same(task.frozen(), before)
+
+
+def test_a_step_that_is_refused_leaves_nothing_of_the_scaler_behind():
+    model = mlp()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = make(model.parameters(), grad_scaler=scaler)
+    loss_fn = regression(model, *batch())
+    optimizer.param_groups[0]["rho"] = math.nan
+    with pytest.raises(ValueError, match="rho"):
+        scaler.step(optimizer, loss_fn)
+    optimizer.param_groups[0]["rho"], optimizer.grad_scaler = 0.1, None
+    optimizer.step(loss_fn)
 
 
 def test_a_second_scaler_is_an_error():

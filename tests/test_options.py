@@ -256,3 +256,13 @@ def test_a_skip_with_several_dtypes_is_counted_once():
     optimizer.step(lambda: params[0].sum() * math.inf + params[1].sum().float())
     assert optimizer.skipped_steps == 1
     assert all(torch.equal(p.detach(), torch.ones_like(p)) for p in params)
+
+
+def test_finite_difference_hvp_of_vectors_without_a_direction():
+    p = nn.Parameter(torch.ones(3))
+    before = p.detach().clone()
+    assert finite_difference_hvp(lambda: (p**4).sum(), [], []) == []
+    for value, wanted in ((0.0, 0.0), (float("nan"), float("nan")), (float("inf"), float("nan"))):
+        (found,) = finite_difference_hvp(lambda: (p**4).sum(), [p], [torch.full((3,), value)])
+        torch.testing.assert_close(found, torch.full((3,), wanted), rtol=0, atol=0, equal_nan=True)
+        same(p.detach(), before)
