@@ -1,18 +1,14 @@
-"""What the GPU tests share: the rooms as parameters, operands of the verbs moved to the GPU, what a step launched."""
+"""What the GPU tests share: the rooms as parameters, operands of the verbs moved to the GPU."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import get_room
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from gam_fused import available_backends
 from gam_fused.rooms import triton
@@ -84,21 +80,3 @@ class OnDevice:
 
 def _tensors(value: Any) -> list:
     return value.tensors if isinstance(value, TensorList) else [value] if isinstance(value, Tensor) else []
-
-
-def launched(run: Callable[[], object]) -> dict[str, list[str]]:
-    """Names of what `run` made the device do, by the profiler's category: "kernel", "gpu_memcpy", "gpu_memset"."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if not NO_DEVICE else [])]
-    with profile(activities=activities) as trace:
-        run()
-        if not NO_DEVICE:
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        trace.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    kinds: dict[str, list[str]] = {"kernel": [], "gpu_memcpy": [], "gpu_memset": []}
-    for event in events:
-        if event.get("cat") in kinds:
-            kinds[event["cat"]].append(event["name"])
-    return kinds

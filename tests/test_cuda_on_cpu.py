@@ -139,7 +139,7 @@ def test_chunks_of_one_tensor_see_the_same_step(room):
 
 
 def test_a_removed_barrier_is_seen(room):
-    """That this way of testing can fail: without __syncthreads a block sums what its warps had written for the block before."""
+    """This way of testing can fail: without __syncthreads a block sums what its warps had written for the block before."""
 
     def sums_of_chunks():
         problem = Problem("chunk edges", torch.float32, torch.float32)

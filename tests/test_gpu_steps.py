@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from gam_helpers import SETTINGS, batch, bits, close, make, mlp, regression, trainer
-from on_gpu import CUDA, gpu_rooms, launched
+from on_gpu import CUDA, gpu_rooms
 from torch import Tensor
 
+from benchmarks.gpu.clock import launched
 from gam_fused import FusedGAM
 
 pytestmark = pytest.mark.gpu
