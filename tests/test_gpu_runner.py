@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import Problem, assert_same_bits
+from on_gpu import OnDevice
+from test_verbs import VERBS, reference
 
 from benchmarks import shapes
 from benchmarks.gpu import pytest_report, steps, verbs
@@ -113,6 +116,7 @@ def test_no_stage_begins_after_the_run_has_used_its_time(tmp_path):
     record = Record(tmp_path / "record.json", {}, budget=0)
     record.run(Stage("late", [sys.executable, "-c", ""], 30))
     assert record.failed == ["late"]
+    assert record.content["stages"]["late"]["status"] == "failed: no time left for it"
 
 
 def test_outcomes_of_pytest(tmp_path):
@@ -145,3 +149,19 @@ def test_every_verb_for_the_sanitizers():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "16 verbs, 1 kinds of shapes, 4 dtypes: done" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["misaligned", "transposed", "channels_last", "empty tensors", "0-dim"])
+def test_operands_go_to_the_device_as_they_lie_in_memory(kind, monkeypatch):
+    """How the GPU tests move operands, with the CPU as the device."""
+    moved = []
+    there = OnDevice("reference", torch.device("cpu"))
+    copy = there._copy
+    monkeypatch.setattr(there, "_copy", lambda t: moved.append((t, copy(t))) or moved[-1][1])
+    for run in VERBS.values():
+        direct = run(reference, Problem(kind, torch.float32, torch.float32))
+        assert_same_bits(run(there, Problem(kind, torch.float32, torch.float32)), direct)
+    for here, gone in moved:
+        assert gone.data_ptr() != here.data_ptr() or not here.numel()
+        assert gone.stride() == here.stride()
+        assert gone.data_ptr() % 16 == here.data_ptr() % 16 or not here.numel()

@@ -74,7 +74,7 @@ def stages(device: str, folder: Path) -> list[Stage]:
         Stage(
             "tests",
             [python, "-m", "pytest", "-m", "gpu", "-p", "benchmarks.gpu.pytest_report"],
-            220,
+            240,
             lambda: pytest_report.summary(outcomes),
             {pytest_report.REPORT: str(outcomes)},
             no_device,

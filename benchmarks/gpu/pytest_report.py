@@ -19,6 +19,11 @@ def _write(entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """What waits for Triton's compiler comes last: a run that is cut has the others whole."""
+    items.sort(key=lambda item: "triton" in item.nodeid)
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     """A test's call, or what kept it from being called or cleaned up."""
     if report.when != "call" and report.outcome == "passed":
