@@ -51,11 +51,16 @@ def vit_b_32() -> Shapes:
 
 def transformer_1b() -> Shapes:
     """A language model of about 1.2 G elements: Llama where transformers is installed, else torch's encoder."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        try:
+            return _shapes(_llama())
+        except (ImportError, RuntimeError):  # transformers wraps the first into the second
             return _shapes(nn.Embedding(50_000, 2048), _encoder(width=2048, depth=22, heads=32, hidden=8192))
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=128_256,
         hidden_size=2048,
@@ -65,8 +70,7 @@ def transformer_1b() -> Shapes:
         num_key_value_heads=8,
         tie_word_embeddings=True,
     )
-    with torch.device("meta"):
-        return _shapes(LlamaForCausalLM(config))
+    return LlamaForCausalLM(config)
 
 
 def _encoder(*, width: int, depth: int, heads: int, hidden: int) -> nn.Module:

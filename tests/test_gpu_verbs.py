@@ -86,7 +86,7 @@ def test_more_elements_than_32_bits_count(room_name):
     assert holds(theta, 1.0)
 
 
-@gpu_rooms("cuda", "triton")
+@gpu_rooms()
 @pytest.mark.parametrize("count", [2, 2500], ids=["few addresses", "more addresses than a launch carries"])
 def test_verbs_in_a_graph_run_on_what_the_lists_hold_then(room_name, count):
     """Lists made, and first sent to the device, under capture: their addresses must outlive both."""
@@ -109,7 +109,7 @@ def test_verbs_in_a_graph_run_on_what_the_lists_hold_then(room_name, count):
             t.fill_(value)
         torch.empty(1 << 20, device=CUDA).fill_(float("nan"))  # what was freed is used again
         graph.replay()
-        assert partials[0].sum().item() == 4 * value**2 * sum(sizes)
+        assert partials[0].sum().item() == pytest.approx(4 * value**2 * sum(sizes), rel=1e-12)
         assert all((t == 2 * value).all() for t in theta.tensors)
     room.restore_(layout, theta, TensorList(source))  # outside again: not from tables that only a replay fills
     assert all((t == 3.0).all() for t in theta.tensors)
