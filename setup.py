@@ -65,7 +65,8 @@ def cpu_missing() -> str:
 def nvcc() -> tuple[str, tuple[int, ...]]:
     """The path and version of the CUDA compiler; ("", ()) where there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which(str(Path(home, "bin", "nvcc")) if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    candidates = [str(Path(home, "bin", "nvcc"))] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    path = next(filter(None, map(shutil.which, candidates)), None)
     if not path:
         return "", ()
     printed = subprocess.run([path, "--version"], capture_output=True, text=True).stdout

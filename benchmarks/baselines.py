@@ -105,7 +105,7 @@ class AuthorsGAM:
     def _decompose(self) -> None:
         """p.grad <- h+ - gamma (h- minus its projection on h+)."""
         s = self.settings
-        inner = torch.zeros((), dtype=self.params[0].dtype)
+        inner = torch.zeros((), dtype=self.params[0].dtype, device=self.params[0].device)
         for p in self.params:
             self.state[p]["h_minus"] = self.state[p]["g_0"] + (1 - s.beta) * self.state[p]["g_2"]
             p.grad.copy_(s.alpha * self.state[p]["g_1"] + (1 - s.alpha) * p.grad.clone())

@@ -33,16 +33,24 @@ AUTHORS, AUTHORS_BARE, FOREACH = "authors' order, with zeroing", "authors' order
 
 
 class Gradients:
-    """Prepared gradients that are handed over, not lent: after a pass nobody here holds them."""
+    """Prepared gradients that are handed over, not lent: after a pass nobody here holds them.
 
-    def __init__(self, params: Sequence[Tensor]):
-        generator = torch.Generator().manual_seed(1)
+    Args:
+        params: what they are gradients of.
+        sources: how many different ones are kept to make those of all passes from.
+    """
+
+    def __init__(self, params: Sequence[Tensor], sources: int = 4):
+        like = params[0]
+        generator = torch.Generator(like.device).manual_seed(1)
+        options = {"generator": generator, "device": like.device, "dtype": like.dtype}
         self.params = params
-        self.sources = [[torch.randn(p.shape, generator=generator) * 1e-2 for p in params] for _ in range(4)]
+        self.sources = [[torch.randn(p.shape, **options) * 1e-2 for p in params] for _ in range(sources)]
         self.ready: list[list[Tensor]] = []
 
     def prepare(self, passes: int = 4) -> None:
-        self.ready = [[g.clone() for g in source] for source in self.sources[:passes]][::-1]
+        count = len(self.sources)
+        self.ready = [[g * (1.0 + k // count) for g in self.sources[k % count]] for k in range(passes)][::-1]
 
     def hand_over(self) -> list[Tensor]:
         return self.ready.pop()
@@ -62,12 +70,12 @@ class Gradients:
 
 def contestants(sizes: Sequence[tuple[int, ...]], methods: Sequence[str]) -> dict[str, tuple[Callable, Callable]]:
     """Name -> (prepare, run), each on parameters of its own."""
-    gradients = Gradients(_parameters(sizes))
+    gradients = Gradients(parameters(sizes))
     s, result = Settings(), {}
     for name, optimizer in (
-        (AUTHORS, AuthorsGAM(_parameters(sizes), s, zero_and_accumulate=True)),
-        (AUTHORS_BARE, AuthorsGAM(_parameters(sizes), s)),
-        (FOREACH, ForeachGAM(_parameters(sizes), s)),
+        (AUTHORS, AuthorsGAM(parameters(sizes), s, zero_and_accumulate=True)),
+        (AUTHORS_BARE, AuthorsGAM(parameters(sizes), s)),
+        (FOREACH, ForeachGAM(parameters(sizes), s)),
     ):
         result[name] = (gradients.prepare, lambda optimizer=optimizer: optimizer.step(gradients.hand_over))
     result["triad"] = triad(sum(map(math.prod, sizes)))
@@ -75,22 +83,25 @@ def contestants(sizes: Sequence[tuple[int, ...]], methods: Sequence[str]) -> dic
         if why or backend == "reference":
             continue
         for method in methods:
-            result[f"{method}, {backend}"] = _fused(sizes, gradients, method, backend, s)
+            result[f"{method}, {backend}"] = fused(parameters(sizes), gradients, method, backend, s)
     result["closure alone"] = (gradients.prepare, lambda: gradients.closures_alone(4))
     return result
 
 
-def _parameters(sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(size, generator=generator) * 0.02) for size in sizes]
+def parameters(
+    sizes: Sequence[tuple[int, ...]], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    options = {"generator": generator, "device": device, "dtype": dtype}
+    return [torch.nn.Parameter(torch.randn(size, **options) * 0.02) for size in sizes]
 
 
-def _fused(
-    sizes: Sequence[tuple[int, ...]], gradients: Gradients, method: str, backend: str, s: Settings
+def fused(
+    params: list[Tensor], gradients: Gradients, method: str, backend: str, s: Settings, *, flatten: bool = False
 ) -> tuple[Callable, Callable]:
+    """FusedGAM with the settings of the baselines, as (prepare, run)."""
     options = {"accelerated": {"rho_prime": s.rho_prime, "alpha": s.alpha, "beta": (1.0, 1 - s.beta), "gamma": s.gamma}}
-    params = _parameters(sizes)
-    base = {"lr": s.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
+    base = {"lr": s.lr, "momentum": s.momentum, "weight_decay": s.weight_decay, "flatten": flatten}
     optimizer = FusedGAM(
         params, torch.optim.SGD, method=method, rho=s.rho, backend=backend, **options.get(method, {}), **base
     )
@@ -117,19 +128,19 @@ def run(sizes: Sequence[tuple[int, ...]], rounds: int, label: str) -> dict[str, 
     rows = {name: quantiles(seconds) for name, seconds in times.items()}
     overhead = rows["closure alone"]["ms"] / 4
     for name, row in rows.items():
-        row["authors_over_this"] = _ratio(times[AUTHORS], times[name])
-        row["foreach_over_this"] = _ratio(times[FOREACH], times[name])
+        row["authors_over_this"] = ratio(times[AUTHORS], times[name])
+        row["foreach_over_this"] = ratio(times[FOREACH], times[name])
         method = name.split(",")[0]
         if method in TRAFFIC:
             row["ms_without_closure"] = row["ms"] - overhead * PASSES[method]
         if name.endswith(", cpp") and method in TRAFFIC:
             row["GB_per_s"] = 4 * TRAFFIC[method] * elements / row["ms"] / 1e6
-            row["percent_of_triad"] = 100 * TRAFFIC[method] / 3 * _ratio(times["triad"], times[name])
+            row["percent_of_triad"] = 100 * TRAFFIC[method] / 3 * ratio(times["triad"], times[name])
     rows["triad"]["GB_per_s"] = 12 * elements / rows["triad"]["ms"] / 1e6
     return rows
 
 
-def _ratio(these: list[float], those: list[float]) -> float:
+def ratio(these: list[float], those: list[float]) -> float:
     """The median over rounds of this / that: both of one round, since the machine's speed drifts between rounds."""
     return statistics.median(a / b for a, b in zip(these, those, strict=True))
 

@@ -153,6 +153,14 @@ def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [bits(p) for group in optimizer.param_groups for p in group["params"]]
 
 
+def frozen_without_counters(optimizer: torch.optim.Optimizer) -> dict:
+    """Weights and state, frozen, without the counters, which tell of skipped steps."""
+    state = freeze(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["gam"]
+    return {"weights": weights(optimizer), "state": state}
+
+
 def snapshot(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, rng: bool = True) -> dict:
     """Everything that a step may change, frozen."""
     return {

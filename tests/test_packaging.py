@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from gam_fused.rooms import cpp
 
@@ -108,6 +109,47 @@ def test_pure_package_where_it_does_not_compile(tmp_path):
 def test_requiring_the_room_is_an_error_without_a_compiler(tmp_path):
     with pytest.raises(AssertionError, match="GAM_FUSED_REQUIRE_CPP=1, but no C"):
         build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent", GAM_FUSED_REQUIRE_CPP="1")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_cuda_room_builds_against_a_torch_without_cuda_and_stays_out_of_it(tmp_path):
+    wheel, _ = build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    assert "gam_fused/_cuda.abi3.so" in zipfile.ZipFile(wheel).namelist()
+    installed = unpack(wheel)
+    done = python("import gam_fused; print(gam_fused.available_backends()['cuda'])", installed)
+    assert done.returncode == 0, done.stderr
+    if torch.version.cuda is None:
+        assert "has no CUDA; install a CUDA build of torch" in done.stdout
+    command = ["nm", "-D", "--undefined-only", str(installed / "gam_fused" / "_cuda.abi3.so")]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    foreign = [name for name in symbols.split() if name.startswith(("cu", "_ZN2at", "_ZN3c10", "_Py", "Py"))]
+    assert not foreign, "only torch's stable ABI and the C++ library are needed at run time"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "line"),
+    [
+        ("", "no CUDA toolkit \\(nvcc\\); install one or set CUDA_HOME"),
+        (
+            "#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n",
+            "is of version 11.8, older than 12.0; upgrade it",
+        ),
+    ],
+    ids=["missing", "too old"],
+)
+def test_toolkits_that_do_not_do_are_named_in_one_line(tmp_path, nvcc, line):
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    if nvcc:
+        (tmp_path / "toolkit" / "bin" / "nvcc").write_text(nvcc)
+        (tmp_path / "toolkit" / "bin" / "nvcc").chmod(0o755)
+    with pytest.raises(AssertionError, match=f"gam_fused: FORCE_CUDA=1, but .*{line}"):
+        build_wheel(tmp_path, FORCE_CUDA="1", CUDA_HOME=str(tmp_path / "toolkit"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_unknown_architectures_are_named(tmp_path):
+    with pytest.raises(AssertionError, match="TORCH_CUDA_ARCH_LIST holds 'volta'"):
+        build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;volta")
 
 
 def test_triton_kernels_only_under_its_full_name():

@@ -240,3 +240,27 @@ def digest(room_name: str) -> str:
                         continue
                     hashed.update(t.contiguous().view(torch.uint8).numpy().tobytes() if t.dim() else str(t.item()).encode())
     return hashed.hexdigest()
+
+
+@pytest.mark.skipif("cpp" not in ROOMS, reason="the compiled CPU room is not there")
+def test_large_lists_give_the_same_bits_as_small_ones():
+    """Lists of 64 MB and more are written past the caches."""
+    large, small = (1 << 24) + 5, 70_003
+    values = [torch.randn(large) for _ in range(3)]
+    results = []
+    for size in (large, small):
+        problem = Problem("one element", torch.float32, torch.float32)
+        layout = Layout([size], [2], [True])
+        theta, backup, gradient = (TensorList([v[:size].clone()]) for v in values)
+        sums = torch.zeros(layout.chunks, dtype=torch.float64)
+        room = get_room("cpp")
+        head = (problem.coefficients, problem.finished(*TWO), problem.control, sums)
+        room.perturb_(layout, theta, EMPTY, gradient, EMPTY, EMPTY, backup, *head, 0, False)
+        first = theta.tensors[0].clone()
+        room.perturb_(layout, theta, backup, gradient, theta, EMPTY, EMPTY, *head, 1, False)
+        second, momentum = theta.tensors[0].clone(), TensorList([torch.ones(size)])
+        lists = (theta, backup, EMPTY, gradient, EMPTY, momentum, EMPTY, EMPTY, problem.steps)
+        room.combined_update_(layout, *lists, *head, SGD)
+        results.append([t[:small] for t in (first, second, theta.tensors[0], backup.tensors[0], momentum.tensors[0])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

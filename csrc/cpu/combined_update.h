@@ -15,10 +15,12 @@ struct Updated {
   C* d = buffers[0];
   const C* old;
   C* theta;
+  bool stream;
 
   Updated(const CombinedUpdate& v, const Span& tile) {
+    stream = v.backup && streams<S>(v.layout);
     old = Tiles<S>::read(v.backup ? v.backup : v.theta, tile, buffers[1]);
-    theta = Tiles<S>::target(at<S>(v.theta, tile), buffers[1]);
+    theta = Tiles<S>::target(at<S>(v.theta, tile), buffers[1], stream);
   }
 
   // A state tensor, to be changed in place and then written.
@@ -93,7 +95,7 @@ double update_tile(const CombinedUpdate& v, const Span& tile, const Scalars<Comp
     sgd_tile<S>(v, tile, h.sgd, t);
   else
     adam_tile<S>(v, tile, h.adam, h.amsgrad, t);
-  Tiles<S>::write(at<S>(v.theta, tile), t.theta, tile.count);
+  Tiles<S>::write(at<S>(v.theta, tile), t.theta, tile.count, t.stream);
   return sum_of_squares(t.d, tile.count);
 }
 

@@ -25,7 +25,8 @@ double ascend_tile(const Perturb& v, const Span& tile, Compute<S> scale, uint32_
   const C* base = Tiles<S>::read(v.base ? v.base : v.theta, tile, buffers[0]);
   const C* x = Tiles<S>::read(v.x, tile, buffers[1]);
   const C* y = Tiles<S>::read(v.y, tile, buffers[2]);
-  C *moved = Tiles<S>::target(theta, buffers[3]), *change = buffers[4];
+  const bool stream = v.base && streams<S>(v.layout);
+  C *moved = Tiles<S>::target(theta, buffers[3], stream), *change = buffers[4];
 #pragma GCC ivdep
   for (int64_t i = 0; i < tile.count; ++i) {
     const C origin = base[i];
@@ -36,6 +37,8 @@ double ascend_tile(const Perturb& v, const Span& tile, Compute<S> scale, uint32_
   if constexpr (!Tiles<S>::direct) {
     round_tile<S>(theta, moved, tile, key);
     for (int64_t i = 0; i < tile.count; ++i) change[i] = moved[i] - base[i];
+  } else {
+    Tiles<S>::write(theta, moved, tile.count, stream);
   }
   return sum_of_squares(change, tile.count);
 }

@@ -123,17 +123,20 @@ struct Tiles {
     }
   }
 
-  // Where to compute what `write` will then bring into the tensor.
-  static C* target(S* tensor, C* buffer) {
+  // Where to compute what `write` will then bring into the tensor. `stream`: past the caches, for a tensor that is only
+  // written, whose lines would otherwise be read first.
+  static C* target(S* tensor, C* buffer, bool stream = false) {
     if constexpr (direct) {
-      return tensor;
+      return stream ? buffer : tensor;
     } else {
       return buffer;
     }
   }
 
-  static void write(S* tensor, const C* values, int64_t count) {
-    if constexpr (!direct) {
+  static void write(S* tensor, const C* values, int64_t count, bool stream = false) {
+    if constexpr (direct) {
+      if (stream) stream_copy(tensor, values, count * sizeof(S));
+    } else {
       for (int64_t i = 0; i < count; ++i) narrow(values[i], tensor[i]);
     }
   }

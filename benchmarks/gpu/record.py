@@ -1,0 +1,114 @@
+"""Stages with time limits, and the record of them: one JSON, rewritten whenever a stage ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TAIL = 6000  # characters of a failed stage's output that are kept
+
+
+@dataclass
+class Stage:
+    """A command with a time limit.
+
+    Attributes:
+        name: its key in the record.
+        command: what to run; a nonzero exit status fails the stage.
+        limit: seconds after which it and its children are killed; less where the whole run's time ends before.
+        figures: reads what the command left behind, also when it was cut.
+        environment: added to this process's own.
+        skip: why it does not run, or "".
+    """
+
+    name: str
+    command: list[str]
+    limit: float
+    figures: Callable[[], Any] = lambda: None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    skip: str = ""
+
+
+class Record:
+    """What is written to `path`: the machine, and for every stage its status, seconds and figures."""
+
+    def __init__(self, path: Path, machine: dict[str, Any], budget: float):
+        self.path, self.content = path, {"machine": machine, "stages": {}}
+        self.end = time.monotonic() + budget
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def run(self, stage: Stage) -> None:
+        """Run a stage and write down how it went."""
+        left = self.end - time.monotonic()
+        if stage.skip:
+            entry: dict[str, Any] = {"status": f"skipped: {stage.skip}", "seconds": 0.0}
+        elif left < 1:
+            entry = {"status": "failed: no time left for it", "seconds": 0.0}
+        else:
+            entry = _run(stage, min(stage.limit, left))
+        self.content["stages"][stage.name] = entry
+        self.write()
+        print(f"{stage.name}: {entry['status']} ({entry['seconds']:.0f} s)", flush=True)
+        if entry["status"].startswith("failed"):
+            print(entry.get("output", ""), flush=True)
+
+    def write(self) -> None:
+        """Replaces the file at once: a run that is killed leaves the last whole record."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.path)
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, entry in self.content["stages"].items() if entry["status"].startswith("failed")]
+
+
+def _run(stage: Stage, limit: float) -> dict[str, Any]:
+    start = time.monotonic()
+    try:
+        process = subprocess.Popen(
+            stage.command,
+            env={**os.environ, **stage.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that compilers and the like end with it
+        )
+    except OSError as error:
+        return {"status": f"failed: {error}", "seconds": 0.0}
+    try:
+        output, _ = process.communicate(timeout=limit)
+        status = "passed" if process.returncode == 0 else f"failed: exit status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = f"failed: cut after {limit:.0f} s"
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    entry: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 2)}
+    if status != "passed":
+        entry["output"] = output[-TAIL:]
+    try:
+        figures = stage.figures()
+    except (OSError, ValueError) as error:
+        figures = None
+        if status == "passed":
+            entry["status"] = f"failed: it left no figures ({error})"
+    if figures is not None:
+        entry["figures"] = figures
+    return entry
+
+
+def read_json(path: Path) -> Any:
+    """The figures of a stage that writes JSON."""
+    return json.loads(path.read_text())

@@ -1,0 +1,82 @@
+"""What the GPU tests share: the rooms as parameters, operands of the verbs moved to the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import get_room
+from torch import Tensor
+
+from gam_fused import available_backends
+from gam_fused.rooms import triton
+from gam_fused.tensor_lists import Layout, TensorList
+
+CUDA = torch.device("cuda", 0)
+NO_DEVICE = "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def why_not(room_name: str) -> str:
+    """Why the room cannot run on a GPU here, or ""."""
+    if NO_DEVICE:
+        return NO_DEVICE
+    if room_name == "triton" and triton.INTERPRETED:
+        return "TRITON_INTERPRET is set: nothing runs on the GPU"
+    why = available_backends()[room_name]
+    return why and f"room {room_name}: {why}"
+
+
+def gpu_rooms(*names: str) -> pytest.MarkDecorator:
+    """Parametrises `room_name` over the rooms that serve a GPU; one that is not there is skipped with its own reason."""
+    names = names or ("cuda", "triton", "torch")
+    return pytest.mark.parametrize(
+        "room_name",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "there"))
+            for name in names
+        ],
+    )
+
+
+class OnDevice:
+    """A room for operands on the CPU: they go to the device, and what the verb wrote comes back.
+
+    Args:
+        room_name: which room.
+        device: where it runs.
+        lasting: whether the lists claim to last, so that rooms keep their addresses on the device.
+    """
+
+    def __init__(self, room_name: str, device: torch.device = CUDA, *, lasting: bool = False):
+        self.room, self.device, self.lasting = get_room(room_name), device, lasting
+
+    def __getattr__(self, verb: str) -> Callable[..., None]:
+        def call(layout: Layout, *args: Any) -> None:
+            copies: dict[int, Tensor] = {}
+            there = [self._moved(a, copies) for a in args]
+            getattr(self.room, verb)(layout, *there)
+            for here, gone in zip(args, there, strict=True):
+                for a, b in zip(_tensors(here), _tensors(gone), strict=True):
+                    if a is not None:
+                        a.copy_(b)
+
+        return call
+
+    def _moved(self, value: Any, copies: dict[int, Tensor]) -> Any:
+        if isinstance(value, TensorList):
+            moved = [None if t is None else copies.setdefault(id(t), self._copy(t)) for t in value.tensors]
+            return TensorList(moved, lasting=self.lasting)
+        return copies.setdefault(id(value), self._copy(value)) if isinstance(value, Tensor) else value
+
+    def _copy(self, t: Tensor) -> Tensor:
+        """On the device with the same strides, as far from a 16-byte mark as on the CPU."""
+        shift = t.data_ptr() % 16 // t.element_size()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        buffer = torch.empty(extent + shift, dtype=t.dtype, device=self.device)
+        return buffer.as_strided(t.shape, t.stride(), shift).copy_(t)
+
+
+def _tensors(value: Any) -> list:
+    return value.tensors if isinstance(value, TensorList) else [value] if isinstance(value, Tensor) else []
