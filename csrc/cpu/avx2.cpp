@@ -15,7 +15,7 @@
 #endif
 #define GAM_VECTOR_BYTES 32
 #define GAM_LOAD_FLOATS(p) (Doubles) _mm256_cvtps_pd(_mm_loadu_ps(p))
-// Stores 32 bytes at an aligned address past the caches; the threads' join orders them before what follows.
+// Stores 32 bytes at an aligned address past the caches; `for_each_chunk` orders them before what follows.
 #define GAM_STREAM(to, from) \
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
 #define GAM_KERNELS avx2_kernels

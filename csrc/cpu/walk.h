@@ -31,6 +31,9 @@ template <class Visit>
 void for_each_chunk(const Layout& layout, ParallelFor parallel_for, Visit visit) {
   Body body = [](int64_t begin, int64_t end, void* context) {
     for (int64_t chunk = begin; chunk < end; ++chunk) (*static_cast<Visit*>(context))(chunk);
+#ifdef GAM_STREAM
+    _mm_sfence();  // writes past the caches come before the word that this thread is done
+#endif
   };
   int64_t grain = GRAIN / layout.chunk;
   parallel_for(chunks_of(layout), grain > 0 ? grain : 1, body, &visit);
