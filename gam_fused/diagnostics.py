@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gam_fused import precision
 from gam_fused.constants import GUARD, Control
+from gam_fused.tensor_lists import moved
 
 if TYPE_CHECKING:
     from gam_fused.buckets import Bucket
@@ -87,4 +88,4 @@ def _number(loss: Any, device: torch.device) -> Tensor:
         value = loss.reshape(()) if loss.numel() == 1 else torch.tensor(math.nan)
     else:
         value = torch.tensor(loss if isinstance(loss, (int, float)) else math.nan, dtype=torch.float64)
-    return value.to(device, torch.float64, non_blocking=True)
+    return moved(value, device, torch.float64)

@@ -154,6 +154,11 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def moved(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`t` on `device`. Waits only for copies to the host, whose memory would else be read before it is written."""
+    return t.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+
+
 def flat_views(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
     """One zeroed buffer, cut into views of the shapes and strides of `like` (row-major where a tensor is not dense).
 

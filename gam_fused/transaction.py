@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gam_fused.parameters import is_dtensor
 from gam_fused.sharding import local
+from gam_fused.tensor_lists import moved
 
 
 class RandomState:
@@ -84,8 +85,8 @@ class Buffers:
         """After the step: as the first pass left them, or, where `skipped` is not 0, as before the step.
 
         Args:
-            skipped: 0-d, on any device; it is not read on the host unless a forward replaced a buffer, or wrote to a sparse
-                or quantized one.
+            skipped: 0-d, on any device; the host waits for it only where a buffer lies on the CPU and it does not, and where
+                a forward replaced a buffer or wrote to a sparse or quantized one.
         """
         after = self._after_first or self._snapshot()
         if after.matches(self._before):
@@ -126,7 +127,7 @@ class _Snapshot:
 
     def select(self, skipped: Tensor, before: _Snapshot) -> None:
         for kind, copy in self._copies.items():
-            flag = skipped.to(copy.device, non_blocking=True) != 0
+            flag = moved(skipped, copy.device) != 0
             self._copies[kind] = torch.where(flag, before._copies[kind], copy)
         if any(now[2] != then[2] for now, then in zip(self._others, before._others, strict=True)) and skipped:
             self._others = before._others

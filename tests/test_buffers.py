@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gam_fused import FusedGAM
+from gam_fused.transaction import Buffers
 
 
 class Assigned(nn.Module):
@@ -203,6 +204,25 @@ def test_buffers_that_are_expanded_sparse_or_quantized():
     with pytest.raises(RuntimeError, match="bad batch"):
         optimizer.step(closure)
     same(model.numbers(), before)
+
+
+def test_buffers_on_the_cpu_wait_for_the_flag():
+    """A copy to the host that does not wait hands over memory that a GPU has yet to write."""
+
+    class Flag:
+        """Stands for a tensor on a GPU."""
+
+        def to(self, device, dtype=None, non_blocking=False):
+            assert not non_blocking
+            return torch.tensor(1.0)
+
+    model = nn.BatchNorm1d(3)
+    before = buffers(model)
+    snapshots = Buffers([model])
+    model(torch.randn(4, 3))
+    snapshots.first_pass_done()
+    snapshots.finish(Flag())
+    same(buffers(model), before)
 
 
 def test_the_docstring_says_that_buffers_need_the_model():
