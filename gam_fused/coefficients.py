@@ -49,10 +49,11 @@ def _row(entries: dict[Column, float | Tensor]) -> Row:
     return row
 
 
-def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, float | Tensor]:
+def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, Any]:
     """Finite floats; a learning rate that lies on a device stays there, since asking for it would wait."""
     for column, value in entries.items():
-        if not (type(value) is float and isfinite(value) or isinstance(value, Tensor) and value.device.type != "cpu"):
+        stays = value.device.type != "cpu" if isinstance(value, Tensor) else type(value) is float and isfinite(value)
+        if not stays:
             entries[column] = finite(f"{column.name.lower()} of group {number}", value)
     return entries
 
