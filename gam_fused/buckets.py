@@ -99,7 +99,7 @@ class Bucket:
         return self._backup
 
     def accumulator(self, gradients: TensorList) -> TensorList:
-        """`gradients` as something to accumulate into: themselves, or a float32 copy of low-precision ones; None stays None."""
+        """`gradients` to accumulate into: themselves, or a float32 copy of low-precision ones; None stays None."""
         if self.dtype in (torch.float32, torch.float64):
             return gradients
         if self._accumulator is None:
