@@ -333,6 +333,7 @@ class Step:
         if self._buffers:
             self._buffers.finish(self.skipped)
         self._reshard()
+        del self.closure  # `diagnostics` keeps the step, which shall not keep the batch
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
+from gam_helpers import make, mlp
 from torch.profiler import ProfilerActivity, profile
 
 from gam_fused import FusedGAM
@@ -43,3 +45,14 @@ def peak_of_first_step(method: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scratch_is_what_the_design_says(method, scratch, dtype):
     assert peak_of_first_step(method, dtype) == pytest.approx(PLAIN + scratch, abs=0.1)
+
+
+def test_the_batch_is_not_kept_until_the_next_step():
+    model = mlp()
+    optimizer = make(model.parameters())
+    x = torch.ones(4, 3)
+    gone = weakref.ref(x)
+    optimizer.step(lambda x=x: model(x).square().sum())
+    del x
+    assert gone() is None
+    assert optimizer.diagnostics()["loss"] > 0
