@@ -1,7 +1,7 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
 # make test     the tests (ARGS="-k flatness")
 # make check    lint, formatting, types
-# make bench    the optimizer's own arithmetic against the authors' order of operations and torch._foreach
+# make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
@@ -36,12 +36,13 @@ check: $(STAMPS)/check
 	$(RUN) clang-format --dry-run -Werror $(CLANG_FORMATTED)
 	$(RUN) mypy -p gam_fused
 
-bench: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.optimizer_only $(ARGS)
+bench: $(STAMPS)/bench
+	$(PYTHON) -m benchmarks $(ARGS)
 
 # An environment that has torch is taken as it is, should nothing be fetched there: what is then missing, a stage tells.
 gpu: $(if $(ACTIVE),,$(STAMPS)/test)
-	$(if $(ACTIVE),-@$(INSTALL) --retries 1 --timeout 5 'setuptools>=77' wheel ninja pytest hypothesis numpy tqdm)
+	$(if $(ACTIVE),-@$(INSTALL) --retries 1 --timeout 5 'setuptools>=77' wheel ninja pytest pytest-benchmark hypothesis \
+	    numpy scikit-learn matplotlib tqdm psutil transformers)
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(abspath $(OUT))") $(ARGS)
 
 sweep: $(STAMPS)/train
@@ -77,8 +78,12 @@ $(STAMPS)/train: $(STAMPS)/build
 	$(INSTALL) numpy scikit-learn matplotlib tqdm
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/train
-	$(INSTALL) pytest pytest-benchmark hypothesis lightning accelerate transformers
+$(STAMPS)/bench: $(STAMPS)/train
+	$(INSTALL) pytest pytest-benchmark psutil transformers
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/bench
+	$(INSTALL) hypothesis lightning accelerate
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
 

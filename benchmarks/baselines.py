@@ -1,13 +1,14 @@
-"""What FusedGAM is measured against: the published algorithm as its authors order it, and with `torch._foreach_*`.
+"""What FusedGAM is measured against: the published algorithms as their authors order them, and with `torch._foreach_*`.
 
-Both compute `accelerated` with beta=(1, 1 - beta) and SGD with momentum, and are checked against FusedGAM by a test. They
-are written for measuring: no dropout replay, no bit-exact weights, no recovery.
+They compute SAM, `accelerated` with beta=(1, 1 - beta) and `finite_difference`, around torch's own SGD or AdamW, and are
+checked against FusedGAM by a test. They are written for measuring: no dropout replay, no bit-exact weights, no recovery.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +16,33 @@ from torch import Tensor
 EPS = 1e-12
 
 
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}),
+}
+
+
 @dataclass
 class Settings:
-    """Hyperparameters of both baselines."""
+    """Hyperparameters of all contestants; `base` names one of `BASES`, `base_options` go over its settings."""
 
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    base: str = "SGD"
+    base_options: dict[str, Any] = field(default_factory=dict)
     rho: float = 0.2
     rho_prime: float = 0.02
     alpha: float = 0.6
     beta: float = 0.5
     gamma: float = 0.03
 
+    def built(self, params: Sequence[Tensor], **implementation: Any) -> torch.optim.Optimizer:
+        """The base optimizer in torch's `implementation`: foreach=, fused=."""
+        kind, options = BASES[self.base]
+        return kind(params, **{**options, **self.base_options, **implementation})
+
 
 @dataclass
 class AuthorsGAM:
-    """The published order of operations, one tensor at a time.
+    """GAM, `accelerated`, in the published order of operations, one tensor at a time.
 
     After each pass the gradient is cloned into the state, norms are taken per tensor and stacked, perturbations are stored
     and taken back by subtraction, and the base optimizer runs in the end: 103 reads and writes of N elements in all.
@@ -46,10 +57,7 @@ class AuthorsGAM:
     zero_and_accumulate: bool = False
 
     def __post_init__(self) -> None:
-        s = self.settings
-        self.base = torch.optim.SGD(
-            self.params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, foreach=False, fused=False
-        )
+        self.base = self.settings.built(self.params, foreach=False, fused=False)
         self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
         if self.zero_and_accumulate:
             for p in self.params:
@@ -117,49 +125,91 @@ class AuthorsGAM:
             p.grad.add_(vertical, alpha=-s.gamma)
 
 
+class AuthorsSAM(AuthorsGAM):
+    """SAM with radius `rho` in the same order of operations."""
+
+    @torch.no_grad()
+    def step(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
+        """`gradients()` gives the next pass's gradients; it is called twice."""
+        self._pass(gradients)
+        scale = self.settings.rho / (self._norm() + EPS)
+        for p in self.params:
+            self.state[p]["e_w"] = p.grad * scale
+            p.add_(self.state[p]["e_w"])
+        self._pass(gradients)
+        for p in self.params:
+            p.sub_(self.state[p]["e_w"])
+        self.base.step()
+
+
 @dataclass
-class ForeachGAM:
-    """The same arithmetic with `torch._foreach_*`: backups instead of subtraction, gradients taken, no clones."""
+class Foreach:
+    """The same arithmetic with `torch._foreach_*`: backups instead of subtraction, gradients taken, no clones.
+
+    Args:
+        method: "sam", "finite_difference" or "accelerated".
+    """
 
     params: Sequence[Tensor]
     settings: Settings = field(default_factory=Settings)
+    method: str = "accelerated"
 
     def __post_init__(self) -> None:
-        s = self.settings
         self.params = list(self.params)
-        self.base = torch.optim.SGD(self.params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, foreach=True)
+        self.base = self.settings.built(self.params, foreach=True)
         self.backup = [torch.empty_like(p) for p in self.params]
 
     @torch.no_grad()
     def step(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """`gradients()` gives the next pass's gradients; it is called four times."""
-        s = self.settings
+        """`gradients()` gives the next pass's gradients; it is called twice for SAM, four times for the others."""
         torch._foreach_copy_(self.backup, self.params)
+        direction = self._sam(gradients) if self.method == "sam" else self._gam(gradients)
+        torch._foreach_copy_(self.params, self.backup)
+        for p, d in zip(self.params, direction, strict=True):
+            p.grad = d
+        self.base.step()
+        self.base.zero_grad()
+
+    def _sam(self, gradients: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        self._ascend(gradients(), self.settings.rho)
+        return list(gradients())
+
+    def _gam(self, gradients: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        s = self.settings
         g0 = list(gradients())
-        torch._foreach_add_(self.params, torch._foreach_mul(g0, s.rho_prime / (_norm(g0) + EPS)))
+        self._ascend(g0, s.rho_prime)
         g1 = list(gradients())
         difference = torch._foreach_sub(g1, g0)
+        if self.method == "finite_difference":
+            del g1
         torch._foreach_mul_(difference, s.rho / (_norm(difference) + EPS))
         torch._foreach_copy_(self.params, self.backup)
         torch._foreach_add_(self.params, difference)
         del difference
         g2 = list(gradients())
-        torch._foreach_add_(self.params, torch._foreach_mul(g2, s.rho_prime / (_norm(g2) + EPS)))
+        self._ascend(g2, s.rho_prime)
+        if self.method == "finite_difference":
+            torch._foreach_add_(g0, g2, alpha=-s.alpha * s.rho / s.rho_prime)
+            del g2
+            torch._foreach_add_(g0, list(gradients()), alpha=s.alpha * s.rho / s.rho_prime)
+            return g0
         torch._foreach_add_(g0, g2, alpha=1 - s.beta)
         del g2
-        g3 = list(gradients())
+        return self._decompose(g0, g1, list(gradients()))
+
+    def _ascend(self, gradient: Sequence[Tensor], radius: float) -> None:
+        torch._foreach_add_(self.params, torch._foreach_mul(gradient, radius / (_norm(gradient) + EPS)))
+
+    def _decompose(self, h_minus: list[Tensor], g1: list[Tensor], g3: list[Tensor]) -> list[Tensor]:
+        """h+ - gamma (h- minus its projection on h+), in the place of g3."""
+        s = self.settings
         torch._foreach_mul_(g3, 1 - s.alpha)
         torch._foreach_add_(g3, g1, alpha=s.alpha)
-        squared = _norm(g3) ** 2
-        products = torch._foreach_mul(g0, g3)
-        s_coefficient = torch.stack([t.sum() for t in products]).sum() / squared
-        torch._foreach_mul_(g3, 1 + s.gamma * s_coefficient)
-        torch._foreach_add_(g3, g0, alpha=-s.gamma)
-        torch._foreach_copy_(self.params, self.backup)
-        for p, d in zip(self.params, g3, strict=True):
-            p.grad = d
-        self.base.step()
-        self.base.zero_grad()
+        products = torch._foreach_mul(h_minus, g3)
+        projection = torch.stack([t.sum() for t in products]).sum() / _norm(g3) ** 2
+        torch._foreach_mul_(g3, 1 + s.gamma * projection)
+        torch._foreach_add_(g3, h_minus, alpha=-s.gamma)
+        return g3
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

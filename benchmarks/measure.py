@@ -1,14 +1,10 @@
-"""Measuring side by side: rounds in which every contestant runs once, quantiles, and what the machine is."""
+"""Measuring side by side: rounds in which every contestant runs once, and quantiles."""
 
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -40,34 +36,3 @@ def side_by_side(
                 times[name].append(elapsed)
             progress()
     return times
-
-
-def machine() -> dict[str, object]:
-    """What a figure must stand beside: machine, versions, commit."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _git(*arguments: str) -> str:
-    try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
-        return result.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

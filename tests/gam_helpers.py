@@ -176,3 +176,9 @@ def close(params: Sequence[Tensor], judge: Sequence[Tensor], tolerance: float, w
     for i, (p, t) in enumerate(zip(params, judge, strict=True)):
         error = (p.detach().double() - t).norm().item()
         assert error <= tolerance * max(t.norm().item(), 1e-3), f"{what} {i}: error {error:.3g}, norm {t.norm():.3g}"
+
+
+def tables_are_rectangular(markdown: str) -> bool:
+    """Whether there are tables and every row of each has as many cells as its header."""
+    tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
+    return bool(tables) and all(len({line.count("|") for line in lines}) == 1 for lines in tables)

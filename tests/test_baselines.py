@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.baselines import AuthorsGAM, ForeachGAM, Settings
-from benchmarks.shapes import resnet50
-from gam_fused import FusedGAM
+from benchmarks.baselines import AuthorsGAM, AuthorsSAM, Foreach, Settings
+from benchmarks.contestants import fused_gam
 
-SETTINGS = Settings(lr=0.05, gamma=0.3)
 BASELINES = {
-    "authors": AuthorsGAM,
-    "authors-zeroing": lambda params, settings: AuthorsGAM(params, settings, zero_and_accumulate=True),
-    "foreach": ForeachGAM,
+    "authors' order, accelerated": AuthorsGAM,
+    "authors' order, accelerated, zeroing": lambda params, settings: AuthorsGAM(params, settings, zero_and_accumulate=True),
+    "authors' order, sam": AuthorsSAM,
+    **{f"foreach, {m}": lambda params, s, m=m: Foreach(params, s, m) for m in ("sam", "finite_difference", "accelerated")},
 }
 
 
@@ -33,33 +32,16 @@ class Problem:
             return list(torch.autograd.grad(self.loss(), self.params))
 
 
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize("name", BASELINES)
-def test_baseline_equals_accelerated(name):
+def test_baseline_equals_the_optimizer(name, base):
     theirs, ours = Problem(), Problem()
-    s = SETTINGS
+    s = Settings(base=base, base_options={"lr": 0.05}, rho_prime=0.05, gamma=0.3)
     baseline = BASELINES[name](theirs.params, s)
-    optimizer = FusedGAM(
-        ours.params,
-        torch.optim.SGD,
-        method="accelerated",
-        rho=s.rho,
-        rho_prime=s.rho_prime,
-        alpha=s.alpha,
-        beta=(1.0, 1 - s.beta),
-        gamma=s.gamma,
-        lr=s.lr,
-        momentum=s.momentum,
-        weight_decay=s.weight_decay,
-    )
+    optimizer = fused_gam(ours.params, name.split(", ")[1], s)
     for _ in range(10):
         baseline.step(theirs.gradients)
         optimizer.step(ours.loss)
     for a, b in zip(theirs.params, ours.params, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(ours.params[0], Problem().params[0])
-
-
-def test_resnet50_shapes_are_those_of_the_design():
-    shapes = resnet50()
-    assert len(shapes) == 161
-    assert sum(torch.Size(s).numel() for s in shapes) == 25_557_032

@@ -14,13 +14,12 @@ from cases import Problem, assert_same_bits
 from on_gpu import OnDevice
 from test_verbs import VERBS, reference
 
-from benchmarks import shapes
-from benchmarks.gpu import pytest_report, steps, verbs
+from benchmarks.gpu import pytest_report
 from benchmarks.gpu.__main__ import NO_DEVICE, stages
 from benchmarks.gpu.record import Record, Stage, read_json
 
 ROOT = Path(__file__).parents[1]
-FIGURES = ("ms_q20", "ms", "ms_q80", "runs")
+SUITES = ("verbs", "optimizer", "training")
 
 
 @pytest.fixture(scope="module")
@@ -37,56 +36,15 @@ def rehearsal(tmp_path_factory) -> dict:
 def test_every_stage_is_there_and_says_why_it_did_not_run(rehearsal):
     status = {name: entry["status"] for name, entry in rehearsal["stages"].items()}
     needs_gpu = dict.fromkeys(("build", "tests", "memcheck", "racecheck"), f"skipped: {NO_DEVICE}")
-    assert status == needs_gpu | dict.fromkeys(("self-check", "verbs", "steps"), "passed")
+    assert status == needs_gpu | dict.fromkeys(("self-check", *SUITES), "passed")
     assert {"cpu", "gpu", "torch", "triton", "cuda", "commit"} <= set(rehearsal["machine"])
 
 
-def test_rates_of_verbs(rehearsal):
-    results = rehearsal["stages"]["verbs"]["figures"]["results"]
-    assert set(results) == {"20000 elements, float32", "20000 elements, bfloat16"}
-    for rows in results.values():
-        assert {name.split(" | ")[0] for name in rows} == {verbs.COPY, *verbs.VERBS}
-        for row in rows.values():
-            assert all(row[figure] > 0 for figure in (*FIGURES, "GB_per_s", "percent_of_copy", "bytes"))
-
-
-def test_whole_steps(rehearsal):
-    network = rehearsal["stages"]["steps"]["figures"]["results"]["tiny"]
-    assert network["tensors"] == 161
-    assert any(", flatten=True" in name for name in network["contestants"])
-    for name, row in network["contestants"].items():
-        assert set(row) == {"kernels_per_step", "host", "wall", "authors_over_this", "foreach_over_this"}, name
-        assert all(row[kind][figure] > 0 for kind in ("host", "wall") for figure in FIGURES)
-    assert network["contestants"][steps.FOREACH]["foreach_over_this"] == 1
-
-
-@pytest.mark.parametrize(
-    ("verb", "traffic"),
-    [
-        ("squared_norm", 1),
-        ("direction_products", 3),
-        ("perturb_, first", 4),
-        ("perturb_, second", 4),
-        ("perturb_, third", 5),
-        ("combined_update_, SGD, finite_difference", 6),
-        ("combined_update_, SGD, accelerated", 7),
-        ("combine_", 3),
-        ("restore_", 2),
-    ],
-)
-def test_bytes_are_those_of_the_design(verb, traffic):
-    operands = verbs.Operands(1600, torch.float32, torch.device("cpu"))
-    moved = operands.bytes_of(verbs.VERBS[verb].reads) + operands.bytes_of(verbs.VERBS[verb].writes)
-    assert moved == traffic * 4 * 1600
-
-
-@pytest.mark.parametrize(
-    ("network", "tensors", "elements"),
-    [("resnet18", 62, 11_689_512), ("resnet50", 161, 25_557_032), ("vit_b_32", 152, 88_224_232)],
-)
-def test_networks_are_the_known_ones(network, tensors, elements):
-    sizes = getattr(shapes, network)()
-    assert (len(sizes), sum(torch.Size(s).numel() for s in sizes)) == (tensors, elements)
+@pytest.mark.parametrize("suite", SUITES)
+def test_figures_of_the_suites(rehearsal, suite):
+    figures = rehearsal["stages"][suite]["figures"]
+    assert figures["cells"]
+    assert not figures["left_out"]
 
 
 def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
@@ -110,6 +68,13 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert written["passes"]["status"] == "passed"
     assert written["is skipped"]["status"] == "skipped: a reason"
     assert record.failed == ["fails", "hangs", "leaves nothing", "is not there"]
+
+
+def test_a_suite_is_told_to_end_before_it_is_killed(tmp_path):
+    record = Record(tmp_path / "record.json", {}, budget=100)
+    told = [sys.executable, "-c", "import sys; print(sys.argv[1]); sys.exit(1)"]
+    record.run(Stage("told", told, 50, told=True))
+    assert record.content["stages"]["told"]["output"] == "--seconds=20\n"
 
 
 def test_no_stage_begins_after_the_run_has_used_its_time(tmp_path):

@@ -12,7 +12,7 @@ from gam_helpers import SETTINGS, batch, bits, close, make, mlp, regression, tra
 from on_gpu import CUDA, gpu_rooms
 from torch import Tensor
 
-from benchmarks.gpu.clock import launched
+from benchmarks.clock import launched
 from gam_fused import FusedGAM
 
 pytestmark = pytest.mark.gpu

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+MARGIN = 30  # seconds of a stage's limit for what it has begun
 TAIL = 6000  # characters of a failed stage's output that are kept
 
 
@@ -26,6 +27,7 @@ class Stage:
         figures: reads what the command left behind, also when it was cut.
         environment: added to this process's own.
         skip: why it does not run, or "".
+        told: the command takes `--seconds`, after which it begins nothing further, so that it ends before it is killed.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Stage:
     figures: Callable[[], Any] = lambda: None
     environment: Mapping[str, str] = field(default_factory=dict)
     skip: str = ""
+    told: bool = False
 
 
 class Record:
@@ -75,7 +78,7 @@ def _run(stage: Stage, limit: float) -> dict[str, Any]:
     start = time.monotonic()
     try:
         process = subprocess.Popen(
-            stage.command,
+            [*stage.command, f"--seconds={max(limit - MARGIN, 0):.0f}"] if stage.told else stage.command,
             env={**os.environ, **stage.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

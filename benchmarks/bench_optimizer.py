@@ -1,0 +1,83 @@
+"""Whole steps of an optimizer alone, gradients prepared: torch's own, the baselines, and FusedGAM in every room.
+
+A step is timed until its work is done. Its caches are warm with what the step before left there and the preparation of
+gradients has not pushed out. On a GPU host time, and time with the host ahead, are told beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from benchmarks.cases import Case, Plan, blocks_of
+from benchmarks.clock import Clock, launches, rooms_on
+from benchmarks.contestants import AUTHORS, PASSES, Gradients, Implementation, elements, main_methods, parameters, triad
+from benchmarks.networks import Shapes, shapes
+
+YARDSTICK, CLOSURE = "triad", "closure alone"
+METHODS = ("sam", "finite_difference", "accelerated")
+NETWORKS = ("vit_b_32", "resnet18", "swin_t", "efficientnet_b0", "transformer_1b")
+
+
+def cases(plan: Plan) -> list[Case]:
+    """The important cells first."""
+    rooms = rooms_on(plan.device)
+    groups = [(network, "SGD", "", list(main_methods("SGD", rooms))) for network in ("tiny", "resnet50")]
+    groups[1][3].append(Implementation("SGD", "accelerated", AUTHORS, zeroing=True))
+    groups.append(("resnet50", "AdamW", "", list(main_methods("AdamW", rooms))))
+    groups += [(network, "SGD", "", list(main_methods("SGD", rooms))) for network in NETWORKS]
+    for network in ("tiny", "resnet50", "efficientnet_b0"):
+        both = [Implementation("SGD", method, rooms[0], flatten) for method in METHODS for flatten in (False, True)]
+        groups.append((network, "SGD", "flatten", both))
+    for network in ("tiny", "resnet50"):
+        for base in ("SGD", "AdamW"):
+            others = [Implementation(base, m, room) for room in rooms for m in METHODS]
+            groups.append((network, base, "rooms", others))
+    groups += [(network, "AdamW", "", list(main_methods("AdamW", rooms))) for network in ("tiny", *NETWORKS)]
+    if plan.rehearse:
+        groups = [group for group in groups if group[0] == "tiny"]
+    result = []
+    for network, base, about, implementations in groups:
+        entries: dict[str, Any] = {YARDSTICK: (network, None), CLOSURE: (network, None)}
+        entries |= {str(i): (network, i) for i in implementations}
+        result += blocks_of(", ".join(filter(None, (network, base, about))), entries, plan)
+    return result
+
+
+def bench_step(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None:
+    network, implementation = case.what
+    benchmark.extra_info["network"] = network
+    measure_step(benchmark, case, plan, clock, shapes(network), implementation)
+
+
+def measure_step(
+    benchmark: Any, case: Case, plan: Plan, clock: Clock, sizes: Shapes, implementation: Implementation | None
+) -> None:
+    """Measure `implementation` on parameters of the given shapes; None for the yardstick and the closure alone."""
+    copies = implementation.copies if implementation else 3 if case.contestant == YARDSTICK else 6
+    if (needed := 4 * elements(sizes) * copies) > (free := clock.free()):
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+    facts: dict[str, Any] = {"tensors": len(sizes), "elements": elements(sizes)}
+    if implementation:
+        i = implementation
+        prepare, run = i.on(parameters(sizes, plan.device))
+        facts |= {"base": i.base, "method": i.method, "by": i.by, "flatten": i.flatten, "passes": PASSES[i.method]}
+    elif case.contestant == YARDSTICK:
+        prepare, run = (lambda: None), triad(elements(sizes), plan.device)
+    else:
+        gradients = Gradients(parameters(sizes, plan.device))
+        prepare, run = gradients.prepare, gradients.closures_alone
+    for _ in range(2):
+        prepare()
+        run()
+    if case.block == 0:
+        prepare()
+        facts |= launches(run)
+    if clock.on_gpu:
+        facts["host_ms"] = 1e3 * statistics.median(clock.host(prepare, run) for _ in range(5))
+        facts["queued_ms"] = 1e3 * statistics.median(clock.queued(prepare, run) for _ in range(5))
+    benchmark.extra_info.update(cell=case.cell, contestant=case.contestant, block=case.block, **facts)
+    rounds = 2 if plan.rehearse else 50 if elements(sizes) < 10**6 else 5
+    benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=1)

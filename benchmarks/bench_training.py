@@ -1,0 +1,150 @@
+"""Training steps: a network's forward and backward alone, with its base optimizer, with SAM, with GAM by each method.
+
+Random images; weights start anew for every contestant. Peak memory is what the optimizer's construction and its first two
+steps hold at a time beyond the weights and their copy, tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.cases import Case, Plan, blocks_of
+from benchmarks.clock import Clock
+from benchmarks.graphed import graphed
+from benchmarks.networks import batch, classifier
+from gam_fused import FusedGAM
+from gam_fused.graphs import capture_step
+
+FORWARD_BACKWARD, WINDOW = "forward and backward", 10
+GAM = {
+    "SAM": ({"method": "sam"}, 2),
+    "GAM, finite_difference": ({"method": "finite_difference"}, 4),
+    "GAM, accelerated": ({"method": "accelerated"}, 4),
+    f"GAM, every {WINDOW}th step": ({"method": "finite_difference", "interval": WINDOW}, (WINDOW + 3) / WINDOW),
+    "GAM, exact": ({"method": "exact"}, None),  # its passes are differentiated twice
+}
+EAGER_ONLY = (f"GAM, every {WINDOW}th step", "GAM, exact")
+CONTESTANTS = (FORWARD_BACKWARD, "base", *GAM)
+
+
+class Setting(NamedTuple):
+    """What is trained, and how."""
+
+    network: str
+    images: int
+    precision: str
+    mode: str
+
+
+ON_CPU = [
+    *(Setting("digits", 64, "fp32", "eager"), Setting("resnet18_cifar", 16, "fp32", "eager")),
+    *(Setting("vit_s_32", 8, "fp32", "eager"), Setting("digits", 64, "fp32", "compiled")),
+    *(Setting("vit_s_32", 8, "bf16", "eager"), Setting("resnet18_cifar", 16, "bf16", "eager")),
+    *(Setting("vit_s_32", 8, "fp32", "compiled"), Setting("resnet18_cifar", 16, "fp32", "compiled")),
+    *(Setting("vit_b_32", 8, "fp32", "eager"), Setting("resnet50", 4, "fp32", "eager")),
+]
+ON_GPU = [
+    Setting(network, images, precision, mode)
+    for mode in ("eager", "graphed", "compiled")
+    for precision in ("fp32", "bf16")
+    for network, images in (("resnet18_cifar", 128), ("resnet50", 64), ("vit_b_32", 128), ("vit_s_32", 128))
+]
+
+
+def cases(plan: Plan) -> list[Case]:
+    """The important settings first."""
+    settings = ON_GPU if plan.device.type == "cuda" else ON_CPU
+    if plan.rehearse:
+        settings = [Setting("digits", 8, "bf16", "eager")]
+    result = []
+    for s in settings:
+        names = [name for name in CONTESTANTS if s.mode == "eager" or name not in EAGER_ONLY]
+        result += blocks_of(f"{s.network}, {s.images} images, {s.precision}, {s.mode}", dict.fromkeys(names, s), plan)
+    return result
+
+
+def bench_training(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None:
+    setting: Setting = case.what
+    job = _job(setting, plan.device)
+    job.reset()
+    options, passes = GAM.get(case.contestant, ({}, 1))
+    steps = WINDOW if "interval" in options else 1
+    facts: dict[str, Any] = {**setting._asdict(), "passes": passes, "steps": steps, "parameters": job.elements}
+    job.forward_backward()  # compiles
+    try:
+        if case.block == 0:
+            facts["peak_bytes"] = clock.peak(lambda: _twice(job.step(case.contestant, options)))
+            job.reset()
+        step = job.step(case.contestant, options)
+        step()
+    except RuntimeError as error:
+        if case.contestant == "GAM, exact" and "derivative" in str(error):
+            pytest.skip(f"torch cannot differentiate it twice: {error}")
+        raise
+    benchmark.extra_info.update(cell=case.cell, contestant=case.contestant, block=case.block, **facts)
+    rounds = 2 if plan.rehearse else 10 if clock.on_gpu or setting.network == "digits" else 2
+    benchmark.pedantic(lambda: [step() for _ in range(steps)], rounds=rounds, warmup_rounds=1)
+
+
+def _twice(step: Callable[[], object]) -> None:
+    step()
+    step()
+
+
+class Job:
+    """A network with its data, trained from the same weights by one contestant after the other."""
+
+    def __init__(self, setting: Setting, device: torch.device):
+        self.setting, self.device = setting, device
+        self.model = classifier(setting.network, device)
+        self.images, self.labels = batch(setting.network, setting.images, device)
+        self.forward: nn.Module = torch.compile(self.model) if setting.mode == "compiled" else self.model
+        self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.elements = sum(p.numel() for p in self.model.parameters())
+
+    def reset(self) -> None:
+        self.model.load_state_dict(self.start)
+        self.model.zero_grad()
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.precision == "bf16"):
+            return cross_entropy(self.forward(images), labels)
+
+    def forward_backward(self) -> None:
+        self.loss(self.images, self.labels).backward()
+        self.model.zero_grad()
+
+    def step(self, contestant: str, options: dict[str, Any]) -> Callable[[], object]:
+        """A training step of `contestant`, its optimizer built here."""
+        graph = self.setting.mode == "graphed"
+        if contestant == FORWARD_BACKWARD:
+            return graphed(self.forward_backward) if graph else self.forward_backward
+        kind, base = torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+        if self.setting.network.startswith("vit"):
+            kind, base = torch.optim.AdamW, {"lr": 1e-5, "weight_decay": 1e-2}
+        if contestant == "base":
+            capturable = {"capturable": True} if graph and kind is torch.optim.AdamW else {}
+            optimizer = kind(self.model.parameters(), fused=True, **base, **capturable)
+            return graphed(lambda: self._base_step(optimizer)) if graph else (lambda: self._base_step(optimizer))
+        gam = FusedGAM(self.model.parameters(), kind, model=self.model, **options, **base)
+        if graph:
+            captured = capture_step(gam, self.loss, (self.images, self.labels))
+            return lambda: captured(self.images, self.labels)
+        return lambda: gam.step(lambda: self.loss(self.images, self.labels))
+
+    def _base_step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        self.loss(self.images, self.labels).backward()
+        optimizer.step()
+
+
+@lru_cache(maxsize=1)
+def _job(setting: Setting, device: torch.device) -> Job:
+    return Job(setting, device)

@@ -1,0 +1,46 @@
+"""What every measurement is named by, and what the suites of a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One contestant in one block.
+
+    Attributes:
+        cell: what is compared with each other, such as a network; ratios are taken within a cell.
+        contestant: its name there.
+        block: how often the cell has been measured before. Every block measures all contestants of a cell, so that drift
+            of the machine meets all alike; ratios are taken within a block.
+        what: how to build it; the suite's own.
+    """
+
+    cell: str
+    contestant: str
+    block: int
+    what: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.cell} | {self.contestant} | {self.block}"
+
+
+class Plan(NamedTuple):
+    """On what, and how much, a run measures.
+
+    Attributes:
+        rehearse: tiny sizes, every kind of case once: shows that it runs, measures nothing.
+    """
+
+    device: torch.device
+    blocks: int = 3
+    rehearse: bool = False
+
+
+def blocks_of(cell: str, contestants: dict[str, Any], plan: Plan) -> list[Case]:
+    """A cell's cases: block by block, all contestants in each."""
+    return [Case(cell, name, block, what) for block in range(plan.blocks) for name, what in contestants.items()]

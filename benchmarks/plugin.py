@@ -1,0 +1,99 @@
+"""The pytest plugin of the suites `bench_*.py`: cases from `cases(plan)` of the module, a time limit, what was left out.
+
+Cases run in the order the module gives, the important ones first; when the time is used up the others are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from benchmarks.cases import Plan
+from benchmarks.clock import Clock
+from benchmarks.machine import machine
+
+NO_TIME = "no time left for it"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gam_fused benchmarks")
+    group.addoption("--device", type=torch.device, default="cpu")
+    group.addoption("--blocks", type=int, default=3, help="how often each cell is measured")
+    group.addoption("--seconds", type=float, default=float("inf"), help="after them no further case begins")
+    group.addoption("--facts", type=Path, help="JSON to write: the machine, and what was left out and why")
+    group.addoption("--rehearse", action="store_true", help="tiny sizes: shows that everything runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device(config.option.device)
+    if device.type == "cuda":
+        torch.cuda.init()  # the timers look whether it is
+    config.pluginmanager.register(Suite(config, device), "gam_fused suite")
+
+
+class Suite:
+    """One run of one suite."""
+
+    def __init__(self, config: pytest.Config, device: torch.device):
+        rehearse = config.option.rehearse
+        self.plan = Plan(device, 1 if rehearse else config.option.blocks, rehearse)
+        self.end = time.monotonic() + config.option.seconds
+        self.left_out: dict[str, dict[str, str]] = {}
+        self.bar: tqdm | None = None
+        self.facts: Path | None = config.option.facts
+
+    @pytest.hookimpl
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "case" in metafunc.fixturenames:
+            metafunc.parametrize("case", metafunc.module.cases(self.plan), ids=str)
+
+    @pytest.hookimpl
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        self.bar = tqdm(total=len(session.items), unit="case", mininterval=1 if sys.stderr.isatty() else 20)
+
+    @pytest.hookimpl
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if time.monotonic() > self.end:
+            pytest.skip(NO_TIME)
+
+    @pytest.hookimpl
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
+        case = item.callspec.params["case"]  # type: ignore[attr-defined]
+        if call.excinfo is not None:
+            skipped = call.excinfo.errisinstance(pytest.skip.Exception)
+            reason = str(call.excinfo.value) if skipped else f"failed: {call.excinfo.exconly()}"
+            if case.block == 0 or not skipped:
+                self.left_out.setdefault(case.cell, {})[case.contestant] = reason
+
+    @pytest.hookimpl
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(nodeid.partition("[")[2].rstrip("]")[:60], refresh=False)
+            self.bar.update()
+
+    @pytest.hookimpl
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        return None if report.failed else (report.outcome if report.when == "call" or report.skipped else "", "", "")
+
+    @pytest.hookimpl
+    def pytest_sessionfinish(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.facts is not None:
+            self.facts.write_text(json.dumps({"machine": machine(self.plan.device), "left_out": self.left_out}))
+
+
+@pytest.fixture(scope="session")
+def plan(request: pytest.FixtureRequest) -> Plan:
+    return request.config.pluginmanager.get_plugin("gam_fused suite").plan
+
+
+@pytest.fixture(scope="session")
+def clock(plan: Plan) -> Clock:
+    return Clock(plan.device)

@@ -1,0 +1,56 @@
+"""Ratios of rows that were measured in the same blocks, with their spread."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, NamedTuple
+
+from benchmarks.contestants import TRAFFIC
+
+Row = dict[str, Any]
+Cell = dict[str, Row]
+
+
+class Ratio(NamedTuple):
+    """The median over blocks, with the least and the greatest."""
+
+    value: float
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Ratio:
+        return Ratio(*(factor * x for x in self))
+
+
+def ratio(this: Row, that: Row) -> Ratio | None:
+    """How many times as long a step of `this` takes as one of `that`; None where no block measured both."""
+    blocks = [b for b in this["blocks"] if b in that["blocks"]]
+    values = [this["blocks"][b] / this.get("steps", 1) / (that["blocks"][b] / that.get("steps", 1)) for b in blocks]
+    return Ratio(statistics.median(values), min(values), max(values)) if values else None
+
+
+def ms_per_step(row: Row) -> tuple[float, float, float]:
+    """Milliseconds of one step: median, 20 and 80 % quantile."""
+    return tuple(row[key] / row.get("steps", 1) for key in ("ms", "ms_q20", "ms_q80"))  # type: ignore[return-value]
+
+
+def beyond_passes(row: Row, forward_backward: Row) -> Ratio | None:
+    """A step's time over that of its passes' forward and backward, the rest being the optimizer's."""
+    if not row.get("passes"):
+        return None
+    found = ratio(row, forward_backward)
+    return found and found.times(1 / row["passes"])
+
+
+def share_of_yardstick(row: Row, yardstick: Row) -> Ratio | None:
+    """Bytes per second over the yardstick's, of a verb (its bytes are known) or a step (by DESIGN's counts of traffic)."""
+    taken = ratio(yardstick, row)
+    moved = row.get("bytes") or traffic(row)
+    return taken.times(moved / (yardstick.get("bytes") or 12 * yardstick["elements"])) if taken and moved else None
+
+
+def traffic(row: Row) -> float | None:
+    """Bytes a step of a compiled room reads and writes, float32; AdamW's second moment is one read and one write more."""
+    if row.get("method") not in TRAFFIC or row["by"] not in ("cpp", "cuda", "triton"):
+        return None
+    return 4 * row["elements"] * (TRAFFIC[row["method"]] + (2 if row["base"] == "AdamW" else 0))

@@ -1,0 +1,166 @@
+"""The Markdown of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.bench_training import CONTESTANTS, FORWARD_BACKWARD
+from benchmarks.bench_verbs import YARDSTICK
+from benchmarks.contestants import AUTHORS, FOREACH
+from benchmarks.report.ratios import Cell, Ratio, Row, beyond_passes, ms_per_step, ratio, share_of_yardstick
+
+Record = dict[str, Any]
+
+
+def document(record: Record) -> str:
+    """Everything, the one table first."""
+    m = record["machine"]
+    about = f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}, Python {m['python']}"
+    parts = [
+        f"# What GAM costs on {m.get('gpu') or m['cpu']}",
+        f"{about}, commit {m['commit']}, {m['date']}. Medians; in brackets the 20 and 80 % quantiles of times, and of ratios"
+        " the least and the greatest block.",
+        *(["Of an unclean tree."] if m["commit"].endswith("+changes") else []),
+        "## Training steps",
+        summary(record),
+    ]
+    for title, name, render in (
+        ("Training steps in detail", "training", training),
+        ("The optimizer alone", "optimizer", optimizer),
+        ("Verbs", "verbs", verbs),
+        ("Scaling", "scaling", scaling),
+    ):
+        if name in record["suites"]:
+            parts += [f"## {title}", *render(record["suites"][name]["cells"])]
+    if "communication" in record:
+        parts += ["## Communication under DistributedDataParallel", communication(record["communication"])]
+    return "\n\n".join([*parts, "## Left out", left_out(record)]) + "\n"
+
+
+def summary(record: Record) -> str:
+    """The one table: a training step's time in base steps, by network; below it what is in it besides its passes."""
+    cells = record["suites"].get("training", {}).get("cells", {})
+    shown = {name: cell for name, cell in cells.items() if "base" in cell and FORWARD_BACKWARD in cell}
+    rows = []
+    for contestant in CONTESTANTS[1:]:
+        entries = []
+        for cell in shown.values():
+            if contestant not in cell:
+                entries.append("")
+                continue
+            row = cell[contestant]
+            times, beyond = ratio(row, cell["base"]), beyond_passes(row, cell[FORWARD_BACKWARD])
+            share = f", {_percent(beyond)}" if beyond else ""
+            entries.append(f"{_images_per_s(row):.3g} images/s, {times.value:.2f} x{share}")
+        rows.append([contestant, *entries])
+    note = (
+        "Per cell: images per second, the time of a step in steps of the base optimizer, and by how much it exceeds"
+        " the forward and backward of its passes."
+    )
+    return f"{_table(['', *shown], rows)}\n\n{note}"
+
+
+def training(cells: dict[str, Cell]) -> Iterable[str]:
+    for name, cell in cells.items():
+        rows = []
+        for contestant, row in cell.items():
+            times = ratio(row, cell["base"]) if "base" in cell else None
+            beyond = beyond_passes(row, cell[FORWARD_BACKWARD]) if FORWARD_BACKWARD in cell else None
+            memory = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
+            passes = f"{row['passes']:g}" if row.get("passes") else "2, twice differentiated"
+            rows.append([contestant, passes, _ms(row), f"{_images_per_s(row):.3g}", _times(times), _percent(beyond), memory])
+        header = ["", "passes", "ms per step", "images/s", "x the base", "beyond its passes", "peak MiB beyond the weights"]
+        yield f"{name}\n\n{_table(header, rows)}"
+
+
+def optimizer(cells: dict[str, Cell]) -> Iterable[str]:
+    for name, cell in cells.items():
+        rows = []
+        for contestant, row in cell.items():
+            rivals = [_times(_against(row, cell, by)) for by in (AUTHORS, FOREACH)]
+            share = share_of_yardstick(row, cell["triad"]) if "triad" in cell else None
+            rows.append([contestant, _ms(row), *rivals, _share(share), *_host(row)])
+        header = ["", "ms per step", "authors' order takes", "foreach takes", "of the triad's rate", *_host_header(cell)]
+        yield f"{name}\n\n{_table(header, rows)}"
+
+
+def verbs(cells: dict[str, Cell]) -> Iterable[str]:
+    for name, cell in cells.items():
+        rows = []
+        for contestant, row in cell.items():
+            rate = f"{row['bytes'] / row['ms'] / 1e6:.1f}"
+            share = share_of_yardstick(row, cell[YARDSTICK]) if YARDSTICK in cell else None
+            rows.append([contestant, _ms(row), rate, _share(share), *_host(row)])
+        yield f"{name}\n\n{_table(['', 'ms', 'GB/s', 'of the yardstick', *_host_header(cell)], rows)}"
+
+
+def scaling(cells: dict[str, Cell]) -> Iterable[str]:
+    contestants = list(dict.fromkeys(name for cell in cells.values() for name in cell))
+    rows = [[name, *(_ms(cell[c]) if c in cell else "" for c in contestants)] for name, cell in cells.items()]
+    yield "Milliseconds per step.\n\n" + _table(["", *contestants], rows)
+
+
+def communication(worlds: dict[str, dict[str, Row]]) -> str:
+    rows = []
+    for world, contestants in worlds.items():
+        for name, row in contestants.items():
+            model = 4 * row["parameters"]
+            times = f"{row['bytes'] / model:.3f}"
+            rows.append([world, name, str(row["all_reduces"]), f"{row['bytes'] / 2**20:.2f}", times, f"{row['ms']:.0f}"])
+    header = ["", "", "all-reduces per step", "MiB", "gradients of the model", "ms per step"]
+    note = "Counted by the profiler on rank 0; the processes share the machine's cores, one thread each."
+    return f"{_table(header, rows)}\n\n{note}"
+
+
+def left_out(record: Record) -> str:
+    """What was not measured, and why."""
+    lines = []
+    for suite, result in record["suites"].items():
+        for cell, contestants in result["left_out"].items():
+            for why in dict.fromkeys(contestants.values()):
+                names = [name for name, reason in contestants.items() if reason == why]
+                whole = cell not in result["cells"] and len(names) == len(contestants)
+                lines.append(f"- {suite}: {cell}: {'' if whole else ', '.join(names) + ': '}{why}")
+    return "\n".join(lines) or "Nothing."
+
+
+def _against(row: Row, cell: Cell, by: str) -> Ratio | None:
+    """How many times as long the same step takes by a baseline."""
+    rival = cell.get(f"{row.get('base')}, {row.get('method')}, {by}")
+    return ratio(rival, row) if rival else None
+
+
+def _images_per_s(row: Row) -> float:
+    return 1e3 * row["images"] / ms_per_step(row)[0]
+
+
+def _ms(row: Row) -> str:
+    return "{:.3g} ({:.3g} .. {:.3g})".format(*ms_per_step(row))
+
+
+def _host(row: Row) -> list[str]:
+    """What the host does in it: on a CPU all of it, in so many torch operators; on a GPU until the call returns."""
+    if "kernels" not in row and "host_ms" not in row:
+        return [str(row.get("operators", ""))]
+    return [str(row.get("kernels", "")), f"{row['host_ms']:.3f}" if "host_ms" in row else ""]
+
+
+def _host_header(cell: Cell) -> list[str]:
+    return ["kernels", "host ms"] if any("host_ms" in row for row in cell.values()) else ["torch operators"]
+
+
+def _times(found: Ratio | None) -> str:
+    return f"{found.value:.2f} ({found.low:.2f} .. {found.high:.2f})" if found else ""
+
+
+def _percent(found: Ratio | None) -> str:
+    return "{:+.1f} % ({:+.1f} .. {:+.1f})".format(*(100 * (x - 1) for x in found)) if found else ""
+
+
+def _share(found: Ratio | None) -> str:
+    return "{:.0f} % ({:.0f} .. {:.0f})".format(*(100 * x for x in found)) if found else ""
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

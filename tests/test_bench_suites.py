@@ -1,0 +1,159 @@
+"""The benchmark suite: that all of it runs, what it leaves out, and that its counts are those of the design."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gam_helpers import tables_are_rectangular
+
+from benchmarks import communication
+from benchmarks.cases import Plan, blocks_of
+from benchmarks.clock import Clock
+from benchmarks.networks import BUILDERS, batch, classifier, shapes
+from benchmarks.plugin import NO_TIME
+from benchmarks.suites import SUITES, reduced, run_suite
+from benchmarks.verbs import VERBS, Operands
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, "-m", "benchmarks", "--rehearse", "--device", "cpu", "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "images/s" in done.stdout
+    return folder
+
+
+def record_of(folder: Path) -> dict:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_every_suite_measures_every_contestant(rehearsal):
+    record = record_of(rehearsal)
+    assert set(record["suites"]) == set(SUITES)
+    for suite in record["suites"].values():
+        assert suite["cells"]
+        assert not suite["left_out"]
+        assert not suite["failed"]
+        for cell in suite["cells"].values():
+            for row in cell.values():
+                assert 0 < row["ms_q20"] <= row["ms"] <= row["ms_q80"]
+                assert row["runs"] == 2
+                assert list(row["blocks"]) == ["0"]
+    assert {"cpu", "torch", "commit", "date"} <= set(record["machine"])
+
+
+def test_the_report_has_every_table_and_picture(rehearsal):
+    (path,) = rehearsal.glob("*.md")
+    text = path.read_text()
+    for heading in ("Training steps", "The optimizer alone", "Verbs", "Scaling", "Communication"):
+        assert f"## {heading}" in text
+    assert tables_are_rectangular(text)
+    names = {p.name.removeprefix(path.stem) for p in rehearsal.glob("*.png")}
+    assert names == {"-overhead.png", "-roofline.png", "-scaling.png"}
+
+
+def test_contestants_that_hold_more_hold_more_memory(rehearsal):
+    (cell,) = record_of(rehearsal)["suites"]["training"]["cells"].values()
+    peak = {name: row["peak_bytes"] for name, row in cell.items()}
+    assert 0 < peak["base"] < peak["SAM"] < peak["GAM, finite_difference"] < peak["GAM, accelerated"]
+
+
+def test_what_there_is_no_time_for_is_named():
+    result = run_suite("scaling", seconds=0, rehearse=True)
+    assert result["cells"] == {}
+    (contestants,) = result["left_out"].values()
+    assert set(contestants.values()) == {NO_TIME}
+
+
+def test_blocks_measure_all_contestants_in_turn():
+    cases = blocks_of("cell", {"a": 1, "b": 2}, Plan(CPU, blocks=2))
+    assert [str(case) for case in cases] == ["cell | a | 0", "cell | b | 0", "cell | a | 1", "cell | b | 1"]
+
+
+def test_reduction_keeps_blocks_apart_and_facts_of_the_first():
+    def entry(block, seconds, **facts):
+        return {"extra_info": {"cell": "c", "contestant": "x", "block": block, **facts}, "stats": {"data": seconds}}
+
+    raw = {"benchmarks": [entry(0, [1.0, 2.0, 3.0], kernels=8), entry(1, [5.0, 5.0, 5.0], kernels=9)]}
+    row = reduced(raw)["c"]["x"]
+    assert row["blocks"] == {"0": 2000.0, "1": 5000.0}
+    assert (row["ms"], row["runs"], row["kernels"]) == (4000.0, 6, 8)
+    assert (row["ms_q20"], row["ms_q80"]) == (2000.0, 5000.0)
+
+
+@pytest.mark.parametrize(
+    ("network", "tensors", "elements"),
+    [
+        ("resnet18", 62, 11_689_512),
+        ("resnet50", 161, 25_557_032),
+        ("vit_s_32", 200, 22_878_952),
+        ("vit_b_32", 200, 88_224_232),
+        ("swin_t", 221, 28_288_354),
+        ("efficientnet_b0", 213, 5_288_548),
+        ("transformer_1b", 146, 1_235_814_400),
+    ],
+)
+def test_networks_are_the_published_ones(network, tensors, elements):
+    sizes = shapes(network)
+    assert (len(sizes), sum(torch.Size(s).numel() for s in sizes)) == (tensors, elements)
+
+
+def test_resnet18_for_small_images_keeps_their_size():
+    model = classifier("resnet18_cifar", CPU).eval()
+    images, labels = batch("resnet18_cifar", 2, CPU)
+    assert model(images).shape == (2, 100)
+    assert model.model.resnet.embedder(images).shape == (2, 64, 32, 32)
+    assert labels.shape == (2,)
+    assert set(BUILDERS) > {"resnet18_cifar"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "traffic"),
+    [
+        ("squared_norm", 1),
+        ("direction_products", 3),
+        ("perturb_, first", 4),
+        ("perturb_, second", 4),
+        ("perturb_, third", 5),
+        ("combined_update_, SGD, finite_difference", 6),
+        ("combined_update_, SGD, accelerated", 7),
+        ("combine_", 3),
+        ("restore_", 2),
+    ],
+)
+def test_bytes_of_verbs_are_those_of_the_design(verb, traffic):
+    operands = Operands(1600, 16, torch.float32, CPU)
+    assert operands.moved(VERBS[verb]) == traffic * 4 * 1600
+
+
+def test_peak_memory_is_what_is_held_at_a_time():
+    def run():
+        a = torch.ones(1 << 20)
+        del a
+        return torch.ones(1 << 20) + torch.ones(1 << 20)
+
+    assert Clock(CPU).peak(run) == pytest.approx(3 * 4 << 20, rel=0.01)
+
+
+def test_all_reduces_are_those_of_the_design():
+    (rows,) = communication.measure("digits", (2,)).values()
+    model = 4 * rows["SGD"]["parameters"]
+    assert (rows["SGD"]["all_reduces"], rows["SGD"]["bytes"]) == (1, model)
+    assert (rows["SAM, global"]["all_reduces"], rows["SAM, global"]["bytes"]) == (2, 2 * model)
+    assert (rows["GAM, global"]["all_reduces"], rows["GAM, global"]["bytes"]) == (4, 4 * model)
+    for name in ("SAM, local", "GAM, local"):  # one for the direction, with a few flags and its alignment
+        assert rows[name]["all_reduces"] == 1
+        assert model < rows[name]["bytes"] < model + 1024
