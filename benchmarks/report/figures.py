@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from benchmarks.report.ratios import Cell, ms_per_step, ratio
 COLOURS = ("#000000", "#E69F00", "#D55E00", "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#999999")
 BY = {AUTHORS: "#999999", FOREACH: "#E69F00", TORCH_FUSED: "#000000"}
 OURS = "#0072B2"
+MARKERS = "o^sDvP*X<>p"
 Record = dict[str, Any]
 
 
@@ -34,26 +34,26 @@ def save(record: Record, path: Path) -> None:
     for name, draw in {"overhead": overhead, "roofline": roofline, "scaling": scaling}.items():
         figure = draw(cells)
         if figure:
-            figure.text(0.995, 0.005, footer, ha="right", va="bottom", fontsize=8, color="#555555")
+            figure.supxlabel(footer, x=0.995, ha="right", fontsize=8, color="#555555")
             figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=120)
             plt.close(figure)
 
 
 def overhead(cells: dict[str, dict[str, Cell]]) -> Figure | None:
-    """Times of training steps in steps of the base, and the optimizer's own milliseconds."""
+    """Times of training steps in steps of the base; beside them the optimizer's own milliseconds."""
     training = {name: cell for name, cell in cells.get("training", {}).items() if "base" in cell}
     alone = {name: cell for name, cell in cells.get("optimizer", {}).items() if name in ("resnet50, SGD", "tiny, SGD")}
-    panels: list[Callable[[Axes], None]] = [lambda ax: _training(ax, training)] if training else []
-    for name, cell in sorted(alone.items()):
-        panels.append(lambda ax, name=name, cell=cell: _alone(ax, name, cell))
-    if not panels:
+    if not training and not alone:
         return None
-    widths = [1.3 if training and i == 0 else 1.0 for i in range(len(panels))]
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.3 * sum(widths), 5.6), squeeze=False, width_ratios=widths)
-    for ax, draw in zip(axes[0], panels, strict=True):
-        draw(ax)
+    figure = plt.figure(figsize=(14, max(7.5, 0.85 * len(training) + 1.5)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1]) if training and alone else (figure, figure)
+    if training:
+        _training(left.subplots(), training)
+    if alone:
+        for ax, (name, cell) in zip(right.subplots(len(alone), 1, squeeze=False)[:, 0], sorted(alone.items()), strict=True):
+            _alone(ax, name, cell)
+    for ax in figure.get_axes():
         ax.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(rect=(0, 0.025, 1, 1))
     return figure
 
 
@@ -67,12 +67,12 @@ def _training(ax: Axes, cells: dict[str, Cell]) -> None:
         spread = [[r.value - r.low for _, r in found if r], [r.high - r.value for _, r in found if r]]
         ax.barh(ys, values, 0.92 * height, xerr=spread, color=COLOURS[place], label=name, error_kw={"lw": 0.8})
         for y, value in zip(ys, values, strict=True):
-            ax.text(value + 0.15, y, f"{value:.2f}", va="center", fontsize=7)
+            ax.text(value + 0.12, y, f"{value:.2f}", va="center", fontsize=7.5)
     for passes in (1, 2, 4):
         ax.axvline(passes, color="#bbbbbb", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(cells)), [name.replace(", ", "\n", 1) for name in cells], fontsize=8)
     ax.invert_yaxis()
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.42, -0.07), ncols=3, frameon=False)
     ax.set(title="a training step, in steps of the base optimizer", xlabel="times the base (lines: 1, 2 and 4 passes)")
 
 
@@ -98,12 +98,15 @@ def roofline(cells: dict[str, dict[str, Cell]]) -> Figure | None:
         return None
     product = cells["verbs"].get(PRODUCT, {}).get(PRODUCT)
     shown = [name for name in large if name.split(" tensors")[0] == large[0].split(" tensors")[0]]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.6 * len(shown), 5), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(4.2 * len(shown) + 3, 4.6), squeeze=False, sharey=True, layout="constrained"
+    )
     for ax, name in zip(axes[0], shown, strict=True):
         _roofs(ax, found[name], product)
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name.replace(", ", "\n", 1), fontsize=9)
     axes[0][0].set_ylabel("GFLOP/s")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
@@ -111,15 +114,16 @@ def _roofs(ax: Axes, cell: Cell, product: dict[str, Any] | None) -> None:
     yardstick = cell[YARDSTICK]
     rate = yardstick["bytes"] / yardstick["ms"] / 1e6  # GB/s
     intensities = [0.1, 2.5]
-    ax.plot(intensities, [rate * i for i in intensities], color="#555555", label=f"yardstick, {rate:.0f} GB/s")
+    ax.plot(intensities, [rate * i for i in intensities], color="#555555", label="the yardstick's rate")
+    ax.text(0.11, 0.16 * rate, f"{rate:.3g} GB/s", fontsize=8, color="#555555")
     if product:
         peak = product["flops"] / product["ms"] / 1e6
-        ax.axhline(peak, color="#555555", linestyle="--", label=f"matrix product, {peak:.0f} GFLOP/s")
-    for place, (name, row) in enumerate((n, r) for n, r in cell.items() if r.get("flops")):
-        style = {"color": COLOURS[place % 8], "marker": "o^sDvP*X"[place % 8], "linestyle": "none", "markersize": 7}
-        ax.plot(row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e6, label=name, **style)
+        ax.axhline(peak, color="#555555", linestyle="--", label="a matrix product's rate")
+        ax.text(0.11, 1.08 * peak, f"{peak:.3g} GFLOP/s", fontsize=8, color="#555555")
+    for place, row in enumerate(row for row in cell.values() if row.get("flops")):
+        style = {"color": COLOURS[place % 8], "marker": MARKERS[place], "linestyle": "none", "markersize": 7}
+        ax.plot(row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e6, label=row["verb"], **style)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte moved")
-    ax.legend(fontsize=7, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -128,7 +132,7 @@ def scaling(cells: dict[str, dict[str, Cell]]) -> Figure | None:
     rows = [(name, row) for cell in cells.get("scaling", {}).values() for name, row in cell.items()]
     if not rows:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     for ax, x, fixed, at, title in (
         (axes[0], "elements", "tensors", 100, "parameters, in 100 tensors"),
         (axes[1], "tensors", "elements", 10**6, "tensors, of 10^6 parameters in all"),
@@ -139,9 +143,9 @@ def scaling(cells: dict[str, dict[str, Cell]]) -> Figure | None:
                 xs, ms, low, high = zip(*points, strict=True)
                 spread = [[m - a for m, a in zip(ms, low, strict=True)], [b - m for m, b in zip(ms, high, strict=True)]]
                 label = name.removeprefix("SGD, ")
-                ax.errorbar(xs, ms, spread, marker="o^sDv"[place % 5], color=COLOURS[place % 8], label=label, capsize=2)
+                ax.errorbar(xs, ms, spread, marker=MARKERS[place], color=COLOURS[place % 8], label=label, capsize=2)
         ax.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per step")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     return figure
