@@ -71,6 +71,7 @@ def _training(ax: Axes, cells: dict[str, Cell]) -> None:
     for passes in (1, 2, 4):
         ax.axvline(passes, color="#bbbbbb", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(cells)), [name.replace(", ", "\n", 1) for name in cells], fontsize=8)
+    ax.margins(y=0.01)
     ax.invert_yaxis()
     ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.42, -0.07), ncols=3, frameon=False)
     ax.set(title="a training step, in steps of the base optimizer", xlabel="times the base (lines: 1, 2 and 4 passes)")
@@ -98,9 +99,8 @@ def roofline(cells: dict[str, dict[str, Cell]]) -> Figure | None:
         return None
     product = cells["verbs"].get(PRODUCT, {}).get(PRODUCT)
     shown = [name for name in large if name.split(" tensors")[0] == large[0].split(" tensors")[0]]
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(4.2 * len(shown) + 3, 4.6), squeeze=False, sharey=True, layout="constrained"
-    )
+    size = (4.2 * len(shown) + 3, 4.6)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for ax, name in zip(axes[0], shown, strict=True):
         _roofs(ax, found[name], product)
         ax.set_title(name.replace(", ", "\n", 1), fontsize=9)

@@ -22,8 +22,7 @@ def document(record: Record) -> str:
         f"{about}, commit {m['commit']}, {m['date']}. Medians; in brackets the 20 and 80 % quantiles of times, and of ratios"
         " the least and the greatest block.",
         *(["Of an unclean tree."] if m["commit"].endswith("+changes") else []),
-        "## Training steps",
-        summary(record),
+        *(["## Training steps", summary(record)] if "training" in record["suites"] else []),
     ]
     for title, name, render in (
         ("Training steps in detail", "training", training),
