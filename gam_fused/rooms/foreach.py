@@ -12,19 +12,27 @@ from torch import Tensor
 from gam_fused import rounding
 from gam_fused.constants import Algorithm, Column, Control
 from gam_fused.rooms.foreach_lists import (
+    Batch,
+    Scalar,
     Tensors,
+    add_scaled_,
+    batches,
     by_group,
     commit_,
     difference,
     dot,
+    is_compute,
     operand,
-    present,
+    presence,
     raw,
-    shapes_of,
+    scalars,
+    scale_,
+    select,
     sum_of_squares,
     up,
+    workspace,
 )
-from gam_fused.rooms.foreach_updates import adam, direction_of, direction_scalars, h_plus, sgd
+from gam_fused.rooms.foreach_updates import adam_, direction_of, direction_scalars, h_plus, sgd_
 from gam_fused.rooms.reference import restore_ as restore_  # a copy is a copy
 from gam_fused.tensor_lists import Layout, TensorList
 
@@ -37,13 +45,15 @@ def reason() -> str:
 def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorList, partials: Tensor) -> None:
     """See `reference.squared_norm`."""
     partials.zero_()
+    there = presence(x, y)
     for row, counted in ((0, True), (1, False)):
-        rows = [i for i in range(len(x)) if layout.counted[i] is counted and present(i, x, y)]
-        if rows:
-            values = difference(x, y, rows)
-            if len(weight):
-                values = torch._foreach_mul(values, operand(weight, rows))
-            partials[row, 0] = sum_of_squares(values)
+        rows = [i for i in range(len(x)) if layout.counted[i] is counted and there[i]]
+        for batch in batches(layout, rows, x, y, weight):
+            xs, ys, weights = batch.lists
+            values = difference(xs, ys)
+            if weights:
+                values = torch._foreach_mul(values, up(weights))
+            partials[row, 0] += sum_of_squares(values)
 
 
 def direction_products(
@@ -51,21 +61,22 @@ def direction_products(
 ) -> None:
     """See `reference.direction_products`."""
     partials.zero_()
-    shapes = shapes_of(x1, x3, acc, None)
+    table, there = scalars(coefficients), presence(x1, x3, acc)
     for row, counted in ((0, True), (1, False)):
-        indices = [i for i in range(len(x3)) if layout.counted[i] is counted and present(i, x1, x3, acc)]
+        indices = [i for i in range(len(x3)) if layout.counted[i] is counted and there[i]]
         for group, rows in by_group(layout, indices):
-            c = coefficients[group]
-            plus = h_plus(c, x1, x3, rows, shapes)
-            minus = operand(acc, rows, shapes) if len(acc) else [torch.zeros_like(p) for p in plus]
-            pairs: tuple[tuple[Tensors, Tensors], ...]
-            if len(x1):
-                pairs = ((plus, plus), (minus, plus), (minus, minus))
-            else:
-                d = torch._foreach_add(plus, torch._foreach_mul(minus, c[Column.DIRECTION_ACC]))
-                pairs = ((d, d),)
-            for j, (left, right) in enumerate(pairs):
-                partials[2 * j + row, 0] += dot(left, right)
+            c = table[group]
+            for batch in batches(layout, rows, x1, x3, acc):
+                b1, b3, minus = batch.lists
+                if not len(x1):
+                    partials[row, 0] += sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0))
+                    continue
+                plus = h_plus(c, b1, b3, minus)
+                partials[row, 0] += sum_of_squares(plus)
+                if minus:
+                    minus = operand(minus, b1, b3)
+                    partials[2 + row, 0] += dot(minus, plus)
+                    partials[4 + row, 0] += sum_of_squares(minus)
 
 
 def perturb_(
@@ -92,25 +103,39 @@ def perturb_(
     norm = total[0].sqrt() / control[Control.LOSS_SCALE]
     scale = coefficients[:, Column.RADIUS_0 + ascent] / (norm + control[Control.EPS]) / control[Control.LOSS_SCALE]
 
-    everything = range(len(theta))
-    if len(backup):
-        torch._foreach_copy_(raw(backup, everything), raw(theta, everything))
-    if len(base):
-        origin = raw(base, everything)
-        torch._foreach_copy_(raw(theta, everything), origin)
-    else:
-        origin = raw(backup, everything) if len(backup) else [t.clone() for t in theta.tensors]
-    for group, rows in by_group(layout, [i for i in everything if present(i, x, y)]):
-        start = [origin[i] for i in rows]
-        step = torch._foreach_mul(difference(x, y, rows), scale[group])
-        if adaptive:
-            step = torch._foreach_mul(step, torch._foreach_mul(up(start), up(start)))
-        moved = torch._foreach_add(up(start), step)
-        _store_(layout, [theta.tensors[i] for i in rows], moved, rows, control, ascent)
-        commit_([theta.tensors[i] for i in rows], start, ~bad)
+    stay, sizes, table = scalars(bad), scalars(scale), scalars(coefficients)
+    there = presence(x, y)
     realised.zero_()
-    realised[0] = sum_of_squares(torch._foreach_sub(up(theta.tensors), up(origin)))
-    _fold_(layout, x, acc, coefficients)
+    for group, rows in by_group(layout, range(len(theta))):
+        for moves in (True, False):
+            some = [i for i in rows if there[i] is moves]
+            for batch in batches(layout, some, theta, base, x, y, acc, backup):
+                squares = _ascend_(layout, batch, stay, sizes[group], control, ascent, adaptive, moves)
+                if squares is not None:
+                    realised[0] += squares
+                _fold_(batch, table[group])
+
+
+def _ascend_(
+    layout: Layout, batch: Batch, stay: Scalar, size: Scalar, control: Tensor, ascent: int, adaptive: bool, moves: bool
+) -> Tensor | None:
+    """Moves one batch of theta from its base, unless `stay`. Returns the sum of squares of how far it came, None for 0."""
+    theta, base, x, y, _, backup = batch.lists
+    if backup:
+        torch._foreach_copy_(backup, theta)
+    if not moves or stay is True or (isinstance(size, float) and size == 0.0):
+        if base:
+            torch._foreach_copy_(theta, base)
+        return None
+    origin = up(base or backup or [t.clone() for t in theta])
+    moved = torch._foreach_mul(difference(x, y), size)
+    if adaptive:
+        torch._foreach_mul_(moved, torch._foreach_mul(origin, origin))
+    torch._foreach_add_(moved, origin)
+    if stay is not False:
+        moved = select(stay, origin, moved)
+    _store_(layout, theta, moved, batch, control, ascent)
+    return sum_of_squares(torch._foreach_sub(up(theta), origin))
 
 
 def combined_update_(
@@ -131,25 +156,34 @@ def combined_update_(
     algorithm: int,
 ) -> None:
     """See `reference.combined_update_`."""
-    skip = _close_step(partials, control)
+    skip = scalars(_close_step(partials, control))
     u, unscale = direction_scalars(coefficients, partials, control)
     if len(backup):
         restore_(layout, theta, backup)
     direction.zero_()
-    for group, rows in by_group(layout, [i for i in range(len(theta)) if present(i, x1, x3, acc)]):
-        c = coefficients[group]
-        d = direction_of(c, x1, x3, acc, rows, u, unscale)
-        direction[0] += sum_of_squares(d)
-        step = torch.stack([steps.tensors[i] for i in rows]) + 1
-        old = up([theta.tensors[i] for i in rows])
-        if algorithm == Algorithm.SGD:
-            results = sgd(c, old, d, first, rows, step)
-        else:
-            results = adam(c, old, d, first, second, third, rows, step)
-        results.append(([steps.tensors[i] for i in rows], list(step)))
-        for targets, values in [([theta.tensors[i] for i in rows], results[0]), *results[1:]]:
-            commit_(targets, values, skip)
-    direction[0] = torch.where(skip, 0, direction[0])
+    if skip is True:
+        return
+    table, there = scalars(coefficients), presence(x1, x3, acc)
+    for group, rows in by_group(layout, [i for i in range(len(theta)) if there[i]]):
+        c = table[group]
+        advanced = torch.stack([steps.tensors[i] for i in rows]) + 1
+        step_of = dict(zip(rows, range(len(rows)), strict=True))
+        for batch in batches(layout, rows, theta, x1, x3, acc, first, second, third):
+            targets = [lst for lst in (batch.lists[0], *batch.lists[4:]) if lst and lst[0] is not None]
+            new = [workspace(lst) for lst in targets]
+            b1, b3, minus = batch.lists[1:4]
+            d = direction_of(c, b1, b3, minus, u, unscale)
+            direction[0] += sum_of_squares(d)
+            step = advanced[[step_of[i] for i in batch.rows]]
+            if algorithm == Algorithm.SGD:
+                sgd_(c, new[0], d, new[1] if len(new) > 1 else [], step)
+            else:
+                adam_(c, new[0], d, new[1], new[2], new[3] if len(new) > 3 else [], step)
+            for old, values in zip(targets, new, strict=True):
+                commit_(old, values, skip)
+        commit_(raw(steps, rows), list(advanced), skip)
+    if skip is not False:
+        direction[0] = torch.where(skip, 0, direction[0])
 
 
 def combine_(
@@ -167,28 +201,33 @@ def combine_(
     _close_step(partials, control)
     u, unscale = direction_scalars(coefficients, partials, control)
     direction.zero_()
+    table = scalars(coefficients)
     for group, rows in by_group(layout, [i for i in range(len(out)) if out.tensors[i] is not None]):
-        d = direction_of(coefficients[group], x1, x3, acc, rows, u, unscale, like=out)
-        direction[0] += sum_of_squares(d)
-        torch._foreach_copy_([out.tensors[i] for i in rows], d)
+        for batch in batches(layout, rows, out, x1, x3, acc):
+            targets, b1, b3, minus = batch.lists
+            d = direction_of(table[group], b1, b3, minus, u, unscale, like=targets)
+            direction[0] += sum_of_squares(d)
+            torch._foreach_copy_(targets, d)
 
 
-def _fold_(layout: Layout, x: TensorList, acc: TensorList, coefficients: Tensor) -> None:
-    if not len(acc):
+def _fold_(batch: Batch, c: Scalar) -> None:
+    """acc <- FOLD_0 acc + FOLD_2 x, where acc is not missing."""
+    _, _, x, _, acc, _ = batch.lists
+    pairs = [(a, b) for a, b in zip(acc, x, strict=True) if a is not None] if acc else []
+    if not pairs:
         return
-    for group, rows in by_group(layout, [i for i in range(len(acc)) if acc.tensors[i] is not None]):
-        targets = raw(acc, rows)
-        torch._foreach_mul_(targets, coefficients[group, Column.FOLD_0])
-        torch._foreach_add_(targets, torch._foreach_mul(operand(x, rows, acc), coefficients[group, Column.FOLD_2]))
+    targets, values = map(list, zip(*pairs, strict=True))
+    scale_(targets, c[Column.FOLD_0])
+    add_scaled_(targets, operand(values, targets), c[Column.FOLD_2])
 
 
-def _store_(layout: Layout, targets: Tensors, values: Tensors, rows: list[int], control: Tensor, ascent: int) -> None:
-    if targets[0].dtype in (torch.float32, torch.float64):
+def _store_(layout: Layout, targets: Tensors, values: Tensors, batch: Batch, control: Tensor, ascent: int) -> None:
+    if is_compute(targets[0]):
         torch._foreach_copy_(targets, values)
         return
     key = rounding.key_on_device(control, ascent)
-    for i, target, value in zip(rows, targets, values, strict=True):
-        rounding.store_(target, value, key, int(layout.table[0, i]))
+    for i, target, value in zip(batch.rows, targets, values, strict=True):
+        rounding.store_(target, value, key, int(layout.table[0, i]) + batch.offset)
 
 
 def _close_step(partials: Tensor, control: Tensor) -> Tensor:
