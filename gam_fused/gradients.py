@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,24 +39,44 @@ def take(
     Raises:
         RuntimeError: a sparse or complex gradient; names the parameter.
     """
-    taken: list[Tensor | None] = []
-    # This loop is most of a step's host time, hence local names and one look at each property.
-    append, references, own = taken.append, sys.getrefcount, _OWN_REFERENCES
-    for p, stride in zip(params, strides, strict=True):
-        gradient = p.grad
-        if gradient is None:
-            append(None)
-            continue
+    gradients: list[Any] = [p.grad for p in params]
+    for p in params:
         p.grad = None
+    if _all_fit(gradients, strides, dtype) and not (keep and _any_is_held(gradients)):
+        return TensorList(gradients)
+    for i, (p, stride) in enumerate(zip(params, strides, strict=True)):
+        gradient, gradients[i] = gradients[i], None
+        if gradient is None:
+            continue
         try:
             fits = gradient.dtype is dtype and gradient.stride() == stride
         except RuntimeError:  # a sparse tensor has no strides
             fits = False
-        if fits and not (keep and (references(gradient) > own or _is_shared(gradient))):
-            append(gradient)
-        else:
-            append(_own_copy(gradient, p, stride, groups))
-    return TensorList(taken)
+        if not fits or (keep and (sys.getrefcount(gradient) > _OWN_REFERENCES or _is_shared(gradient))):
+            gradient = _own_copy(gradient, p, stride, groups)
+        gradients[i] = gradient
+    return TensorList(gradients)
+
+
+# What is asked of every gradient in every pass is most of a step's host time, hence whole lists asked at once: a list that
+# passes, as nearly all do, needs no look at each.
+
+
+def _all_fit(gradients: list[Any], strides: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
+    """Whether none is missing and all have the wanted dtype and strides."""
+    try:
+        return set(map(_dtype_of, gradients)) == {dtype} and list(map(_strides_of, gradients)) == strides
+    except (AttributeError, TypeError, RuntimeError):  # None; a sparse tensor
+        return False
+
+
+def _any_is_held(gradients: list[Any]) -> bool:
+    """Whether anybody else may hold one of them, or its memory."""
+    if max(map(sys.getrefcount, gradients)) > _LISTED_REFERENCES:
+        return True
+    if _storage_use_count is None or _storage_address is None:
+        return any(map(_is_shared, gradients))
+    return max(map(_storage_use_count, map(_storage_address, gradients))) > 1
 
 
 def fit(gradient: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -87,3 +108,5 @@ def _own_references() -> int:
 
 
 _OWN_REFERENCES = _own_references()
+_LISTED_REFERENCES = max(map(sys.getrefcount, [torch.empty(0)]))  # of one that only a list holds
+_dtype_of, _strides_of = attrgetter("dtype"), torch.Tensor.stride

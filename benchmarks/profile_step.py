@@ -1,0 +1,126 @@
+"""Where the time of `FusedGAM.step` goes, with a closure that hands over prepared gradients.
+
+    python -m benchmarks.profile_step [--shapes tiny|resnet50] [--backend cpp|torch] [--method sam] [--steps 20]
+    python -m benchmarks.profile_step --callgrind     instructions per step, the same on a busy machine; needs valgrind
+
+Prints Python functions by their own time (cProfile) and operators by theirs (torch.profiler), each from a run of its own,
+since either slows the other down. With --callgrind the module runs itself under valgrind twice, with different numbers of
+steps; the difference, divided by the steps between, is free of what starting costs. Preparing gradients is counted there, so
+it is measured by itself and taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.profiler import profile
+
+from benchmarks import shapes
+from benchmarks.baselines import Settings
+from benchmarks.optimizer_only import PASSES, Gradients, fused, parameters
+
+FEW, MANY = 20, 120  # steps of the two runs under valgrind
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def contestant(arguments: argparse.Namespace) -> Pair:
+    """(prepare, run) of one step."""
+    sizes = getattr(shapes, arguments.shapes)()
+    params = parameters(sizes)
+    return fused(params, Gradients(params), arguments.method, arguments.backend, Settings())
+
+
+def python_functions(pair: Pair, steps: int) -> pstats.Stats:
+    """Python functions of `steps` steps; what prepares their gradients is left out."""
+    prepare, run = pair
+    profiler = cProfile.Profile()
+    for _ in range(steps):
+        prepare()
+        profiler.enable()
+        run()
+        profiler.disable()
+    return pstats.Stats(profiler).sort_stats("tottime")
+
+
+def operators(pair: Pair) -> str:
+    """A table of the operators of one step, by their own time."""
+    prepare, run = pair
+    prepare()
+    with profile() as profiler:
+        run()
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40)
+
+
+def instructions(arguments: argparse.Namespace) -> dict[str, float]:
+    """Instructions per step under valgrind: of a step alone, and of preparing its gradients.
+
+    Raises:
+        SystemExit: valgrind is not there, or the process under it fails.
+    """
+    if not shutil.which("valgrind"):
+        raise SystemExit("--callgrind needs valgrind on the PATH")
+    per_step = {}
+    for what in ("prepare", "both"):
+        few, many = (_count(arguments, what, steps) for steps in (FEW, MANY))
+        per_step[what] = (many - few) / (MANY - FEW)
+    return {"step": per_step["both"] - per_step["prepare"], "preparation": per_step["prepare"]}
+
+
+def _count(arguments: argparse.Namespace, what: str, steps: int) -> int:
+    """Instructions of a whole process that runs `steps` steps."""
+    chosen = ["--shapes", arguments.shapes, "--backend", arguments.backend, "--method", arguments.method]
+    module = [sys.executable, "-m", "benchmarks.profile_step", *chosen, "--only", what, "--steps", str(steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        output = f"--callgrind-out-file={folder}/callgrind"
+        # CPython's own allocator, hash seed and one thread make counts repeat.
+        command = ["env", "PYTHONHASHSEED=0", "OMP_NUM_THREADS=1", "valgrind", "--tool=callgrind", output, *module]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    if done.returncode or not found:
+        raise SystemExit(f"valgrind failed:\n{done.stderr[-2000:]}")
+    return int(found[1])
+
+
+def only(pair: Pair, what: str, steps: int) -> None:
+    """The loop that valgrind counts."""
+    prepare, run = pair
+    for _ in range(steps):
+        prepare()
+        if what == "both":
+            run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", choices=("tiny", "resnet50"), default="tiny")
+    parser.add_argument("--backend", choices=("cpp", "torch"), default="cpp")
+    parser.add_argument("--method", choices=tuple(PASSES), default="finite_difference")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--callgrind", action="store_true", help="instructions per step under valgrind")
+    parser.add_argument("--only", choices=("prepare", "both"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.callgrind:
+        for name, count in instructions(arguments).items():
+            print(f"{name}: {count:,.0f} instructions ({arguments.shapes}, {arguments.backend}, {arguments.method})")
+        return
+    pair = contestant(arguments)
+    if arguments.only:
+        only(pair, arguments.only, arguments.steps)
+        return
+    only(pair, "both", 3)  # plan, state, scratch
+    print(f"{arguments.method}, {arguments.backend}, {arguments.shapes}; {arguments.steps} steps\n")
+    python_functions(pair, arguments.steps).print_stats(20)
+    print(operators(pair))
+
+
+if __name__ == "__main__":
+    main()
