@@ -4,6 +4,7 @@
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
 # make compare  which figures of two runs of make bench moved beyond the noise: OLD=before.json NEW=after.json
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
+# make profile  where a step's time goes: Python functions and operators (ARGS="--shapes resnet50 --callgrind ...")
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
@@ -12,7 +13,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check bench compare gpu sweep probe wheel clean
+.PHONY: train test check bench compare profile gpu sweep probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -42,6 +43,9 @@ bench: $(STAMPS)/bench
 
 compare: $(STAMPS)/bench
 	$(PYTHON) -m benchmarks.report.compare "$(OLD)" "$(NEW)"
+
+profile: $(STAMPS)/train
+	$(PYTHON) -m benchmarks.profile_step $(ARGS)
 
 # An environment that has torch is taken as it is, should nothing be fetched there: what is then missing, a stage tells.
 gpu: $(if $(ACTIVE),,$(STAMPS)/test)

@@ -5,8 +5,8 @@
 
 Prints Python functions by their own time (cProfile) and operators by theirs (torch.profiler), each from a run of its own,
 since either slows the other down. With --callgrind the module runs itself under valgrind twice, with different numbers of
-steps; the difference, divided by the steps between, is free of what starting costs. Preparing gradients is counted there, so
-it is measured by itself and taken off.
+steps (a few minutes each); the difference, divided by the steps between, is free of what starting costs. It includes the
+preparation of gradients, which is the same whatever the optimizer does: subtract two figures rather than divide them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks import shapes
 from benchmarks.baselines import Settings
 from benchmarks.optimizer_only import PASSES, Gradients, fused, parameters
 
-FEW, MANY = 20, 120  # steps of the two runs under valgrind
+FEW, MANY = 5, 45  # steps of the two runs under valgrind
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
@@ -60,28 +60,25 @@ def operators(pair: Pair) -> str:
     return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40)
 
 
-def instructions(arguments: argparse.Namespace) -> dict[str, float]:
-    """Instructions per step under valgrind: of a step alone, and of preparing its gradients.
+def instructions(arguments: argparse.Namespace) -> float:
+    """Instructions per step under valgrind, with what the preparation of its gradients takes.
 
     Raises:
         SystemExit: valgrind is not there, or the process under it fails.
     """
     if not shutil.which("valgrind"):
         raise SystemExit("--callgrind needs valgrind on the PATH")
-    per_step = {}
-    for what in ("prepare", "both"):
-        few, many = (_count(arguments, what, steps) for steps in (FEW, MANY))
-        per_step[what] = (many - few) / (MANY - FEW)
-    return {"step": per_step["both"] - per_step["prepare"], "preparation": per_step["prepare"]}
+    few, many = (_count(arguments, steps) for steps in (FEW, MANY))
+    return (many - few) / (MANY - FEW)
 
 
-def _count(arguments: argparse.Namespace, what: str, steps: int) -> int:
+def _count(arguments: argparse.Namespace, steps: int) -> int:
     """Instructions of a whole process that runs `steps` steps."""
     chosen = ["--shapes", arguments.shapes, "--backend", arguments.backend, "--method", arguments.method]
-    module = [sys.executable, "-m", "benchmarks.profile_step", *chosen, "--only", what, "--steps", str(steps)]
+    module = [sys.executable, "-m", "benchmarks.profile_step", *chosen, "--bare", "--steps", str(steps)]
     with tempfile.TemporaryDirectory() as folder:
         output = f"--callgrind-out-file={folder}/callgrind"
-        # CPython's own allocator, hash seed and one thread make counts repeat.
+        # One thread and one hash seed make counts repeat.
         command = ["env", "PYTHONHASHSEED=0", "OMP_NUM_THREADS=1", "valgrind", "--tool=callgrind", output, *module]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     found = re.search(r"Collected : (\d+)", done.stderr)
@@ -90,13 +87,12 @@ def _count(arguments: argparse.Namespace, what: str, steps: int) -> int:
     return int(found[1])
 
 
-def only(pair: Pair, what: str, steps: int) -> None:
-    """The loop that valgrind counts."""
+def loop(pair: Pair, steps: int) -> None:
+    """Steps, and nothing else: what valgrind counts."""
     prepare, run = pair
     for _ in range(steps):
         prepare()
-        if what == "both":
-            run()
+        run()
 
 
 def main() -> None:
@@ -106,17 +102,17 @@ def main() -> None:
     parser.add_argument("--method", choices=tuple(PASSES), default="finite_difference")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--callgrind", action="store_true", help="instructions per step under valgrind")
-    parser.add_argument("--only", choices=("prepare", "both"), help=argparse.SUPPRESS)
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.callgrind:
-        for name, count in instructions(arguments).items():
-            print(f"{name}: {count:,.0f} instructions ({arguments.shapes}, {arguments.backend}, {arguments.method})")
+        count = instructions(arguments)
+        print(f"{count:,.0f} instructions per step ({arguments.method}, {arguments.backend}, {arguments.shapes})")
         return
     pair = contestant(arguments)
-    if arguments.only:
-        only(pair, arguments.only, arguments.steps)
+    if arguments.bare:
+        loop(pair, arguments.steps)
         return
-    only(pair, "both", 3)  # plan, state, scratch
+    loop(pair, 3)  # plan, state, scratch
     print(f"{arguments.method}, {arguments.backend}, {arguments.shapes}; {arguments.steps} steps\n")
     python_functions(pair, arguments.steps).print_stats(20)
     print(operators(pair))

@@ -60,11 +60,12 @@ class TensorList:
         return self._addresses
 
     def _pointers(self) -> list[int]:
-        try:
-            pointers = list(map(Tensor.data_ptr, self.tensors))  # far faster than one by one
-        except TypeError:
-            pointers = [0 if t is None else t.data_ptr() or self._empty for t in self.tensors]
-        return [p or self._empty for p in pointers] if self._empty and 0 in pointers else pointers
+        if not self._empty:
+            try:
+                return list(map(Tensor.data_ptr, self.tensors))  # faster than one by one, and mostly none is missing
+            except TypeError:
+                pass
+        return [0 if t is None else t.data_ptr() or self._empty for t in self.tensors]
 
     def on(self, device: torch.device, send: Callable[[Tensor, torch.device], Tensor] | None = None) -> Tensor:
         """`addresses` on `device`, sent there once, by `upload` or by `send`."""

@@ -64,6 +64,8 @@ def by_group(layout: Layout, rows: Sequence[int]) -> list[tuple[int, list[int]]]
 
 def batches(layout: Layout, rows: list[int], *lists: TensorList) -> Iterator[Batch]:
     """`rows` of the lists, in batches."""
+    if not rows:
+        return
     used = [lst.tensors for lst in lists if len(lst)]
     if not all(on_host(t) for t in (next((t for t in tensors if t is not None), None) for tensors in used) if t is not None):
         yield Batch(rows, 0, [raw(lst, rows) for lst in lists])
