@@ -19,27 +19,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from torch.profiler import profile
 
-from benchmarks import shapes
-from benchmarks.baselines import Settings
-from benchmarks.optimizer_only import PASSES, Gradients, fused, parameters
+from benchmarks.contestants import Contestant, Implementation, parameters
+from benchmarks.networks import shapes
 
 FEW, MANY = 5, 45  # steps of the two runs under valgrind
-Pair = tuple[Callable[[], object], Callable[[], object]]
+METHODS = ("sam", "finite_difference", "accelerated")
 
 
-def contestant(arguments: argparse.Namespace) -> Pair:
+def contestant(arguments: argparse.Namespace) -> Contestant:
     """(prepare, run) of one step."""
-    sizes = getattr(shapes, arguments.shapes)()
-    params = parameters(sizes)
-    return fused(params, Gradients(params), arguments.method, arguments.backend, Settings())
+    return Implementation("SGD", arguments.method, arguments.backend).on(parameters(shapes(arguments.shapes)))
 
 
-def python_functions(pair: Pair, steps: int) -> pstats.Stats:
+def python_functions(pair: Contestant, steps: int) -> pstats.Stats:
     """Python functions of `steps` steps; what prepares their gradients is left out."""
     prepare, run = pair
     profiler = cProfile.Profile()
@@ -51,7 +47,7 @@ def python_functions(pair: Pair, steps: int) -> pstats.Stats:
     return pstats.Stats(profiler).sort_stats("tottime")
 
 
-def operators(pair: Pair) -> str:
+def operators(pair: Contestant) -> str:
     """A table of the operators of one step, by their own time."""
     prepare, run = pair
     prepare()
@@ -87,7 +83,7 @@ def _count(arguments: argparse.Namespace, steps: int) -> int:
     return int(found[1])
 
 
-def loop(pair: Pair, steps: int) -> None:
+def loop(pair: Contestant, steps: int) -> None:
     """Steps, and nothing else: what valgrind counts."""
     prepare, run = pair
     for _ in range(steps):
@@ -99,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", choices=("tiny", "resnet50"), default="tiny")
     parser.add_argument("--backend", choices=("cpp", "torch"), default="cpp")
-    parser.add_argument("--method", choices=tuple(PASSES), default="finite_difference")
+    parser.add_argument("--method", choices=METHODS, default="finite_difference")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--callgrind", action="store_true", help="instructions per step under valgrind")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
