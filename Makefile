@@ -6,6 +6,7 @@
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
 # make profile  where a step's time goes: Python functions and operators (ARGS="--shapes resnet50 --callgrind ...")
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
+# make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
 # Each target installs what it needs and is missing, once. If `python` (or `python3`) has torch, as in an active environment,
@@ -13,7 +14,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check bench compare profile gpu sweep probe wheel clean
+.PHONY: train test check bench compare profile gpu sweep interval probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -55,6 +56,9 @@ gpu: $(if $(ACTIVE),,$(STAMPS)/test)
 
 sweep: $(STAMPS)/train
 	$(PYTHON) -m benchmarks.sweep_digits $(ARGS)
+
+interval: $(STAMPS)/train
+	$(PYTHON) -m benchmarks.interval $(if $(QUICK),--quick --out out) $(ARGS)
 
 probe: $(STAMPS)/train
 	$(PYTHON) -m benchmarks.probe_cosine $(ARGS)

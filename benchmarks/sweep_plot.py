@@ -59,7 +59,7 @@ def _surface(ax: Axes, rows: list[dict[str, Any]], base: dict[str, Any], key: st
     ax.plot([], [], "x", color="#777777", label="runs diverged")
     ax.axhline(scale * base[key], color="#777777", linestyle="--", linewidth=1, label="SGD")
     ax.set_xticks(sorted({r["options"]["alpha"] for r in rows}))
-    _clean(ax, "y")
+    clean(ax, "y")
 
 
 def _alpha(row: dict[str, Any], number: int) -> float:
@@ -82,10 +82,10 @@ def _dots(ax: Axes, rows: list[dict[str, Any]]) -> None:
     ax.set_yticks(range(len(rows)), names, fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_title("every other setting: validation accuracy, %  (right: eigenvalue)")
-    _clean(ax, "x")
+    clean(ax, "x")
 
 
-def _clean(ax: Axes, axis: str) -> None:
+def clean(ax: Axes, axis: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=axis, color="#dddddd", linewidth=0.8)
     ax.set_axisbelow(True)

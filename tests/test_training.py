@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from examples.digits.data import POOL, load  # noqa: E402
 from examples.digits.methods import BASES, METHODS, Method  # noqa: E402
 from examples.digits.net import conv_net  # noqa: E402
-from examples.digits.plot import _spread  # noqa: E402
+from examples.digits.plot import spread  # noqa: E402
 from examples.digits.report import diverged, summary, table  # noqa: E402
 from examples.digits.training import Settings, run, train_step  # noqa: E402
 
@@ -111,6 +111,6 @@ def test_a_diverged_run_is_reported_not_raised():
 
 
 def test_labels_of_the_picture_do_not_overlap():
-    heights = _spread([1.0] * 4, [50.0, 50.0, 51.0, 90.0], reach=1.0, gap=5.0, bottom=0.0, top=100.0)
+    heights = spread([1.0] * 4, [50.0, 50.0, 51.0, 90.0], reach=1.0, gap=5.0, bottom=0.0, top=100.0)
     assert heights[3] == 90.0
     assert min(b - a for a, b in zip(sorted(heights), sorted(heights)[1:], strict=False)) > 4.9

@@ -89,7 +89,7 @@ def _curves(ax: Axes, rows: list[dict[str, Any]], runs: list[dict[str, Any]], ke
 def _label(ax: Axes, rows: list[dict[str, Any]], xs: list[float], ys: list[float], reach: float) -> None:
     """Names beside the points; those of points within `reach` (a fraction of the axis) of each other are moved apart."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    heights = _spread(xs, ys, reach * (right - left), 0.062 * (top - bottom), bottom, top)
+    heights = spread(xs, ys, reach * (right - left), 0.062 * (top - bottom), bottom, top)
     for row, x, y, height in zip(rows, xs, ys, heights, strict=True):
         colour = STYLES[row["name"]][0]
         ax.annotate(
@@ -106,7 +106,7 @@ def _label(ax: Axes, rows: list[dict[str, Any]], xs: list[float], ys: list[float
         )
 
 
-def _spread(xs: list[float], ys: list[float], reach: float, gap: float, bottom: float, top: float) -> list[float]:
+def spread(xs: list[float], ys: list[float], reach: float, gap: float, bottom: float, top: float) -> list[float]:
     """Heights at least about `gap` apart wherever the xs are within `reach`, near `ys` and in their order."""
     order = sorted(range(len(ys)), key=lambda i: ys[i])
     heights = list(ys)

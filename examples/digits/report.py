@@ -94,12 +94,13 @@ def document(runs: Sequence[Run], rows: Sequence[dict[str, Any]], settings: Sett
     """Everything about a comparison, ready for `json.dump`; NaN is written as null."""
     result = {"arguments": sys.argv[1:], **facts, "settings": asdict(settings), "rows": list(rows), "runs": list(runs)}
     versions = {package: metadata.version(package) for package in ("numpy", "scikit-learn")}
-    return _without_nan({"machine": {**machine(), **versions}, **result})
+    return without_nan({"machine": {**machine(), **versions}, **result})
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """`value` with None in place of every number that is not finite, as JSON has none of those."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

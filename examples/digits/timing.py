@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,17 +15,34 @@ from examples.digits.training import train_step
 
 def step_times(methods: Sequence[Method], batch_size: int, rounds: int = 30) -> list[float]:
     """Median milliseconds of a training step (all its passes and the update) of each method."""
+    return [quantiles(seconds)["ms"] for seconds in window_times(methods, batch_size, 1, rounds)]
+
+
+def window_times(
+    methods: Sequence[Method], batch_size: int, steps: int, rounds: int, progress: Callable[[], object] = lambda: None
+) -> list[list[float]]:
+    """Seconds of `steps` training steps in a row, of each method in each round.
+
+    With `interval`, let `steps` be a multiple of it: then every window holds equally many steps of the method.
+    """
     data = load(seed=0)
     x, y = data.images[:batch_size], data.labels[:batch_size]
-    contestants = {}
-    for number, method in enumerate(methods):
+
+    def window(method: Method) -> Callable[[], None]:
         model = conv_net(seed=0)
-        step = partial(train_step, model, method.optimizer(model), x, y)
-        contestants[str(number)] = (lambda: None, step)
+        optimizer = method.optimizer(model)
+
+        def run() -> None:
+            for _ in range(steps):
+                train_step(model, optimizer, x, y)
+
+        return run
+
+    contestants = {str(number): ((lambda: None), window(method)) for number, method in enumerate(methods)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = side_by_side(contestants, rounds, progress=lambda: None)
+        times = side_by_side(contestants, rounds, progress)
     finally:
         torch.set_num_threads(threads)
-    return [quantiles(seconds)["ms"] for seconds in times.values()]
+    return list(times.values())
