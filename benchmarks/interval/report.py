@@ -140,10 +140,10 @@ def page(document: dict[str, Any]) -> str:
     settings, fixed, speed = document["settings"], document["fixed"], timing["machine"]
     notes = (
         f"Digits, {100 * settings['noise']:.0f} % of the training labels wrong, {settings['epochs']} epochs. Mean +- sd of "
-        f"{seeds} seeds on the test images. Square brackets: 95 % intervals over seeds, of paired differences (Student's t) and "
-        f"of the part kept (bootstrap); the full gain is that of GAM on every step at its chosen alpha. alpha is the best of "
-        f"{folds} other seeds on validation folds, among those at which no run diverged; where the package's default is another, "
-        f"it stands beside it. rho {fixed['rho']:g}, rho' {fixed['rho_prime']:g}. Cost: windows of "
+        f"{seeds} seeds on the test images. Square brackets: 95 % intervals over seeds, of paired differences (Student's t) "
+        "and of the part kept (bootstrap); the full gain is that of GAM on every step at its chosen alpha. alpha: the best "
+        f"of {folds} other seeds on validation folds, among those at which no run diverged; where the package's default is "
+        f"another, it stands beside it. rho {fixed['rho']:g}, rho' {fixed['rho_prime']:g}. Cost: windows of "
         f"{timing['steps_per_window']} steps side by side, {timing['rounds']} rounds, one thread, medians of ratios.\n\n"
         f"Accuracy: {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}. "
         f"Cost: {speed['cpu']}, torch {speed['torch']}, commit {speed['commit']}, {speed['date']}."
