@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.interval.settings import ORACLES, RATIOS, WINDOW
-from benchmarks.measure import machine, quantiles
+from benchmarks.machine import machine
+from benchmarks.measure import quantiles
 from examples.digits.methods import Method
 from examples.digits.report import row_key
 from examples.digits.timing import window_times
