@@ -19,7 +19,8 @@ import torch
 
 from benchmarks import communication
 from benchmarks.machine import machine, slug
-from benchmarks.report import compare, figures, tables
+from benchmarks.report import compare, tables
+from benchmarks.report.files import write
 from benchmarks.suites import run_suite
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +46,8 @@ def main() -> int:
         print(f"{name}: {share * left:.0f} s", flush=True)
         start = time.monotonic()
         if name == "communication":
-            record[name] = communication.measure(*(("digits", (1, 2)) if options.rehearse else ()))
+            network, worlds = ("digits", (1, 2)) if options.rehearse else ("resnet18_cifar", (1, 2, 4))
+            record[name] = communication.measure(network, worlds, limit=max(share * left, 60))
         else:
             run = {"device": options.device, "blocks": options.blocks, "rehearse": options.rehearse}
             record["suites"][name] = run_suite(name, seconds=share * left, **run)
@@ -55,16 +57,9 @@ def main() -> int:
     print(f"\nWrote {path}, {path.with_suffix('.md').name} and pictures in {path.parent}.")
     before = RESULTS / path.name
     if before.exists() and before.resolve() != path.resolve():
-        print(f"Compared with {before.name} of commit {json.loads(before.read_text())['machine']['commit']}:")
-        print(compare.text(list(compare.changes(json.loads(before.read_text()), record))))
+        old = json.loads(before.read_text())
+        print(f"Compared with {before.name} of commit {old['machine']['commit']}:\n{compare.text(old, record)}")
     return any(suite["failed"] for suite in record["suites"].values())
-
-
-def write(record: dict[str, Any], path: Path) -> None:
-    """JSON, Markdown and pictures; after every suite, so that a run that is stopped leaves what it has."""
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(tables.document(record))
-    figures.save(record, path)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class AuthorsGAM:
     """GAM, `accelerated`, in the published order of operations, one tensor at a time.
 
     After each pass the gradient is cloned into the state, norms are taken per tensor and stacked, perturbations are stored
-    and taken back by subtraction, and the base optimizer runs in the end: 103 reads and writes of N elements in all.
+    and taken back by subtraction, and the base optimizer runs in the end: some hundred reads and writes of N elements.
 
     Args:
         zero_and_accumulate: start each pass from zeroed gradients that autograd would add to, as the authors' loop does;
@@ -57,7 +57,7 @@ class AuthorsGAM:
     zero_and_accumulate: bool = False
 
     def __post_init__(self) -> None:
-        self.base = self.settings.built(self.params, foreach=False, fused=False)
+        self.base = self.settings.built(self.params)  # torch's default: per tensor on a CPU, foreach on a GPU
         self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
         if self.zero_and_accumulate:
             for p in self.params:
@@ -171,14 +171,14 @@ class Foreach:
         self.base.zero_grad()
 
     def _sam(self, gradients: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        self._ascend(gradients(), self.settings.rho)
-        return list(gradients())
+        self._ascend(self._take(gradients), self.settings.rho)
+        return self._take(gradients)
 
     def _gam(self, gradients: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         s = self.settings
-        g0 = list(gradients())
+        g0 = self._take(gradients)
         self._ascend(g0, s.rho_prime)
-        g1 = list(gradients())
+        g1 = self._take(gradients)
         difference = torch._foreach_sub(g1, g0)
         if self.method == "finite_difference":
             del g1
@@ -186,16 +186,25 @@ class Foreach:
         torch._foreach_copy_(self.params, self.backup)
         torch._foreach_add_(self.params, difference)
         del difference
-        g2 = list(gradients())
+        g2 = self._take(gradients)
         self._ascend(g2, s.rho_prime)
         if self.method == "finite_difference":
             torch._foreach_add_(g0, g2, alpha=-s.alpha * s.rho / s.rho_prime)
             del g2
-            torch._foreach_add_(g0, list(gradients()), alpha=s.alpha * s.rho / s.rho_prime)
+            torch._foreach_add_(g0, self._take(gradients), alpha=s.alpha * s.rho / s.rho_prime)
             return g0
         torch._foreach_add_(g0, g2, alpha=1 - s.beta)
         del g2
-        return self._decompose(g0, g1, list(gradients()))
+        return self._decompose(g0, g1, self._take(gradients))
+
+    def _take(self, gradients: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """The next pass's gradients, by way of `p.grad`, where a backward leaves them."""
+        for p, g in zip(self.params, gradients(), strict=True):
+            p.grad = g
+        taken = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        return taken
 
     def _ascend(self, gradient: Sequence[Tensor], radius: float) -> None:
         torch._foreach_add_(self.params, torch._foreach_mul(gradient, radius / (_norm(gradient) + EPS)))

@@ -1,7 +1,7 @@
 """Training steps: a network's forward and backward alone, with its base optimizer, with SAM, with GAM by each method.
 
 Random images; weights start anew for every contestant. Peak memory is what the optimizer's construction and its first two
-steps hold at a time beyond the weights and their copy, tensors only.
+steps hold at a time beyond the weights and their copy, tensors only; where a graph is captured, with what capturing holds.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def cases(plan: Plan) -> list[Case]:
 def bench_training(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None:
     setting: Setting = case.what
     job = _job(setting, plan.device)
+    clock.free()  # drops what the contestant before has left
     job.reset()
     options, passes = GAM.get(case.contestant, ({}, 1))
-    steps = WINDOW if "interval" in options else 1
+    steps = WINDOW if clock.on_gpu or "interval" in options else 1  # a GPU is waited for once in as many steps by all
     facts: dict[str, Any] = {**setting._asdict(), "passes": passes, "steps": steps, "parameters": job.elements}
     job.forward_backward()  # compiles
     try:
@@ -88,7 +89,7 @@ def bench_training(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None
         if case.contestant == "GAM, exact" and "derivative" in str(error):
             pytest.skip(f"torch cannot differentiate it twice: {error}")
         raise
-    benchmark.extra_info.update(cell=case.cell, contestant=case.contestant, block=case.block, **facts)
+    benchmark.extra_info.update(facts)
     rounds = 2 if plan.rehearse else 10 if clock.on_gpu or setting.network == "digits" else 2
     benchmark.pedantic(lambda: [step() for _ in range(steps)], rounds=rounds, warmup_rounds=1)
 
@@ -105,7 +106,8 @@ class Job:
         self.setting, self.device = setting, device
         self.model = classifier(setting.network, device)
         self.images, self.labels = batch(setting.network, setting.images, device)
-        self.forward: nn.Module = torch.compile(self.model) if setting.mode == "compiled" else self.model
+        torch._dynamo.reset()  # shapes of one network are static, whatever another's were
+        self.forward: nn.Module = torch.compile(self.model, dynamic=False) if setting.mode == "compiled" else self.model
         self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.elements = sum(p.numel() for p in self.model.parameters())
 

@@ -42,5 +42,7 @@ class Plan(NamedTuple):
 
 
 def blocks_of(cell: str, contestants: dict[str, Any], plan: Plan) -> list[Case]:
-    """A cell's cases: block by block, all contestants in each."""
-    return [Case(cell, name, block, what) for block in range(plan.blocks) for name, what in contestants.items()]
+    """A cell's cases: block by block, all contestants in each, every block beginning with another."""
+    entries = list(contestants.items())
+    turns = [entries[(k := block % len(entries)) :] + entries[:k] for block in range(plan.blocks)]
+    return [Case(cell, name, block, what) for block, turn in enumerate(turns) for name, what in turn]

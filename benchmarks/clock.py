@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-HEAD_START = 40_000_000  # cycles, some 20 ms, that the GPU waits while the host launches
-FLUSHED = 256 << 20  # bytes, more than any last-level cache of one processor's cores holds
+HEAD_START = 40_000_000  # cycles, some 20 ms, that the GPU waits while the host launches a step
+SHORT_START = 4_000_000  # some 2 ms, for a verb
+FLUSHED = 256 << 20  # bytes, more than most last-level caches hold
 
 
 class Moment:
@@ -55,6 +57,12 @@ class Clock:
         """Overwrites the last-level cache, so that nothing of what is measured next is in it."""
         self._flush.zero_()
 
+    def cold(self) -> None:
+        """Flushed caches, and on a GPU a short head start for the host."""
+        self.flush_caches()
+        if self.on_gpu:
+            torch.cuda._sleep(SHORT_START)
+
     def host(self, prepare: Callable[[], object], run: Callable[[], object]) -> float:
         """Seconds until `run` returns, its work done or not, starting from an idle device."""
         prepare()
@@ -63,7 +71,10 @@ class Clock:
         return time.perf_counter() - start
 
     def queued(self, prepare: Callable[[], object], run: Callable[[], object]) -> float:
-        """Seconds on the GPU, the host having a head start: what is left when host time is hidden."""
+        """Seconds on the GPU, the host having a head start: what is left when host time is hidden.
+
+        A driver queues about a thousand launches; of a step that makes more, some host time is in it.
+        """
         prepare()
         torch.cuda.synchronize(self.device)
         torch.cuda._sleep(HEAD_START)
@@ -75,7 +86,7 @@ class Clock:
         """Bytes of memory that may still be taken."""
         gc.collect()
         if not self.on_gpu:
-            return psutil.virtual_memory().available
+            return min(psutil.virtual_memory().available, _left_in_cgroup())
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
@@ -88,6 +99,15 @@ class Clock:
         before = torch.cuda.memory_allocated(self.device)
         run()
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _left_in_cgroup() -> int:
+    """Bytes that this process's control group may still take, where it has a limit."""
+    limit, current = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    try:
+        return int(limit.read_text()) - int(current.read_text())
+    except (OSError, ValueError):  # no control groups; "max"
+        return sys.maxsize
 
 
 def _peak_on_cpu(run: Callable[[], object]) -> int:

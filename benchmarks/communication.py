@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,27 @@ BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int"
 IMAGES = 2  # per process: what is counted does not depend on it
 
 
-def measure(network: str = "resnet18_cifar", worlds: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
-    """{"N processes": {contestant: {"all_reduces", "bytes", "ms", "parameters"}}} of one step, as rank 0 sees it."""
-    return {f"{world} processes": _on(world, network) for world in worlds}
+def measure(network: str, worlds: Sequence[int], limit: float = 120.0) -> dict[str, Any]:
+    """{"N processes": {contestant: {"all_reduces", "bytes", "ms", "parameters"}}} of one step, as rank 0 sees it.
+
+    A world that fails or does not end within `limit` seconds is {"failed": why}.
+    """
+    return {f"{world} processes": _on(world, network, limit) for world in worlds}
 
 
-def _on(world: int, network: str) -> dict[str, Any]:
+def _on(world: int, network: str, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, network, folder), nprocs=world)
+        context = mp.spawn(_rank, (world, network, folder), nprocs=world, join=False)
+        end = time.monotonic() + limit
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > end:
+                    return {"failed": f"not done after {limit:.0f} s"}
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            return {"failed": str(error).strip().splitlines()[-1]}
+        finally:
+            for process in context.processes:
+                process.kill()
         return json.loads(Path(folder, "counts.json").read_text())
 
 

@@ -103,7 +103,7 @@ class Gradients:
         return 0.0
 
     def closures_alone(self, passes: int = 4) -> None:
-        """What the closures cost in themselves: setting each gradient and dropping it."""
+        """What closures cost in themselves: setting each gradient and dropping it."""
         for _ in range(passes):
             self.closure()
             for p in self.params:

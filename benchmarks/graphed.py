@@ -18,4 +18,9 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keeps = run  # type: ignore[attr-defined]  # and with it the optimizer's state, which the graph writes to
+    return replay

@@ -9,12 +9,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from benchmarks.cases import Plan
+from benchmarks.cases import Case, Plan
 from benchmarks.clock import Clock
 from benchmarks.machine import machine
 
@@ -26,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", type=torch.device, default="cpu")
     group.addoption("--blocks", type=int, default=3, help="how often each cell is measured")
     group.addoption("--seconds", type=float, default=float("inf"), help="after them no further case begins")
-    group.addoption("--facts", type=Path, help="JSON to write: the machine, and what was left out and why")
+    group.addoption("--lines", type=Path, required=True, help="JSON lines to write: the machine, then one for each case")
     group.addoption("--rehearse", action="store_true", help="tiny sizes: shows that everything runs")
 
 
@@ -44,9 +45,14 @@ class Suite:
         rehearse = config.option.rehearse
         self.plan = Plan(device, 1 if rehearse else config.option.blocks, rehearse)
         self.end = time.monotonic() + config.option.seconds
-        self.left_out: dict[str, dict[str, str]] = {}
         self.bar: tqdm | None = None
-        self.facts: Path | None = config.option.facts
+        self.lines: Path = config.option.lines
+        self.write({"machine": machine(device)})
+
+    def write(self, line: dict[str, Any]) -> None:
+        """At once, so that a run that is killed leaves what it has measured."""
+        with self.lines.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     @pytest.hookimpl
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -64,12 +70,14 @@ class Suite:
 
     @pytest.hookimpl
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> None:
-        case = item.callspec.params["case"]  # type: ignore[attr-defined]
+        case: Case = item.callspec.params["case"]  # type: ignore[attr-defined]
+        line = {"cell": case.cell, "contestant": case.contestant, "block": case.block}
         if call.excinfo is not None:
             skipped = call.excinfo.errisinstance(pytest.skip.Exception)
-            reason = str(call.excinfo.value) if skipped else f"failed: {call.excinfo.exconly()}"
-            if case.block == 0 or not skipped:
-                self.left_out.setdefault(case.cell, {})[case.contestant] = reason
+            self.write(line | {"why": str(call.excinfo.value) if skipped else f"failed: {call.excinfo.exconly()}"})
+        elif call.when == "call":
+            benchmark = item.funcargs["benchmark"]  # type: ignore[attr-defined]
+            self.write(line | {"seconds": benchmark.stats.stats.data, "facts": benchmark.extra_info})
 
     @pytest.hookimpl
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
@@ -85,8 +93,6 @@ class Suite:
     def pytest_sessionfinish(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.facts is not None:
-            self.facts.write_text(json.dumps({"machine": machine(self.plan.device), "left_out": self.left_out}))
 
 
 @pytest.fixture(scope="session")

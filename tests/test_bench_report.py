@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from gam_helpers import tables_are_rectangular
 
-from benchmarks.report import tables
+from benchmarks.report import figures, tables
 from benchmarks.report.compare import changes, text
+from benchmarks.report.files import write
 from benchmarks.report.ratios import beyond_passes, ms_per_step, ratio, share_of_yardstick
+from benchmarks.verbs import VERBS
 
 
 def row(*blocks: float, **facts) -> dict:
@@ -28,6 +30,12 @@ def test_ratios_are_taken_within_blocks():
     assert ratio(row(1.0), {"blocks": {}}) is None
 
 
+def test_the_spread_of_one_block_is_that_of_its_quantiles():
+    one, two = row(2.0) | {"ms_q20": 1.8, "ms_q80": 2.2}, row(1.0) | {"ms_q20": 0.9, "ms_q80": 1.1}
+    assert ratio(one, two) == pytest.approx((2.0, 1.8 / 1.1, 2.2 / 0.9))
+    assert ratio(one, one) == (1.0, 1.0, 1.0)
+
+
 def test_windows_count_by_the_step():
     window = row(26.0, steps=10, passes=1.3)
     assert ms_per_step(window) == (2.6, 2.6, 2.6)
@@ -37,8 +45,9 @@ def test_windows_count_by_the_step():
 
 
 def test_shares_of_the_yardstick():
-    triad = row(3.0, elements=100)
-    step = {"method": "finite_difference", "base": "SGD", "by": "cpp", "elements": 100}
+    triad = row(3.0, elements=10**6)
+    step = {"method": "finite_difference", "base": "SGD", "by": "cpp", "elements": 10**6}
+    assert share_of_yardstick(row(24.0, **step | {"elements": 1000}), triad) is None
     assert share_of_yardstick(row(24.0, **step), triad).value == pytest.approx(1.0)
     assert share_of_yardstick(row(26.0, **step | {"base": "AdamW"}), triad).value == pytest.approx(1.0)
     assert share_of_yardstick(row(24.0, **step | {"by": "torch._foreach"}), triad) is None
@@ -47,7 +56,7 @@ def test_shares_of_the_yardstick():
 
 def run_of(**cells: dict) -> dict:
     machine = {"cpu": "a processor", "cores": 2, "threads": 2, "torch": "2.13", "python": "3.11", "commit": "0", "date": ""}
-    return {"machine": machine, "suites": {"optimizer": {"cells": cells, "left_out": {}}}}
+    return {"machine": machine, "suites": {"optimizer": {"cells": cells, "left_out": [], "failed": ""}}}
 
 
 BEFORE = {"triad": row(1.0, 1.02, 0.98), "ours": row(4.0, 4.08, 3.92), "theirs": row(9.0, 11.0, 10.0)}
@@ -64,10 +73,30 @@ BEFORE = {"triad": row(1.0, 1.02, 0.98), "ours": row(4.0, 4.08, 3.92), "theirs":
     ],
 )
 def test_figures_that_moved_beyond_the_noise(after, moved):
-    found = list(changes(run_of(cell=BEFORE), run_of(cell=after, other=BEFORE)))
+    runs = run_of(cell=BEFORE), run_of(cell=after)
+    found = list(changes(*runs))
     assert len(found) == 3
     assert [change.contestant for change in found if change.moved] == moved
-    assert text(found).startswith(f"{len(moved)} of 3 figures moved")
+    assert text(*runs).startswith(f"{len(moved)} of 3 times moved")
+
+
+def test_nothing_is_compared_with_another_yardstick():
+    without = {name: r for name, r in BEFORE.items() if name != "triad"}
+    said = text(run_of(cell=BEFORE), run_of(cell=without, other=BEFORE))
+    assert said.startswith("0 of 0 times moved")
+    assert "gone: optimizer: cell: triad" in said
+    assert "new: optimizer: other" in said
+
+
+def test_counts_and_machines_that_differ_are_named():
+    before, after = (run_of(cell={"ours": row(1.0, kernels=kernels)}) for kernels in (8, 9))
+    after["machine"]["torch"] = "2.14"
+    for record, sent in ((before, 400), (after, 100)):
+        record["communication"] = {"2 processes": {"GAM": {"bytes": sent, "ms": 1.0}}}
+    said = text(before, after)
+    assert "optimizer: cell: ours: kernels 8 -> 9" in said
+    assert "communication: 2 processes: GAM: bytes 400 -> 100" in said
+    assert "Not the same torch: 2.13 and 2.14." in said
 
 
 def test_comparison_on_the_command_line(tmp_path):
@@ -80,10 +109,40 @@ def test_comparison_on_the_command_line(tmp_path):
     assert "optimizer: cell: ours: 20 % slower" in done.stdout
 
 
-def test_tables_have_one_width_and_name_what_was_left_out():
+def test_the_report_of_a_run_that_was_cut():
+    """Of contestants some blocks or the base may be missing."""
     record = run_of(**{"resnet50, SGD": BEFORE})
-    record["suites"]["optimizer"]["left_out"] = {"tiny, SGD": {"ours": "no time left for it"}}
+    left = {"contestant": "ours", "why": "no time left for it"}
+    record["suites"]["optimizer"] |= {"failed": "killed: why", "left_out": [left | {"cell": "tiny, SGD", "block": 0}]}
+    record["suites"]["optimizer"]["left_out"].append(left | {"cell": "resnet50, SGD", "block": 2})
+    facts = {"images": 8, "passes": 4, "steps": 1}
+    cell = {
+        "forward and backward": row(1.0, **facts),
+        "base": row(1.0, **facts),
+        "SAM": {**row(2.0, **facts), "blocks": {"7": 2.0}},
+    }
+    record["suites"]["training"] = {"cells": {"a": cell, "b": {"SAM": row(2.0, **facts)}}, "left_out": [], "failed": ""}
+    record["communication"] = {"4 processes": {"failed": "not done after 60 s"}}
     document = tables.document(record)
     assert tables_are_rectangular(document)
-    assert "- optimizer: tiny, SGD: no time left for it" in document
+    assert "- optimizer: killed: why\n- optimizer: tiny, SGD: no time left for it" in document
+    assert "- optimizer: resnet50, SGD, block 3: ours: no time left for it" in document
+    assert "failed: not done after 60 s" in document
     assert "4 (3.92 .. 4.08)" in document
+    assert figures.overhead({name: suite["cells"] for name, suite in record["suites"].items()}) is not None
+
+
+def test_the_report_of_a_gpu(tmp_path):
+    facts = {"flops": 50, "bytes": 100, "kernels": 1, "copies": 0, "host_ms": 0.02, "elements": 25 * 10**6}
+    verbs = {f"{v}, {room}": row(1.0, verb=v, room=room, **facts) for room in ("cuda", "triton") for v in VERBS}
+    record = run_of()
+    record["machine"]["gpu"] = "a GPU"
+    cell = {"yardstick": row(1.0, bytes=100, elements=25 * 10**6), **verbs}
+    suite = {"cells": {"25000000 elements in 16 tensors, float32, cuda, triton": cell}, "left_out": [], "failed": ""}
+    record["suites"] = {"verbs": suite}
+    write(record, tmp_path / "a-gpu.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"a-gpu.json", "a-gpu.md", "a-gpu-roofline.png"}
+    document = (tmp_path / "a-gpu.md").read_text()
+    assert tables_are_rectangular(document)
+    assert "| kernels | copies | host ms |" in document
+    assert "| 1 | 0 | 0.020 |" in document

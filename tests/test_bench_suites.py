@@ -6,18 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from gam_helpers import tables_are_rectangular
 
-from benchmarks import communication
+from benchmarks import communication, suites
 from benchmarks.cases import Plan, blocks_of
 from benchmarks.clock import Clock
+from benchmarks.contestants import TRAFFIC
+from benchmarks.graphed import graphed
 from benchmarks.networks import BUILDERS, batch, classifier, shapes
 from benchmarks.plugin import NO_TIME
-from benchmarks.suites import SUITES, reduced, run_suite
+from benchmarks.suites import SUITES, read_lines, reduced, run_suite
 from benchmarks.verbs import VERBS, Operands
 
 ROOT = Path(__file__).parents[1]
@@ -74,24 +78,79 @@ def test_contestants_that_hold_more_hold_more_memory(rehearsal):
 def test_what_there_is_no_time_for_is_named():
     result = run_suite("scaling", seconds=0, rehearse=True)
     assert result["cells"] == {}
-    (contestants,) = result["left_out"].values()
-    assert set(contestants.values()) == {NO_TIME}
+    assert len(result["left_out"]) == 5
+    assert {line["why"] for line in result["left_out"]} == {NO_TIME}
 
 
-def test_blocks_measure_all_contestants_in_turn():
-    cases = blocks_of("cell", {"a": 1, "b": 2}, Plan(CPU, blocks=2))
-    assert [str(case) for case in cases] == ["cell | a | 0", "cell | b | 0", "cell | a | 1", "cell | b | 1"]
+DYING = """
+import os, signal, time
+from benchmarks.cases import blocks_of
+
+def cases(plan):
+    return blocks_of("cell", {"lives": 0, "dies": signal.SIGKILL}, plan)
+
+def bench_it(benchmark, case):
+    benchmark.pedantic(lambda: case.what and os.kill(os.getpid(), case.what), rounds=3)
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A function that writes the suite "some" and runs it."""
+    monkeypatch.setattr(suites, "HERE", tmp_path)
+    monkeypatch.setitem(SUITES, "some", "wall")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(source: str, **options) -> dict:
+        (tmp_path / "bench_some.py").write_text(source)
+        return run_suite("some", blocks=1, **options)
+
+    return run
+
+
+def test_a_suite_that_dies_leaves_what_it_has_measured(suite):
+    result = suite(DYING)
+    assert result["failed"] == "pytest ended with status -9"
+    assert set(result["cells"]["cell"]) == {"lives"}
+    assert result["machine"]["torch"] == torch.__version__
+
+
+def test_a_suite_that_hangs_is_killed(suite):
+    result = suite(DYING.replace("os.kill(os.getpid(), case.what)", "time.sleep(600)"), seconds=1, grace=1)
+    assert result["failed"].startswith("killed")
+
+
+def test_a_contestant_that_fails_is_named_and_the_others_go_on(suite):
+    result = suite(
+        DYING.replace("os.kill(os.getpid(), case.what)", "1 / 0").replace('"lives": 0, ', '"fails": 1, "lives": 0, ')
+    )
+    (line,) = (line for line in result["left_out"] if line["contestant"] == "fails")
+    assert line["why"] == "failed: ZeroDivisionError: division by zero"
+    assert set(result["cells"]["cell"]) == {"lives"}
+
+
+def test_a_line_that_was_cut_is_left():
+    assert read_lines('{"machine": {}}\n{"cell": "c", "contes') == [{"machine": {}}]
+
+
+def test_blocks_measure_all_contestants_and_begin_with_another():
+    cases = blocks_of("cell", {"a": 1, "b": 2}, Plan(CPU, blocks=3))
+    order = ["cell | a | 0", "cell | b | 0", "cell | b | 1", "cell | a | 1", "cell | a | 2", "cell | b | 2"]
+    assert [str(case) for case in cases] == order
 
 
 def test_reduction_keeps_blocks_apart_and_facts_of_the_first():
-    def entry(block, seconds, **facts):
-        return {"extra_info": {"cell": "c", "contestant": "x", "block": block, **facts}, "stats": {"data": seconds}}
+    def line(block, seconds, **facts):
+        return {"cell": "c", "contestant": "x", "block": block, "seconds": seconds, "facts": facts}
 
-    raw = {"benchmarks": [entry(0, [1.0, 2.0, 3.0], kernels=8), entry(1, [5.0, 5.0, 5.0], kernels=9)]}
-    row = reduced(raw)["c"]["x"]
+    late = {"cell": "c", "contestant": "x", "block": 2, "why": NO_TIME}
+    lines = [line(0, [1.0, 2.0, 3.0], kernels=8, host_ms=1.0), line(1, [5.0, 5.0, 5.0], kernels=9, host_ms=3.0), late]
+    result = reduced([{"machine": {"cpu": "one"}}, *lines])
+    row = result["cells"]["c"]["x"]
     assert row["blocks"] == {"0": 2000.0, "1": 5000.0}
-    assert (row["ms"], row["runs"], row["kernels"]) == (4000.0, 6, 8)
+    assert (row["ms"], row["runs"], row["kernels"], row["host_ms"]) == (4000.0, 6, 8, 2.0)
     assert (row["ms_q20"], row["ms_q80"]) == (2000.0, 5000.0)
+    assert (result["machine"], result["left_out"]) == ({"cpu": "one"}, [late])
 
 
 @pytest.mark.parametrize(
@@ -139,6 +198,36 @@ def test_bytes_of_verbs_are_those_of_the_design(verb, traffic):
     assert operands.moved(VERBS[verb]) == traffic * 4 * 1600
 
 
+@pytest.mark.parametrize(
+    ("method", "verbs"),
+    [
+        ("finite_difference", ("perturb_, third", "squared_norm", "combined_update_, SGD, finite_difference")),
+        ("accelerated", ("perturb_, third", "direction_products", "combined_update_, SGD, accelerated")),
+    ],
+)
+def test_traffic_of_steps_is_that_of_their_verbs(method, verbs):
+    begin = ("squared_norm", "perturb_, first", "squared_norm of a difference", "perturb_, second", "squared_norm")
+    operands = Operands(1600, 16, torch.float32, CPU)
+    assert sum(operands.moved(VERBS[verb]) for verb in (*begin, *verbs)) == TRAFFIC[method] * 4 * 1600
+
+
+def test_a_graph_keeps_what_it_was_captured_from(monkeypatch):
+    """The state of an optimizer that a graph writes to must not be freed before the graph."""
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    class Run:
+        def __call__(self):
+            pass
+
+    run = Run()
+    gone = weakref.ref(run)
+    replay = graphed(run)
+    del run
+    assert gone() is not None
+    replay()
+
+
 def test_peak_memory_is_what_is_held_at_a_time():
     def run():
         a = torch.ones(1 << 20)
@@ -150,6 +239,7 @@ def test_peak_memory_is_what_is_held_at_a_time():
 
 def test_all_reduces_are_those_of_the_design():
     (rows,) = communication.measure("digits", (2,)).values()
+    assert "failed" not in rows
     model = 4 * rows["SGD"]["parameters"]
     assert (rows["SGD"]["all_reduces"], rows["SGD"]["bytes"]) == (1, model)
     assert (rows["SAM, global"]["all_reduces"], rows["SAM, global"]["bytes"]) == (2, 2 * model)
@@ -157,3 +247,8 @@ def test_all_reduces_are_those_of_the_design():
     for name in ("SAM, local", "GAM, local"):  # one for the direction, with a few flags and its alignment
         assert rows[name]["all_reduces"] == 1
         assert model < rows[name]["bytes"] < model + 1024
+
+
+def test_processes_that_do_not_end_are_told():
+    (rows,) = communication.measure("digits", (1,), limit=0).values()
+    assert rows == {"failed": "not done after 0 s"}

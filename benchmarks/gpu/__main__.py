@@ -20,6 +20,8 @@ import torch
 from benchmarks.gpu import pytest_report
 from benchmarks.gpu.record import Record, Stage, read_json
 from benchmarks.machine import machine, slug, tool
+from benchmarks.report.files import write
+from benchmarks.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
 NO_DEVICE = "no CUDA device"
@@ -88,6 +90,9 @@ def main() -> int:
         for stage in chosen:
             if not arguments.stages or stage.name in arguments.stages:
                 record.run(stage)
+    found = {name: stage.get("figures") for name, stage in record.content["stages"].items() if name in SUITES}
+    report = {"machine": about, "suites": {name: figures for name, figures in found.items() if figures}}
+    write(report, record.path.with_name(f"{record.path.stem}-report.json"))
     print(record.path)
     return 1 if record.failed else 0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MARGIN = 30  # seconds of a stage's limit for what it has begun
+MARGIN = 40  # seconds of a stage's limit for what it has begun
 TAIL = 6000  # characters of a failed stage's output that are kept
 
 
@@ -27,7 +27,8 @@ class Stage:
         figures: reads what the command left behind, also when it was cut.
         environment: added to this process's own.
         skip: why it does not run, or "".
-        told: the command takes `--seconds`, after which it begins nothing further, so that it ends before it is killed.
+        told: the command takes `--seconds`, after which it begins nothing further, and `--grace`, after which it ends what
+            it has begun, so that it tells what it has found before it is killed.
     """
 
     name: str
@@ -76,9 +77,10 @@ class Record:
 
 def _run(stage: Stage, limit: float) -> dict[str, Any]:
     start = time.monotonic()
+    told = [f"--seconds={max(limit - MARGIN, 0):.0f}", f"--grace={MARGIN - 10}"] if stage.told else []
     try:
         process = subprocess.Popen(
-            [*stage.command, f"--seconds={max(limit - MARGIN, 0):.0f}"] if stage.told else stage.command,
+            [*stage.command, *told],
             env={**os.environ, **stage.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -5,7 +5,8 @@
 A figure is a contestant's time over that of the first contestant of its cell (the yardstick) in the same block, so that a
 machine that was slower as a whole moves nothing but the yardsticks, which are judged by their times. Its noise in a run is
 the greatest block over the least, or where a run has one block its 80 % over its 20 % quantile. It moved if its median
-changed by more than the noise of the two runs together, and by more than 3 %.
+changed by more than the noise of the two runs together, and by more than 3 %. Counts, such as of kernels or bytes, moved if
+they differ. Contestants that only one of the runs measured are named.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from benchmarks.report.ratios import Cell, Row
 
 LEAST = math.log(1.03)
+COUNTS = ("kernels", "copies", "operators", "peak_bytes", "all_reduces", "bytes")
 
 
 class Change(NamedTuple):
@@ -38,20 +40,53 @@ class Change(NamedTuple):
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
-    """Every figure that both runs measured."""
-    for suite in before["suites"].keys() & after["suites"].keys():
-        cells, later = before["suites"][suite]["cells"], after["suites"][suite]["cells"]
-        for cell in cells.keys() & later.keys():
-            for contestant in cells[cell]:
-                if contestant in later[cell]:
-                    (old, old_noise), (new, new_noise) = _figure(cells[cell], contestant), _figure(later[cell], contestant)
-                    if old and new:
-                        yield Change(suite, cell, contestant, new / old, old_noise * new_noise)
+    """Every time that both runs measured, in cells whose yardstick both measured."""
+    for suite, cell, old, new in _cells(before, after):
+        yardstick = next(iter(old))
+        if yardstick not in new:
+            continue
+        for contestant in old.keys() & new.keys():
+            (was, noise), (now, noise_now) = (_figure(rows, contestant, yardstick) for rows in (old, new))
+            if was and now:
+                yield Change(suite, cell, contestant, now / was, noise * noise_now)
 
 
-def _figure(cell: Cell, contestant: str) -> tuple[float, float]:
+def counts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Counts that differ, as lines."""
+    cells = [*_cells(before, after)]
+    worlds = before.get("communication", {}), after.get("communication", {})
+    cells += [("communication", world, worlds[0][world], worlds[1][world]) for world in worlds[0].keys() & worlds[1].keys()]
+    return [
+        f"  {suite}: {cell}: {contestant}: {key.replace('_', ' ')} {old[contestant][key]} -> {new[contestant][key]}"
+        for suite, cell, old, new in cells
+        for contestant in (name for name in old if name in new)
+        for key in COUNTS
+        if old[contestant].get(key) != new[contestant].get(key)
+    ]
+
+
+def one_sided(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Contestants that only one of the runs measured, as lines."""
+    lines = []
+    for word, these, those in (("gone", before, after), ("new", after, before)):
+        for suite, result in these["suites"].items():
+            other = those["suites"].get(suite, {"cells": {}})["cells"]
+            for cell, rows in result["cells"].items():
+                names = [name for name in rows if name not in other.get(cell, {})]
+                if names:
+                    lines.append(f"  {word}: {suite}: {cell}{'' if cell not in other else ': ' + '; '.join(names)}")
+    return lines
+
+
+def _cells(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str, Cell, Cell]]:
+    for suite, result in before["suites"].items():
+        later = after["suites"].get(suite, {"cells": {}})["cells"]
+        yield from ((suite, cell, rows, later[cell]) for cell, rows in result["cells"].items() if cell in later)
+
+
+def _figure(cell: Cell, contestant: str, yardstick: str) -> tuple[float, float]:
     """The median over blocks and its noise; 0 where the yardstick has no block in common with it."""
-    yardstick, row = next(iter(cell)), cell[contestant]
+    row = cell[contestant]
     divisors: Row = {} if contestant == yardstick else cell[yardstick]["blocks"]
     values = [ms / divisors.get(block, 1.0) for block, ms in row["blocks"].items() if not divisors or block in divisors]
     if not values:
@@ -60,14 +95,22 @@ def _figure(cell: Cell, contestant: str) -> tuple[float, float]:
     return statistics.median(values), noise
 
 
-def text(found: list[Change]) -> str:
-    """The figures that moved, the greatest changes first."""
+def text(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What moved between two runs, the greatest changes first."""
+    lines = [
+        f"Not the same {key}: {before['machine'].get(key)} and {after['machine'].get(key)}."
+        for key in ("cpu", "gpu", "cores", "threads", "torch")
+        if before["machine"].get(key) != after["machine"].get(key)
+    ]
+    found = list(changes(before, after))
     moved = sorted((c for c in found if c.moved), key=lambda c: -abs(math.log(c.factor)))
-    lines = [f"{len(moved)} of {len(found)} figures moved beyond the noise."]
+    lines.append(f"{len(moved)} of {len(found)} times moved beyond the noise.")
     for c in moved:
-        way = "slower" if c.factor > 1 else "faster"
-        change = f"{100 * abs(c.factor - 1):.0f} % {way} (noise {100 * (c.noise - 1):.0f} %)"
+        way, noise = "slower" if c.factor > 1 else "faster", 100 * (c.noise - 1)
+        change = f"{100 * abs(c.factor - 1):.0f} % {way} (noise {noise:.0f} %)"
         lines.append(f"  {c.suite}: {c.cell}: {c.contestant}: {change}")
+    for title, more in (("Counts that differ:", counts(before, after)), ("Measured once:", one_sided(before, after))):
+        lines += [title, *more] if more else []
     return "\n".join(lines)
 
 
@@ -76,11 +119,7 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     options = parser.parse_args()
-    before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
-    for key in ("cpu", "gpu", "cores", "threads", "torch"):
-        if before["machine"].get(key) != after["machine"].get(key):
-            print(f"Not the same {key}: {before['machine'].get(key)} and {after['machine'].get(key)}.")
-    print(text(list(changes(before, after))))
+    print(text(*(json.loads(path.read_text()) for path in (options.before, options.after))))
 
 
 if __name__ == "__main__":

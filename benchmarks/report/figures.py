@@ -42,7 +42,8 @@ def save(record: Record, path: Path) -> None:
 def overhead(cells: dict[str, dict[str, Cell]]) -> Figure | None:
     """Times of training steps in steps of the base; beside them the optimizer's own milliseconds."""
     training = {name: cell for name, cell in cells.get("training", {}).items() if "base" in cell}
-    alone = {name: cell for name, cell in cells.get("optimizer", {}).items() if name in ("resnet50, SGD", "tiny, SGD")}
+    alone = {name: cells.get("optimizer", {}).get(name, {}) for name in ("resnet50, SGD", "tiny, SGD")}
+    alone = {name: cell for name, cell in alone.items() if any("method" in row for row in cell.values())}
     if not training and not alone:
         return None
     figure = plt.figure(figsize=(14, max(7.5, 0.85 * len(training) + 1.5)), layout="constrained")
@@ -61,10 +62,10 @@ def _training(ax: Axes, cells: dict[str, Cell]) -> None:
     names = [name for name in CONTESTANTS[1:] if any(name in cell for cell in cells.values())]
     height = 0.8 / len(names)
     for place, name in enumerate(names):
-        found = [(y, ratio(cell[name], cell["base"])) for y, cell in enumerate(cells.values()) if name in cell]
-        ys = [y + (place - (len(names) - 1) / 2) * height for y, _ in found]
-        values = [r.value for _, r in found if r]
-        spread = [[r.value - r.low for _, r in found if r], [r.high - r.value for _, r in found if r]]
+        pairs = [(y, ratio(cell[name], cell["base"])) for y, cell in enumerate(cells.values()) if name in cell]
+        found = [(y + (place - (len(names) - 1) / 2) * height, r) for y, r in pairs if r]
+        ys, values = [y for y, _ in found], [r.value for _, r in found]
+        spread = [[r.value - r.low for _, r in found], [r.high - r.value for _, r in found]]
         ax.barh(ys, values, 0.92 * height, xerr=spread, color=COLOURS[place], label=name, error_kw={"lw": 0.8})
         for y, value in zip(ys, values, strict=True):
             ax.text(value + 0.12, y, f"{value:.2f}", va="center", fontsize=7.5)
@@ -120,9 +121,14 @@ def _roofs(ax: Axes, cell: Cell, product: dict[str, Any] | None) -> None:
         peak = product["flops"] / product["ms"] / 1e6
         ax.axhline(peak, color="#555555", linestyle="--", label="a matrix product's rate")
         ax.text(0.11, 1.08 * peak, f"{peak:.3g} GFLOP/s", fontsize=8, color="#555555")
-    for place, row in enumerate(row for row in cell.values() if row.get("flops")):
-        style = {"color": COLOURS[place % 8], "marker": MARKERS[place], "linestyle": "none", "markersize": 7}
-        ax.plot(row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e6, label=row["verb"], **style)
+    verbs, rooms = ([r[key] for r in cell.values() if r.get("flops")] for key in ("verb", "room"))
+    for row in cell.values():
+        if row.get("flops"):
+            place, room = list(dict.fromkeys(verbs)).index(row["verb"]), list(dict.fromkeys(rooms)).index(row["room"])
+            style = {"color": COLOURS[place % 8], "marker": MARKERS[place], "linestyle": "none", "markersize": 7}
+            style |= {"fillstyle": "full" if room == 0 else "none"}
+            label = f"{row['verb']}, {row['room']}"
+            ax.plot(row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e6, label=label, **style)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte moved")
     ax.spines[["top", "right"]].set_visible(False)
 

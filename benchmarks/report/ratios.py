@@ -12,7 +12,7 @@ Cell = dict[str, Row]
 
 
 class Ratio(NamedTuple):
-    """The median over blocks, with the least and the greatest."""
+    """The median over blocks, with the least and the greatest; of a single block, with what its quantiles allow."""
 
     value: float
     low: float
@@ -25,8 +25,13 @@ class Ratio(NamedTuple):
 def ratio(this: Row, that: Row) -> Ratio | None:
     """How many times as long a step of `this` takes as one of `that`; None where no block measured both."""
     blocks = [b for b in this["blocks"] if b in that["blocks"]]
-    values = [this["blocks"][b] / this.get("steps", 1) / (that["blocks"][b] / that.get("steps", 1)) for b in blocks]
-    return Ratio(statistics.median(values), min(values), max(values)) if values else None
+    steps = that.get("steps", 1) / this.get("steps", 1)
+    values = [steps * this["blocks"][b] / that["blocks"][b] for b in blocks]
+    if len(values) != 1:
+        return Ratio(statistics.median(values), min(values), max(values)) if values else None
+    if this is that:
+        return Ratio(1.0, 1.0, 1.0)
+    return Ratio(values[0], steps * this["ms_q20"] / that["ms_q80"], steps * this["ms_q80"] / that["ms_q20"])
 
 
 def ms_per_step(row: Row) -> tuple[float, float, float]:
@@ -43,7 +48,12 @@ def beyond_passes(row: Row, forward_backward: Row) -> Ratio | None:
 
 
 def share_of_yardstick(row: Row, yardstick: Row) -> Ratio | None:
-    """Bytes per second over the yardstick's, of a verb (its bytes are known) or a step (by DESIGN's counts of traffic)."""
+    """Bytes per second over the yardstick's, of a verb (its bytes are known) or a step (by DESIGN's counts of traffic).
+
+    None where nothing is known, and below a million elements, which tell of launches rather than of memory.
+    """
+    if "bytes" not in row and row.get("elements", 0) < 10**6:
+        return None
     taken = ratio(yardstick, row)
     moved = row.get("bytes") or traffic(row)
     return taken.times(moved / (yardstick.get("bytes") or 12 * yardstick["elements"])) if taken and moved else None

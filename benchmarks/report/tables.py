@@ -50,12 +50,12 @@ def summary(record: Record) -> str:
                 continue
             row = cell[contestant]
             times, beyond = ratio(row, cell["base"]), beyond_passes(row, cell[FORWARD_BACKWARD])
-            share = f", {_percent(beyond)}" if beyond else ""
-            entries.append(f"{_images_per_s(row):.3g} images/s, {times.value:.2f} x{share}")
+            parts = [f"{_images_per_s(row):.3g} images/s", f"{_times(times)} x" if times else "", _percent(beyond)]
+            entries.append(", ".join(filter(None, parts)))
         rows.append([contestant, *entries])
     note = (
-        "Per cell: images per second, the time of a step in steps of the base optimizer, and by how much it exceeds"
-        " the forward and backward of its passes."
+        "Images per second; the time of a step in steps of the base optimizer; by how much it exceeds the forward and"
+        " backward of its passes."
     )
     return f"{_table(['', *shown], rows)}\n\n{note}"
 
@@ -68,7 +68,8 @@ def training(cells: dict[str, Cell]) -> Iterable[str]:
             beyond = beyond_passes(row, cell[FORWARD_BACKWARD]) if FORWARD_BACKWARD in cell else None
             memory = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
             passes = f"{row['passes']:g}" if row.get("passes") else "2, twice differentiated"
-            rows.append([contestant, passes, _ms(row), f"{_images_per_s(row):.3g}", _times(times), _percent(beyond), memory])
+            rate = f"{_images_per_s(row):.3g}"
+            rows.append([contestant, passes, _ms(row), rate, _times(times), _percent(beyond), memory])
         header = ["", "passes", "ms per step", "images/s", "x the base", "beyond its passes", "peak MiB beyond the weights"]
         yield f"{name}\n\n{_table(header, rows)}"
 
@@ -79,8 +80,15 @@ def optimizer(cells: dict[str, Cell]) -> Iterable[str]:
         for contestant, row in cell.items():
             rivals = [_times(_against(row, cell, by)) for by in (AUTHORS, FOREACH)]
             share = share_of_yardstick(row, cell["triad"]) if "triad" in cell else None
-            rows.append([contestant, _ms(row), *rivals, _share(share), *_host(row)])
-        header = ["", "ms per step", "authors' order takes", "foreach takes", "of the triad's rate", *_host_header(cell)]
+            rows.append([contestant, _ms(row), *rivals, _share(share), *_host(row, cell)])
+        header = [
+            "",
+            "ms per step",
+            "authors' order takes",
+            "foreach takes",
+            "of the triad's rate",
+            *_host_keys(cell).values(),
+        ]
         yield f"{name}\n\n{_table(header, rows)}"
 
 
@@ -90,8 +98,8 @@ def verbs(cells: dict[str, Cell]) -> Iterable[str]:
         for contestant, row in cell.items():
             rate = f"{row['bytes'] / row['ms'] / 1e6:.1f}"
             share = share_of_yardstick(row, cell[YARDSTICK]) if YARDSTICK in cell else None
-            rows.append([contestant, _ms(row), rate, _share(share), *_host(row)])
-        yield f"{name}\n\n{_table(['', 'ms', 'GB/s', 'of the yardstick', *_host_header(cell)], rows)}"
+            rows.append([contestant, _ms(row), rate, _share(share), *_host(row, cell)])
+        yield f"{name}\n\n{_table(['', 'ms', 'GB/s', 'of the yardstick', *_host_keys(cell).values()], rows)}"
 
 
 def scaling(cells: dict[str, Cell]) -> Iterable[str]:
@@ -103,6 +111,9 @@ def scaling(cells: dict[str, Cell]) -> Iterable[str]:
 def communication(worlds: dict[str, dict[str, Row]]) -> str:
     rows = []
     for world, contestants in worlds.items():
+        if "failed" in contestants:
+            rows.append([world, f"failed: {contestants['failed']}", "", "", "", ""])
+            continue
         for name, row in contestants.items():
             model = 4 * row["parameters"]
             times = f"{row['bytes'] / model:.3f}"
@@ -113,14 +124,17 @@ def communication(worlds: dict[str, dict[str, Row]]) -> str:
 
 
 def left_out(record: Record) -> str:
-    """What was not measured, and why."""
+    """What was not measured, and why; and suites that failed."""
     lines = []
     for suite, result in record["suites"].items():
-        for cell, contestants in result["left_out"].items():
-            for why in dict.fromkeys(contestants.values()):
-                names = [name for name, reason in contestants.items() if reason == why]
-                whole = cell not in result["cells"] and len(names) == len(contestants)
-                lines.append(f"- {suite}: {cell}: {'' if whole else ', '.join(names) + ': '}{why}")
+        lines += [f"- {suite}: {result['failed']}"] if result["failed"] else []
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        for line in result["left_out"]:
+            groups.setdefault((line["cell"], line["why"], line["block"]), []).append(line["contestant"])
+        for (cell, why, block), names in groups.items():
+            again = f", block {block + 1}" if block else ""
+            whole = not any(str(block) in row["blocks"] for row in result["cells"].get(cell, {}).values())
+            lines.append(f"- {suite}: {cell}{again}: {'' if whole else '; '.join(names) + ': '}{why}")
     return "\n".join(lines) or "Nothing."
 
 
@@ -138,15 +152,20 @@ def _ms(row: Row) -> str:
     return "{:.3g} ({:.3g} .. {:.3g})".format(*ms_per_step(row))
 
 
-def _host(row: Row) -> list[str]:
-    """What the host does in it: on a CPU all of it, in so many torch operators; on a GPU until the call returns."""
-    if "kernels" not in row and "host_ms" not in row:
-        return [str(row.get("operators", ""))]
-    return [str(row.get("kernels", "")), f"{row['host_ms']:.3f}" if "host_ms" in row else ""]
+def _host(row: Row, cell: Cell) -> list[str]:
+    """What the host does in it: on a CPU all of it, in so many torch operators; on a GPU it launches kernels and returns."""
+    return [_short(row[key]) if key in row else "" for key in _host_keys(cell)]
 
 
-def _host_header(cell: Cell) -> list[str]:
-    return ["kernels", "host ms"] if any("host_ms" in row for row in cell.values()) else ["torch operators"]
+def _host_keys(cell: Cell) -> dict[str, str]:
+    """What is known of a cell's rows, and how it is headed."""
+    titles = {"kernels": "kernels", "copies": "copies", "host_ms": "host ms", "queued_ms": "ms with the host ahead"}
+    there = {key: title for key, title in titles.items() if any(key in row for row in cell.values())}
+    return there or {"operators": "torch operators"}
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _times(found: Ratio | None) -> str:
