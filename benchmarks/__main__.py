@@ -1,6 +1,6 @@
 """What GAM costs on this machine: one table, in under ten minutes, and pictures. `make bench`.
 
-    python -m benchmarks [--minutes 9] [--suites training optimizer ...] [--out out] [--device cuda]
+    python -m benchmarks [--minutes 8] [--suites training optimizer ...] [--out out] [--device cuda]
 
 Suites run one after the other, each with its share of the time and its important cells first; what there was no time for is
 listed. More minutes measure more: `make bench ARGS="--minutes 40"` all of it on two cores.
@@ -29,7 +29,7 @@ SHARES = {"training": 0.42, "optimizer": 0.28, "verbs": 0.15, "scaling": 0.1, "c
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing further begins (9)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing further begins (8)")
     parser.add_argument("--suites", nargs="+", choices=SHARES, default=list(SHARES), help="(all)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON, Markdown and pictures (out/)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU if there is one)")

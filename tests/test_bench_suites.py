@@ -16,8 +16,8 @@ from gam_helpers import tables_are_rectangular
 
 from benchmarks import communication, suites
 from benchmarks.cases import Plan, blocks_of
-from benchmarks.clock import Clock
-from benchmarks.contestants import TRAFFIC
+from benchmarks.clock import Clock, rooms_on
+from benchmarks.contestants import AUTHORS, FOREACH, TORCH_FUSED, TRAFFIC, Implementation, parameters
 from benchmarks.graphed import graphed
 from benchmarks.networks import BUILDERS, batch, classifier, shapes
 from benchmarks.plugin import NO_TIME
@@ -235,6 +235,28 @@ def test_peak_memory_is_what_is_held_at_a_time():
         return torch.ones(1 << 20) + torch.ones(1 << 20)
 
     assert Clock(CPU).peak(run) == pytest.approx(3 * 4 << 20, rel=0.01)
+
+
+METHODS = ("base", "sam", "finite_difference", "accelerated")
+STEPS = [
+    Implementation("AdamW", method, by)
+    for method in METHODS
+    for by in ((TORCH_FUSED,) if method == "base" else (AUTHORS, FOREACH, *rooms_on(CPU)))
+    if (method, by) != ("finite_difference", AUTHORS)  # the authors published no code for it
+]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_contestants_hold_as_much_memory_as_is_asked_for(step):
+    elements = 1 << 20
+
+    def run():
+        prepare, go = step.on(parameters(((elements // 8,),) * 8))
+        for _ in range(2):
+            prepare()
+            go()
+
+    assert step.copies - 1 < Clock(CPU).peak(run) / (4 * elements) < step.copies + 0.1
 
 
 def test_all_reduces_are_those_of_the_design():
