@@ -4,9 +4,9 @@
     python -m benchmarks.profile_step --callgrind     instructions per step, the same on a busy machine; needs valgrind
 
 Prints Python functions by their own time (cProfile) and operators by theirs (torch.profiler), each from a run of its own,
-since either slows the other down. With --callgrind the module runs itself under valgrind twice, with different numbers of
-steps (a few minutes each); the difference, divided by the steps between, is free of what starting costs. It includes the
-preparation of gradients, which is the same whatever the optimizer does: subtract two figures rather than divide them.
+since either slows the other down. With --callgrind the module runs itself under valgrind with different numbers of steps,
+and with their preparation alone (four runs of one or two minutes each): differences are free of what starting and preparing
+costs.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ def operators(pair: Contestant) -> str:
 
 
 def instructions(arguments: argparse.Namespace) -> float:
-    """Instructions per step under valgrind, with what the preparation of its gradients takes.
+    """Instructions per step under valgrind, without those that prepare its gradients.
 
     Raises:
         SystemExit: valgrind is not there, or the process under it fails.
     """
     if not shutil.which("valgrind"):
         raise SystemExit("--callgrind needs valgrind on the PATH")
-    few, many = (_count(arguments, steps) for steps in (FEW, MANY))
-    return (many - few) / (MANY - FEW)
+    steps, preparations = (_count(arguments, MANY, bare) - _count(arguments, FEW, bare) for bare in ("step", "prepare"))
+    return (steps - preparations) / (MANY - FEW)
 
 
-def _count(arguments: argparse.Namespace, steps: int) -> int:
-    """Instructions of a whole process that runs `steps` steps."""
+def _count(arguments: argparse.Namespace, steps: int, bare: str) -> int:
+    """Instructions of a whole process that runs `steps` steps, or only prepares them."""
     chosen = ["--shapes", arguments.shapes, "--backend", arguments.backend, "--method", arguments.method]
-    module = [sys.executable, "-m", "benchmarks.profile_step", *chosen, "--bare", "--steps", str(steps)]
+    module = [sys.executable, "-m", "benchmarks.profile_step", *chosen, "--bare", bare, "--steps", str(steps)]
     with tempfile.TemporaryDirectory() as folder:
         output = f"--callgrind-out-file={folder}/callgrind"
         # One thread and one hash seed make counts repeat.
@@ -83,12 +83,13 @@ def _count(arguments: argparse.Namespace, steps: int) -> int:
     return int(found[1])
 
 
-def loop(pair: Contestant, steps: int) -> None:
-    """Steps, and nothing else: what valgrind counts."""
+def loop(pair: Contestant, steps: int, bare: str = "step") -> None:
+    """Steps, or their preparation, and nothing else: what valgrind counts."""
     prepare, run = pair
     for _ in range(steps):
         prepare()
-        run()
+        if bare == "step":
+            run()
 
 
 def main() -> None:
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="finite_difference")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--callgrind", action="store_true", help="instructions per step under valgrind")
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", choices=("step", "prepare"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.callgrind:
         count = instructions(arguments)
@@ -106,7 +107,7 @@ def main() -> None:
         return
     pair = contestant(arguments)
     if arguments.bare:
-        loop(pair, arguments.steps)
+        loop(pair, arguments.steps, arguments.bare)
         return
     loop(pair, 3)  # plan, state, scratch
     print(f"{arguments.method}, {arguments.backend}, {arguments.shapes}; {arguments.steps} steps\n")
