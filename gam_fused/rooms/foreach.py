@@ -1,7 +1,8 @@
 """The torch room: the verbs (see `reference`) in `torch._foreach_*`, on any device and for any strides.
 
 Arithmetic in float32 for storage up to 32 bits, in float64 for float64. Everything that decides (skip, clip, projection,
-coefficients) stays on the device as 0-d tensors, so the host waits for nothing.
+coefficients) stays on the device as 0-d tensors, so the host waits for nothing; on the CPU, where nothing
+has to wait, it is read.
 """
 
 from __future__ import annotations
