@@ -1,7 +1,9 @@
 """Training steps: a network's forward and backward alone, with its base optimizer, with SAM, with GAM by each method.
 
-Random images; weights start anew for every contestant. Peak memory is what the optimizer's construction and its first two
-steps hold at a time beyond the weights and their copy, tensors only; where a graph is captured, with what capturing holds.
+Random images; weights start anew for every contestant. How much a step takes beyond its passes is measured within steps, the
+whole over the forwards and backwards in it, since two contestants are some seconds of the machine's drift apart. Peak memory is
+what the optimizer's construction and its first two steps hold at a time beyond the weights and their copy, tensors only; where
+a graph is captured, with what capturing holds.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from benchmarks.cases import Case, Plan, blocks_of
-from benchmarks.clock import Clock
+from benchmarks.clock import Clock, Moment, on_device
 from benchmarks.graphed import graphed
 from benchmarks.networks import batch, classifier
 from gam_fused import FusedGAM
 from gam_fused.graphs import capture_step
 
+Interval = tuple[Moment | float, Moment | float]
 FORWARD_BACKWARD, WINDOW = "forward and backward", 10
 GAM = {
     "SAM": ({"method": "sam"}, 2),
@@ -80,18 +83,20 @@ def bench_training(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None
     facts: dict[str, Any] = {**setting._asdict(), "passes": passes, "steps": steps, "parameters": job.elements}
     job.forward_backward()  # compiles
     if case.block == 0:
-        facts["peak_bytes"] = clock.peak(lambda: _twice(job.step(case.contestant, options)))
+        facts["peak_bytes"] = clock.peak(lambda: _repeat(job.step(case.contestant, options), 2))
         job.reset()
     step = job.step(case.contestant, options)
     step()
+    rounds = 2 if plan.rehearse else 10 if clock.on_gpu or setting.network == "digits" else max(3 // steps, 1)
+    if setting.mode != "graphed" and case.contestant not in (FORWARD_BACKWARD, "GAM, exact"):
+        facts["over_passes"] = [job.over_passes(lambda: _repeat(step, steps)) for _ in range(rounds)]
     benchmark.extra_info.update(facts)
-    rounds = 2 if plan.rehearse else 10 if clock.on_gpu or setting.network == "digits" else max(2 // steps, 1)
-    benchmark.pedantic(lambda: [step() for _ in range(steps)], rounds=rounds)
+    benchmark.pedantic(_repeat, args=(step, steps), rounds=rounds)
 
 
-def _twice(step: Callable[[], object]) -> None:
-    step()
-    step()
+def _repeat(step: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        step()
 
 
 class Job:
@@ -105,6 +110,7 @@ class Job:
         self.forward: nn.Module = torch.compile(self.model, dynamic=False) if setting.mode == "compiled" else self.model
         self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.elements = sum(p.numel() for p in self.model.parameters())
+        self.passes: list[Interval] | None = None  # begin and end of each, where they are asked for
 
     def reset(self) -> None:
         self.model.load_state_dict(self.start)
@@ -120,8 +126,26 @@ class Job:
             return self.loss(images, labels)
 
     def forward_backward(self) -> None:
-        self.loss(self.images, self.labels).backward()
+        self.one_pass()
         self.model.zero_grad()
+
+    def one_pass(self) -> Tensor:
+        """A forward and its backward, as closures run them."""
+        start = on_device() if self.passes is not None else 0.0
+        loss = self.loss(self.images, self.labels)
+        loss.backward()
+        if self.passes is not None:
+            self.passes.append((start, on_device()))
+        return loss
+
+    def over_passes(self, run: Callable[[], object]) -> float:
+        """The time of `run` over that of the passes in it."""
+        self.passes = passes = []
+        start = on_device()
+        run()
+        whole = on_device() - start
+        self.passes = None
+        return whole / sum(end - begin for begin, end in passes)
 
     def step(self, contestant: str, options: dict[str, Any]) -> Callable[[], object]:
         """A training step of `contestant`, its optimizer built here."""
@@ -139,12 +163,13 @@ class Job:
         if graph:
             captured = capture_step(gam, self.loss, (self.images, self.labels))
             return lambda: captured(self.images, self.labels)
-        loss = self.twice_differentiable_loss if options["method"] == "exact" else self.loss
-        return lambda: gam.step(lambda: loss(self.images, self.labels))
+        if options["method"] == "exact":
+            return lambda: gam.step(lambda: self.twice_differentiable_loss(self.images, self.labels))
+        return lambda: gam.step(self.one_pass)
 
     def _base_step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        self.loss(self.images, self.labels).backward()
+        self.one_pass()
         optimizer.step()
 
 

@@ -20,6 +20,7 @@ from benchmarks.measure import quantiles
 HERE = Path(__file__).parent
 SUITES = {"verbs": "on_device", "optimizer": "wall", "training": "wall", "scaling": "wall"}  # and the timer of each
 MEASURED_ONCE = ("operators", "kernels", "copies", "peak_bytes")  # in the first block
+WITHIN = "over_passes"  # ratios, of each timed step: median, 20 and 80 % quantile over all
 MEDIANS = ("host_ms", "queued_ms")  # over the blocks
 
 
@@ -85,8 +86,13 @@ def reduced(lines: list[dict[str, Any]]) -> dict[str, Any]:
         for key in MEDIANS:
             if key in facts:
                 kept.setdefault(key, []).append(facts[key])
+        if WITHIN in facts:
+            kept.setdefault(WITHIN, []).extend(facts[WITHIN])
     for (cell, contestant), kept in lists.items():
         row = cells[cell][contestant]
+        if WITHIN in kept:
+            q = quantiles(kept.pop(WITHIN))
+            row[WITHIN] = [q[key] / 1e3 for key in ("ms", "ms_q20", "ms_q80")]
         row |= quantiles(kept.pop("seconds")) | {key: statistics.median(values) for key, values in kept.items()}
     return result
 

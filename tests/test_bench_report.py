@@ -37,11 +37,14 @@ def test_the_spread_of_one_block_is_that_of_its_quantiles():
 
 
 def test_windows_count_by_the_step():
-    window = row(26.0, steps=10, passes=1.3)
+    window = row(26.0, steps=10)
     assert ms_per_step(window) == (2.6, 2.6, 2.6)
-    assert beyond_passes(window, row(2.0)).value == pytest.approx(1.0)
-    assert beyond_passes(row(8.4, passes=4), row(2.0)).value == pytest.approx(1.05)
-    assert beyond_passes(row(8.4, passes=None), row(2.0)) is None
+    assert ratio(window, row(2.0)) == pytest.approx((1.3, 1.3, 1.3))
+
+
+def test_what_is_beyond_the_passes_is_told_within_steps():
+    assert beyond_passes(row(8.4, over_passes=[1.05, 1.0, 1.2])) == (1.05, 1.0, 1.2)
+    assert beyond_passes(row(8.4)) is None
 
 
 def test_shares_of_the_yardstick():

@@ -15,6 +15,7 @@ import torch
 from gam_helpers import tables_are_rectangular
 
 from benchmarks import communication, suites
+from benchmarks.bench_training import GAM, Job, Setting
 from benchmarks.cases import Plan, blocks_of
 from benchmarks.clock import Clock, rooms_on
 from benchmarks.contestants import AUTHORS, FOREACH, TORCH_FUSED, TRAFFIC, Implementation, parameters
@@ -75,6 +76,24 @@ def test_contestants_that_hold_more_hold_more_memory(rehearsal):
     assert 0 < peak["base"] < peak["SAM"] < peak["GAM, finite_difference"] < peak["GAM, accelerated"]
 
 
+def test_steps_take_longer_than_the_passes_in_them(rehearsal):
+    (cell,) = record_of(rehearsal)["suites"]["training"]["cells"].values()
+    for name, row in cell.items():
+        assert ("over_passes" in row) is (name not in ("forward and backward", "GAM, exact"))
+        assert all(ratio > 1 for ratio in row.get("over_passes", []))
+
+
+def test_passes_of_a_step_are_counted():
+    job = Job(Setting("digits", 8, "fp32", "eager"), CPU)
+    for name, (options, passes) in GAM.items():
+        if name != "GAM, exact":
+            step, job.passes = job.step(name, options), []
+            for _ in range(10):
+                step()
+            assert len(job.passes) == pytest.approx(10 * passes), name
+            job.passes = None
+
+
 def test_what_there_is_no_time_for_is_named():
     result = run_suite("scaling", seconds=0, rehearse=True)
     assert result["cells"] == {}
@@ -84,6 +103,7 @@ def test_what_there_is_no_time_for_is_named():
 
 DYING = """
 import os, signal, time
+from benchmarks.bench_training import GAM, Job, Setting
 from benchmarks.cases import blocks_of
 
 def cases(plan):
@@ -143,6 +163,8 @@ def test_reduction_keeps_blocks_apart_and_facts_of_the_first():
     def line(block, seconds, **facts):
         return {"cell": "c", "contestant": "x", "block": block, "seconds": seconds, "facts": facts}
 
+    within = [line(0, [1.0], over_passes=[1.0, 1.1]), line(1, [1.0], over_passes=[1.4])]
+    assert reduced(within)["cells"]["c"]["x"]["over_passes"] == pytest.approx([1.1, 1.04, 1.28])
     late = {"cell": "c", "contestant": "x", "block": 2, "why": NO_TIME}
     lines = [line(0, [1.0, 2.0, 3.0], kernels=8, host_ms=1.0), line(1, [5.0, 5.0, 5.0], kernels=9, host_ms=3.0), late]
     result = reduced([{"machine": {"cpu": "one"}}, *lines])

@@ -67,8 +67,8 @@ def _training(ax: Axes, cells: dict[str, Cell]) -> None:
         ys, values = [y for y, _ in found], [r.value for _, r in found]
         spread = [[r.value - r.low for _, r in found], [r.high - r.value for _, r in found]]
         ax.barh(ys, values, 0.92 * height, xerr=spread, color=COLOURS[place], label=name, error_kw={"lw": 0.8})
-        for y, value in zip(ys, values, strict=True):
-            ax.text(value + 0.12, y, f"{value:.2f}", va="center", fontsize=7.5)
+        for y, r in found:
+            ax.text(r.high + 0.08, y, f"{r.value:.2f}", va="center", fontsize=7.5)
     for passes in (1, 2, 4):
         ax.axvline(passes, color="#bbbbbb", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(cells)), [name.replace(", ", "\n", 1) for name in cells], fontsize=8)

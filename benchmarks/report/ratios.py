@@ -12,7 +12,10 @@ Cell = dict[str, Row]
 
 
 class Ratio(NamedTuple):
-    """The median over blocks, with the least and the greatest; of a single block, with what its quantiles allow."""
+    """The median over blocks, with the least and the greatest.
+
+    Of a single block, the low and high that its quantiles allow; of `beyond_passes`, the 20 and 80 % quantiles.
+    """
 
     value: float
     low: float
@@ -39,12 +42,9 @@ def ms_per_step(row: Row) -> tuple[float, float, float]:
     return tuple(row[key] / row.get("steps", 1) for key in ("ms", "ms_q20", "ms_q80"))  # type: ignore[return-value]
 
 
-def beyond_passes(row: Row, forward_backward: Row) -> Ratio | None:
-    """A step's time over that of its passes' forward and backward, the rest being the optimizer's."""
-    if not row.get("passes"):
-        return None
-    found = ratio(row, forward_backward)
-    return found and found.times(1 / row["passes"])
+def beyond_passes(row: Row) -> Ratio | None:
+    """A step's time over that of the forwards and backwards within it, the rest being the optimizer's."""
+    return Ratio(*row["over_passes"]) if "over_passes" in row else None
 
 
 def share_of_yardstick(row: Row, yardstick: Row) -> Ratio | None:

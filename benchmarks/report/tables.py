@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.bench_training import CONTESTANTS, FORWARD_BACKWARD
+from benchmarks.bench_training import CONTESTANTS
 from benchmarks.bench_verbs import YARDSTICK
 from benchmarks.contestants import AUTHORS, FOREACH
 from benchmarks.report.ratios import Cell, Ratio, Row, beyond_passes, ms_per_step, ratio, share_of_yardstick
@@ -40,7 +40,7 @@ def document(record: Record) -> str:
 def summary(record: Record) -> str:
     """The one table: a training step's time in base steps, by network; below it what is in it besides its passes."""
     cells = record["suites"].get("training", {}).get("cells", {})
-    shown = {name: cell for name, cell in cells.items() if "base" in cell and FORWARD_BACKWARD in cell}
+    shown = {name: cell for name, cell in cells.items() if "base" in cell}
     rows = []
     for contestant in CONTESTANTS[1:]:
         entries = []
@@ -49,13 +49,13 @@ def summary(record: Record) -> str:
                 entries.append("")
                 continue
             row = cell[contestant]
-            times, beyond = ratio(row, cell["base"]), beyond_passes(row, cell[FORWARD_BACKWARD])
+            times, beyond = ratio(row, cell["base"]), beyond_passes(row)
             parts = [f"{_images_per_s(row):.3g} images/s", f"{_times(times)} x" if times else "", _percent(beyond)]
             entries.append(", ".join(filter(None, parts)))
         rows.append([contestant, *entries])
     note = (
-        "Images per second; the time of a step in steps of the base optimizer; by how much it exceeds the forward and"
-        " backward of its passes."
+        "Images per second; the time of a step in steps of the base optimizer; by how much it exceeds the forwards and"
+        " backwards in it (20 .. 80 %)."
     )
     return f"{_table(['', *shown], rows)}\n\n{note}"
 
@@ -65,7 +65,7 @@ def training(cells: dict[str, Cell]) -> Iterable[str]:
         rows = []
         for contestant, row in cell.items():
             times = ratio(row, cell["base"]) if "base" in cell else None
-            beyond = beyond_passes(row, cell[FORWARD_BACKWARD]) if FORWARD_BACKWARD in cell else None
+            beyond = beyond_passes(row)
             memory = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
             passes = f"{row['passes']:g}" if row.get("passes") else "2, twice differentiated"
             rate = f"{_images_per_s(row):.3g}"
@@ -128,13 +128,16 @@ def left_out(record: Record) -> str:
     lines = []
     for suite, result in record["suites"].items():
         lines += [f"- {suite}: {result['failed']}"] if result["failed"] else []
-        groups: dict[tuple[str, str, int], list[str]] = {}
+        missing: dict[tuple[str, str, int], list[str]] = {}
         for line in result["left_out"]:
-            groups.setdefault((line["cell"], line["why"], line["block"]), []).append(line["contestant"])
-        for (cell, why, block), names in groups.items():
-            again = f", block {block + 1}" if block else ""
+            missing.setdefault((line["cell"], line["why"], line["block"]), []).append(line["contestant"])
+        groups: dict[tuple[str, str, str], list[int]] = {}
+        for (cell, why, block), names in missing.items():
             whole = not any(str(block) in row["blocks"] for row in result["cells"].get(cell, {}).values())
-            lines.append(f"- {suite}: {cell}{again}: {'' if whole else '; '.join(names) + ': '}{why}")
+            groups.setdefault((cell, why, "" if whole else "; ".join(sorted(names)) + ": "), []).append(block)
+        for (cell, why, names), blocks in groups.items():
+            some = f", block {', '.join(str(block + 1) for block in blocks)}" if cell in result["cells"] else ""
+            lines.append(f"- {suite}: {cell}{some}: {names}{why}")
     return "\n".join(lines) or "Nothing."
 
 
