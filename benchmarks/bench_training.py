@@ -1,9 +1,9 @@
 """Training steps: a network's forward and backward alone, with its base optimizer, with SAM, with GAM by each method.
 
 Random images; weights start anew for every contestant. How much a step takes beyond its passes is measured within steps, the
-whole over the forwards and backwards in it, since two contestants are some seconds of the machine's drift apart. Peak memory is
-what the optimizer's construction and its first two steps hold at a time beyond the weights and their copy, tensors only; where
-a graph is captured, with what capturing holds.
+whole over the forwards and backwards in it, since two contestants are some seconds of the machine's drift apart. Peak
+memory is what the optimizer's construction and its first two steps hold at a time beyond the weights and their copy,
+tensors only; where a graph is captured, with what capturing holds.
 """
 
 from __future__ import annotations
