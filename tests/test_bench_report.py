@@ -92,12 +92,16 @@ def test_nothing_is_compared_with_another_yardstick():
 
 
 def test_counts_and_machines_that_differ_are_named():
-    before, after = (run_of(cell={"ours": row(1.0, kernels=kernels)}) for kernels in (8, 9))
+    before, after = (
+        run_of(cell={"ours": row(1.0, kernels=kernels, peak_bytes=peak), "theirs": row(1.0, peak_bytes=2 * peak - 1000)})
+        for kernels, peak in ((8, 1000), (9, 1005))
+    )
     after["machine"]["torch"] = "2.14"
     for record, sent in ((before, 400), (after, 100)):
         record["communication"] = {"2 processes": {"GAM": {"bytes": sent, "ms": 1.0}}}
     said = text(before, after)
     assert "optimizer: cell: ours: kernels 8 -> 9" in said
+    assert "peak bytes" not in said.replace("theirs: peak bytes 1000 -> 1010", "")
     assert "communication: 2 processes: GAM: bytes 400 -> 100" in said
     assert "Not the same torch: 2.13 and 2.14." in said
 
@@ -109,7 +113,7 @@ def test_comparison_on_the_command_line(tmp_path):
         path.write_text(json.dumps(record))
     command = [sys.executable, "-m", "benchmarks.report.compare", *map(str, paths)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert "optimizer: cell: ours: 20 % slower" in done.stdout
+    assert "optimizer: cell: ours: takes 1.20 times as long" in done.stdout
 
 
 def test_the_report_of_a_run_that_was_cut():

@@ -127,7 +127,7 @@ def _roofs(ax: Axes, cell: Cell, product: dict[str, Any] | None) -> None:
             place, room = list(dict.fromkeys(verbs)).index(row["verb"]), list(dict.fromkeys(rooms)).index(row["room"])
             style = {"color": COLOURS[place % 8], "marker": MARKERS[place], "linestyle": "none", "markersize": 7}
             style |= {"fillstyle": "full" if room == 0 else "none"}
-            label = f"{row['verb']}, {row['room']}"
+            label = row["verb"] + (f", {row['room']}" if len(set(rooms)) > 1 else "")
             ax.plot(row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e6, label=label, **style)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte moved")
     ax.spines[["top", "right"]].set_visible(False)
