@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
 import torch
 from gam_helpers import make, mlp
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.clock import Clock
 from gam_fused import FusedGAM
 
 N = 1 << 20
@@ -26,19 +25,7 @@ def peak_of_first_step(method: str, dtype: torch.dtype) -> float:
         parameter.grad = factor * parameter.detach()
         return 0.0
 
-    gc.collect()
-    gc.disable()
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            optimizer.step(closure)
-    finally:
-        gc.enable()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / (dtype.itemsize * N)
+    return Clock(torch.device("cpu")).peak(lambda: optimizer.step(closure)) / (dtype.itemsize * N)
 
 
 @pytest.mark.parametrize(("method", "scratch"), [("sam", 1), ("finite_difference", 2), ("accelerated", 3)])
