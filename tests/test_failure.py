@@ -162,6 +162,15 @@ def test_weights_of_several_dtypes_return(method):
     same(snapshot(optimizer), before)
 
 
+@pytest.fixture
+def interrupts():
+    """Python's own handler: a process started in the background of a shell inherits that interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("base", ["sgd", "foreign"])
 def test_an_interrupt_of_the_update_waits_for_the_end_of_the_step(base, monkeypatch):
     """Half an update cannot be undone: all of the step is there before the exception is."""

@@ -17,7 +17,7 @@ ARGUMENTS = Namespace(shapes="tiny", backend="torch", method="sam")
 def test_functions_and_operators_of_a_step_are_listed():
     command = [sys.executable, "-m", "benchmarks.profile_step", "--backend", "torch", "--method", "sam", "--steps", "2"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert "(take)" in done.stdout  # gam_fused/gradients.py
+    assert "gam_fused/" in done.stdout  # which of its functions are among the first differs
     assert "aten::_foreach_mul" in done.stdout
 
 
