@@ -21,6 +21,7 @@ from gam_fused.distributed import Replicas
 from gam_fused.parameters import Groups, is_dtensor
 from gam_fused.rooms import room
 from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense, upload
+from gam_fused.transaction import BufferLayout
 
 SLOTS = GUARD + 1  # reductions of one step: three ascents, and the guard of the last gradient
 Table = list[list[float | Tensor]]
@@ -37,6 +38,18 @@ class Device:
         self.direction = torch.zeros(columns, **options)
         self.tables: dict[str, Tensor] = {}
         self._values: dict[str, list[list[float]]] = {}
+        self._parts: dict[tuple, Tensor] = {}
+
+    def part(self, name: str, slot: int | None = None, rows: int | None = None, columns: slice = slice(None)) -> Tensor:
+        """`columns` of "partials" (its first `rows` of `slot`), "realised" (of `slot`) or "direction".
+
+        Views are kept: making one takes the host as long as launching a kernel.
+        """
+        key = (name, slot, rows, columns.start, columns.stop)
+        if key not in self._parts:
+            leading = () if slot is None else (slot,) if rows is None else (slot, slice(rows))
+            self._parts[key] = getattr(self, name)[(*leading, columns)]
+        return self._parts[key]
 
     def upload(self, kind: str, rows: Table) -> None:
         """Bring the coefficient table `kind` up to date; a tensor lr is copied on the device, the rest when it changed."""
@@ -119,8 +132,9 @@ class Bucket:
         params = [sharding.local(p) for p in self.params] if self.sharded else self.params
         return [list(map(look, params)) for look in (Tensor.data_ptr, Tensor.numel, Tensor.stride)]
 
-    def column_slice(self, name: str, *index: int) -> Tensor:
-        return getattr(self.shared, name)[(*index, ..., self.columns)]
+    def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
+        """This bucket's columns of what the buckets of its device share; see `Device.part`."""
+        return self.shared.part(name, slot, rows, self.columns)
 
     def ensure_state(
         self, base: FusedBase, state: dict[Tensor, dict[str, Any]], param_groups: Groups, active: list[bool]
@@ -223,6 +237,8 @@ class Plan:
         self.shards = sharding.ShardSums(self.buckets)
         self.replicas: Replicas | None = None  # what the optimizer averages over ranks itself
         self.fsdp_modules: list[Any] = []
+        self.buffer_layout: BufferLayout | None = None  # of the last step
+        self.settings: list | None = None  # what the coefficient tables stand for
         self._scalars: tuple[float, float] | None = None
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -245,20 +261,19 @@ class Plan:
             bucket.memory_now() == bucket.memory for bucket in self.buckets
         )
 
-    def share(self, name: str, *index: int) -> None:
+    def share(self, slot: int, rows: int) -> None:
         """Add what the ranks with the other shards computed, then give every device the columns of the others.
 
         There is nothing to do with one device and no shards.
         """
         if self.shards:
-            self.shards.add_up(name, *index)
+            self.shards.add_up(slot, rows)
         if len(self.devices) == 1:
             return
         for bucket in self.buckets:
-            source = bucket.column_slice(name, *index)
             for device in self.devices.values():
                 if device is not bucket.shared:
-                    getattr(device, name)[(*index, ..., bucket.columns)].copy_(source)
+                    device.part("partials", slot, rows, bucket.columns).copy_(bucket.part("partials", slot, rows))
 
 
 def _signature(param_groups: Groups) -> list[tuple[bool, list[int]]]:

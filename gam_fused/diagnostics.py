@@ -78,9 +78,7 @@ def _norms(optimizer: FusedGAM, step: Step) -> dict[str, Tensor]:
 
 def _sums(b: Bucket, ascents: list[int]) -> Tensor:
     """Sums of squares over one bucket: of each perturbation, and of d."""
-    return torch.stack(
-        [b.column_slice("realised", ascent).sum() for ascent in ascents] + [b.column_slice("direction").sum()]
-    )
+    return torch.stack([b.part("realised", ascent).sum() for ascent in ascents] + [b.part("direction").sum()])
 
 
 def _number(loss: Any, device: torch.device) -> Tensor:

@@ -162,9 +162,9 @@ class Replicas:
                 x3[i],
                 acc[i] if acc else EMPTY,
                 b.shared.tables[table],
-                b.shared.partials[GUARD, :rows],
+                b.shared.part("partials", GUARD, rows),
                 control,
-                b.column_slice("direction"),
+                b.part("direction"),
             )
             b.exchange.all_reduce(self._group, seen[i], skipped=control[Control.LAST_SKIPPED])
             b.control[Control.FOUND_INF] = (b.exchange.skipped != 0).to(b.control.dtype)

@@ -43,7 +43,10 @@ class Step:
         self.extras: dict[str, Tensor] = {}
         self.ascents: list[int] = []
         self._seen = [[False] * len(b.params) for b in self.buckets]
-        self._buffers = Buffers(optimizer._modules) if optimizer._modules else None
+        self._buffers = None
+        if optimizer._modules:
+            self._buffers = Buffers(optimizer._modules, self.plan.buffer_layout)
+            self.plan.buffer_layout = self._buffers.layout
         devices = set(self.plan.devices) | (self._buffers.devices if self._buffers else set())
         self._random = random or (RandomState(devices) if optimizer.preserve_rng_state else None)
         for bucket in self.buckets:
@@ -174,9 +177,9 @@ class Step:
                     acc[i] if acc else EMPTY,
                     EMPTY if b.backed_up else b.backup,
                     b.shared.tables["oracle" if oracle else "gam"],
-                    b.shared.partials[ascent, :2],
+                    b.shared.part("partials", ascent, 2),
                     b.control,
-                    b.column_slice("realised", ascent),
+                    b.part("realised", ascent),
                     ascent,
                     self.optimizer.adaptive,
                 )
@@ -191,8 +194,8 @@ class Step:
             if self.optimizer.adaptive and slot != GUARD:
                 weight = b.backup if b.backed_up and slot < 2 else b.theta
             y = minus[i] if minus else EMPTY
-            b.verbs.squared_norm(b.layout, x[i], y, weight, b.column_slice("partials", slot, slice(0, 2)))
-        self.plan.share("partials", slot, slice(0, 2))
+            b.verbs.squared_norm(b.layout, x[i], y, weight, b.part("partials", slot, 2))
+        self.plan.share(slot, 2)
 
     def accumulator(self, lists: Lists) -> Lists:
         """`lists` as what `update` takes as `acc`: in float32 where they are of lower precision."""
@@ -244,9 +247,9 @@ class Step:
                 x3[i],
                 acc[i] if acc else EMPTY,
                 b.shared.tables[table],
-                b.column_slice("partials", GUARD, slice(0, rows)),
+                b.part("partials", GUARD, rows),
             )
-        self.plan.share("partials", GUARD, slice(0, rows))
+        self.plan.share(GUARD, rows)
 
     def _fill_in(self, x1: Lists | None, x3: Lists, acc: Lists | None) -> list[list[bool]]:
         """Which parameters had a gradient in any pass. One that has none in the lists of the update gets a zero there."""
@@ -278,9 +281,9 @@ class Step:
                     *b.state_lists,
                     b.steps,
                     b.shared.tables[table],
-                    b.shared.partials[GUARD, :rows],
+                    b.shared.part("partials", GUARD, rows),
                     b.control,
-                    b.column_slice("direction"),
+                    b.part("direction"),
                     int(base.algorithm),
                 )
                 b.backed_up = False
@@ -302,9 +305,9 @@ class Step:
                     x3[i],
                     acc[i] if acc else EMPTY,
                     b.shared.tables[table],
-                    b.shared.partials[GUARD, :rows],
+                    b.shared.part("partials", GUARD, rows),
                     b.control,
-                    b.column_slice("direction"),
+                    b.part("direction"),
                 )
                 if b.backed_up:
                     b.verbs.restore_(b.layout, b.theta, b.backup)

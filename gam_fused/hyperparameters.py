@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 METHODS = ("finite_difference", "accelerated", "exact", "sam")
 ORACLES = ("loss", "sam")
 PERTURB_SYNC = ("auto", "global", "local")
+_CONSTANTS = {float, int, bool, str, type(None)}
 
 Weight = float | tuple[float, float]
 
@@ -89,6 +91,11 @@ def number(name: str, value: Any, *, minimum: float | None = None, above: float 
     if above is not None and value <= above:
         raise ValueError(f"{name}={value!r} must be greater than {above:g}")
     return float(value)
+
+
+def are_constants(values: Iterable[Any]) -> bool:
+    """Whether all are numbers, strings, None, or tuples of such: equal then means unchanged, and can be asked at once."""
+    return all(type(v) in _CONSTANTS or (type(v) is tuple and are_constants(v)) for v in values)
 
 
 def optional(name: str, value: Any, *, above: float) -> float | None:

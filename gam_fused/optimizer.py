@@ -31,6 +31,8 @@ from gam_fused.rooms import check_backend
 from gam_fused.tensor_lists import upload
 from gam_fused.transaction import Interrupts
 
+_NO_SETTINGS = ("params", "param_names", "gam")  # entries of a param group that no coefficient depends on
+
 
 class FusedGAM(Optimizer):
     r"""Gradient norm Aware Minimization (Zhang et al., CVPR 2023, arXiv 2303.03108) around a base optimizer.
@@ -210,10 +212,31 @@ class FusedGAM(Optimizer):
         """Bring the plan and the coefficient tables up to date with the param groups."""
         if self._plan is None or not self._plan.is_current(self.param_groups):
             self._rebuild_plan()
+        settings = self._settings()
+        if settings is not None and settings == self._plan.settings:
+            return
+        self._plan.settings = None
         values = hyperparameters.check(self.method, self._values())
         check_groups(self.param_groups)
         tables = coefficients.tables(self.method, values, self._sam_rho, self.param_groups, self._fused)
         self._plan.upload(tables, self.eps, hyperparameters.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0)
+        self._plan.settings = settings
+
+    def _settings(self) -> list | None:
+        """What the coefficient tables follow from, or None where comparing would not tell of a change (tensors, lists)."""
+        settings = [
+            self.method,
+            self.rho_prime,
+            self.alpha,
+            self.beta,
+            self.gamma,
+            self._sam_rho,
+            self.eps,
+            self.max_grad_norm,
+        ]
+        for group in self.param_groups:
+            settings += [entry for entry in group.items() if entry[0] not in _NO_SETTINGS]
+        return settings if hyperparameters.are_constants(settings) else None
 
     def _rebuild_plan(self) -> None:
         checkpoint.drop_unstarted(self)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gam_fused.hyperparameters import number
 from gam_fused.tensor_lists import is_dense
 
 Groups = Sequence[dict[str, Any]]
@@ -22,11 +23,11 @@ def is_dtensor(t: Any) -> bool:
 def describe(p: Tensor, groups: Groups) -> str:
     """'parameter 3 of group 0 (conv.weight, shape (32, 1, 3, 3), torch.float32, cpu)'."""
     facts = f"shape {tuple(p.shape)}, {p.dtype}, {p.device}"
-    for number, group in enumerate(groups):
+    for row, group in enumerate(groups):
         for i, q in enumerate(group["params"]):
             if q is p:
                 name = f"{group['param_names'][i]}, " if "param_names" in group else ""
-                return f"parameter {i} of group {number} ({name}{facts})"
+                return f"parameter {i} of group {row} ({name}{facts})"
     return f"a parameter ({facts})"
 
 
@@ -93,8 +94,6 @@ def _check_placements(p: Any, groups: Groups) -> None:
 
 def check_groups(groups: Groups) -> None:
     """Raises ValueError or TypeError for a `rho` or `perturb` entry out of range."""
-    from gam_fused.hyperparameters import number
-
     for i, group in enumerate(groups):
         number(f"rho of group {i}", group["rho"], minimum=0.0)
         if not isinstance(group["perturb"], bool):

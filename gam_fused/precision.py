@@ -39,7 +39,7 @@ def noise_ratio(optimizer: FusedGAM, step: Step) -> Tensor:
     bucket = max(step.buckets, key=lambda b: torch.finfo(b.dtype).eps)
     radius = _probe_radius(optimizer)
     if bucket.dtype in (torch.float16, torch.bfloat16):
-        realised = step.plan.shards.totals(step.buckets, lambda b: b.column_slice("realised", 0).sum().reshape(1))
+        realised = step.plan.shards.totals(step.buckets, lambda b: b.part("realised", 0).sum().reshape(1))
         realised = realised[0].to(bucket.shared.device)
         return (realised - radius**2).clamp(min=0).sqrt() / max(radius, 1e-300)
     spacing = 0.72 * _forward_eps(optimizer, bucket.shared.device) * _theta_norm(step)

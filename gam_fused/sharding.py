@@ -146,9 +146,9 @@ class ShardSums:
                 sums[i] = row
         return sums
 
-    def add_up(self, name: str, *index: Any) -> None:
-        """Put the sums over all shards in place of this rank's, in the shared columns `name` of every kind."""
-        columns = [[bucket.column_slice(name, *index) for bucket in kind] for kind in self.kinds]
+    def add_up(self, slot: int, rows: int) -> None:
+        """Put the sums over all shards in place of this rank's, in the partial sums of every kind."""
+        columns = [[bucket.part("partials", slot, rows) for bucket in kind] for kind in self.kinds]
         totals = self.add([_total([c.sum(-1) for c in parts]) for parts in columns])
         for parts, total in zip(columns, totals, strict=True):
             for part in parts:

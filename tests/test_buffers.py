@@ -30,6 +30,18 @@ class Assigned(nn.Module):
         return x - self.mean
 
 
+class Written(nn.Module):
+    """Writes to a buffer in place, whatever its shape and dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(6))
+
+    def forward(self, x):
+        self.total.add_(x.detach().sum(0) / 3)
+        return x
+
+
 class Appears(nn.Module):
     """Has a buffer only from its first call on."""
 
@@ -57,6 +69,7 @@ NETS = {
     "instance_norm": lambda: image_net(nn.InstanceNorm2d(4, track_running_stats=True)),
     "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Linear(3, 6)), nn.Tanh(), nn.Linear(6, 2)),
     "assigned": lambda: flat_net(Assigned()),
+    "written": lambda: flat_net(Written()),
     "appears": lambda: flat_net(Appears()),
 }
 
@@ -212,6 +225,8 @@ def test_buffers_on_the_cpu_wait_for_the_flag():
     class Flag:
         """Stands for a tensor on a GPU."""
 
+        device = torch.device("cuda")
+
         def to(self, device, dtype=None, non_blocking=False):
             assert not non_blocking
             return torch.tensor(1.0)
@@ -222,6 +237,49 @@ def test_buffers_on_the_cpu_wait_for_the_flag():
     model(torch.randn(4, 3))
     snapshots.first_pass_done()
     snapshots.finish(Flag())
+    same(buffers(model), before)
+
+
+CHANGES = {
+    "another tensor": ("batch_norm", lambda model: setattr(model[1], "running_mean", torch.ones(6))),
+    "another dtype": ("batch_norm", lambda model: model.double()),
+    "another dtype in place": ("written", lambda model: setattr(model[1].total, "data", torch.ones(6).double())),
+    "another place": ("batch_norm", lambda model: setattr(model[1].running_mean, "data", torch.ones(6))),
+    "another shape": ("written", lambda model: model[1].total.resize_(2, 6).zero_()),
+    "another module": ("batch_norm", lambda model: model.__setitem__(2, nn.BatchNorm1d(6, affine=False))),
+    "a buffer more": ("batch_norm", lambda model: model[1].register_buffer("more", torch.ones(3))),
+    "no buffer": ("batch_norm", lambda model: model.__setitem__(1, nn.Tanh())),
+    "another name": ("batch_norm", lambda model: model[1].register_buffer("old_mean", model[1].running_mean)),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES.values(), ids=CHANGES.keys())
+def test_buffers_changed_between_steps(name, change):
+    """The memory of snapshots is used again and again, but only while it is what the buffers need."""
+    model = net(name)
+    plain = copy.deepcopy(model)
+    x, y = batch()
+    optimizer, closure = trainer("finite_difference", model, lambda: regression(model, x, y)(), lr=0.0)
+    for i in range(4):
+        if i == 2:
+            change(model)
+            change(plain)
+            dtype = model[0].weight.dtype
+            x, y = x.to(dtype), y.to(dtype)
+        optimizer.step(closure)
+        regression(plain, x, y)().backward()
+        same(buffers(model), buffers(plain), f"after step {i}")
+
+
+def test_snapshots_of_two_users_are_apart():
+    """Warming up for a graph keeps the buffers of before it while steps take snapshots of their own."""
+    model = net("batch_norm")
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()))
+    optimizer.step(closure)
+    kept, before = Buffers([model]), buffers(model)
+    for _ in range(2):
+        optimizer.step(closure)
+    kept.abort()
     same(buffers(model), before)
 
 

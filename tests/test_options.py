@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -266,3 +267,56 @@ def test_finite_difference_hvp_of_vectors_without_a_direction():
         (found,) = finite_difference_hvp(lambda: (p**4).sum(), [p], [torch.full((3,), value)])
         torch.testing.assert_close(found, torch.full((3,), wanted), rtol=0, atol=0, equal_nan=True)
         same(p.detach(), before)
+
+
+def _set(optimizer, name, value):
+    if name in optimizer.param_groups[0]:
+        optimizer.param_groups[0][name] = value
+    else:
+        setattr(optimizer, name, value)
+
+
+SETTINGS = [
+    *(("rho", 0.4), ("rho_prime", 0.02), ("alpha", 0.3), ("sam_rho", 0.3), ("eps", 1e-2), ("max_grad_norm", 0.1)),
+    *(("lr", 0.03), ("lr", torch.tensor(0.03)), ("weight_decay", 0.3), ("betas", [0.5, 0.7]), ("maximize", True)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS, ids=str)
+def test_a_setting_changed_between_steps_acts_in_the_next(name, value):
+    """As if the optimizer had been made with it: what has not changed is not computed anew."""
+    model = mlp()
+    options = {"oracle": "sam", "sam_rho": 0.1, "max_grad_norm": 10.0}
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()), torch.optim.AdamW, **options)
+    for _ in range(2):
+        optimizer.step(closure)
+    twin = copy.deepcopy(model)
+    other, other_closure = trainer("finite_difference", twin, regression(twin, *batch()), torch.optim.AdamW, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    unchanged = copy.deepcopy(model)
+    plain, plain_closure = trainer(
+        "finite_difference", unchanged, regression(unchanged, *batch()), torch.optim.AdamW, **options
+    )
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its_closure in ((optimizer, closure), (other, other_closure)):
+        _set(each, name, value)
+        each.step(its_closure)
+    plain.step(plain_closure)
+    same(weights(optimizer), weights(other))
+    assert any((p != q).any() for p, q in zip(model.parameters(), unchanged.parameters(), strict=True))
+
+
+def test_a_setting_changed_in_place_acts_in_the_next_step():
+    model = mlp()
+    lr, betas = torch.tensor(0.05), [0.9, 0.99]
+    optimizer, closure = trainer("sam", model, regression(model, *batch()), torch.optim.AdamW, lr=lr)
+    optimizer.param_groups[0]["betas"] = betas
+    optimizer.step(closure)
+    before = weights(optimizer)
+    lr.zero_()
+    optimizer.step(closure)
+    same(weights(optimizer), before)
+    lr.fill_(0.05)
+    betas[0] = float("nan")
+    with pytest.raises(ValueError, match="beta1 of group 0"):
+        optimizer.step(closure)
