@@ -35,20 +35,27 @@ GAM = {
 }
 EAGER_ONLY = (f"GAM, every {WINDOW}th step", "GAM, exact")
 CONTESTANTS = (FORWARD_BACKWARD, "base", *GAM)
+MAIN = (FORWARD_BACKWARD, "base", "SAM", "GAM, finite_difference")
 
 
 class Setting(NamedTuple):
-    """What is trained, and how."""
+    """What is trained, and how; `brief`: few steps of few contestants, where a step takes many seconds."""
 
     network: str
     images: int
     precision: str
     mode: str
+    brief: bool = False
+
+    def contestants(self) -> list[str]:
+        names = MAIN if self.brief else CONTESTANTS
+        return [name for name in names if self.mode == "eager" or name not in EAGER_ONLY]
 
 
 ON_CPU = [
     *(Setting("digits", 64, "fp32", "eager"), Setting("resnet18_cifar", 16, "fp32", "eager")),
     *(Setting("vit_s_32", 8, "fp32", "eager"), Setting("digits", 64, "fp32", "compiled")),
+    *(Setting("resnet18_cifar", 128, "fp32", "eager", brief=True), Setting("vit_s_32", 32, "fp32", "eager", brief=True)),
     *(Setting("vit_s_32", 8, "bf16", "eager"), Setting("resnet18_cifar", 16, "bf16", "eager")),
     *(Setting("vit_s_32", 8, "fp32", "compiled"), Setting("resnet18_cifar", 16, "fp32", "compiled")),
     *(Setting("vit_b_32", 8, "fp32", "eager"), Setting("resnet50", 4, "fp32", "eager")),
@@ -68,8 +75,8 @@ def cases(plan: Plan) -> list[Case]:
         settings = [Setting("digits", 8, "bf16", "eager")]
     result = []
     for s in settings:
-        names = [name for name in CONTESTANTS if s.mode == "eager" or name not in EAGER_ONLY]
-        result += blocks_of(f"{s.network}, {s.images} images, {s.precision}, {s.mode}", dict.fromkeys(names, s), plan)
+        cell = f"{s.network}, {s.images} images, {s.precision}, {s.mode}"
+        result += blocks_of(cell, dict.fromkeys(s.contestants(), s), plan)
     return result
 
 
@@ -87,7 +94,8 @@ def bench_training(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None
         job.reset()
     step = job.step(case.contestant, options)
     step()
-    rounds = 2 if plan.rehearse else 10 if clock.on_gpu or setting.network == "digits" else max(3 // steps, 1)
+    rounds = 1 if setting.brief else max(3 // steps, 1)
+    rounds = 2 if plan.rehearse else 10 if clock.on_gpu or setting.network == "digits" else rounds
     if setting.mode != "graphed" and case.contestant not in (FORWARD_BACKWARD, "GAM, exact"):
         facts["over_passes"] = [job.over_passes(lambda: _repeat(step, steps)) for _ in range(rounds)]
     benchmark.extra_info.update(facts)
