@@ -18,10 +18,10 @@ from gam_fused import sharding
 from gam_fused.base_optimizers import FusedBase
 from gam_fused.constants import GUARD, Column, Control
 from gam_fused.distributed import Replicas
+from gam_fused.model_buffers import BufferLayout
 from gam_fused.parameters import Groups, is_dtensor
 from gam_fused.rooms import room
 from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense, upload
-from gam_fused.transaction import BufferLayout
 
 SLOTS = GUARD + 1  # reductions of one step: three ascents, and the guard of the last gradient
 Table = list[list[float | Tensor]]

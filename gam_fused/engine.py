@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gam_fused import distributed, gradients, sharding
 from gam_fused.constants import GUARD, Control
+from gam_fused.model_buffers import Buffers
 from gam_fused.tensor_lists import EMPTY, TensorList
-from gam_fused.transaction import Buffers, Interrupts, RandomState
+from gam_fused.transaction import Interrupts, RandomState
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gam_fused import gradients
-from gam_fused.transaction import Buffers, RandomState
+from gam_fused.model_buffers import Buffers
+from gam_fused.transaction import RandomState
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM

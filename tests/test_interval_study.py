@@ -25,16 +25,9 @@ from examples.digits.data import load
 from examples.digits.net import conv_net
 from examples.digits.training import train_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 NOISE = (0.01, -0.02, 0.0, 0.03, -0.01)  # of a seed, the same in all settings
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made_up(method, accuracies, loss=0.5, eigenvalue=3.0):

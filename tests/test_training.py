@@ -24,6 +24,8 @@ from examples.digits.plot import spread  # noqa: E402
 from examples.digits.report import diverged, summary, table  # noqa: E402
 from examples.digits.training import Settings, run, train_step  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rows_of(images):
     return {tuple(image.flatten().tolist()) for image in images}
@@ -45,14 +47,6 @@ def test_the_program_writes_a_table_a_document_and_a_picture(tmp_path):
     assert len(document["runs"]) == 2
     assert document["machine"]["torch"] == torch.__version__
     assert (tmp_path / "new" / "digits.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("base", BASES)

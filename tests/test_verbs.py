@@ -56,16 +56,8 @@ VERBS = {
     "combine two": partial(run_combine, x1=False, totals=TWO),
 }
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 room_names = pytest.mark.parametrize("room_name", ROOMS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small problems: a second thread mostly waits for the first, the more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
