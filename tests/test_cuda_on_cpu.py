@@ -18,14 +18,17 @@ import torch
 from cases import DTYPES, SHAPES, Problem, assert_same_bits
 from gam_helpers import METHODS
 from test_against_float64 import test_groups as groups_follow_float64
-from test_verbs import ADAM, SGD, TWO, VERBS, check, one_thread  # noqa: F401 (a fixture)
+from test_verbs import ADAM, SGD, TWO, VERBS, check
 
 from gam_fused import rooms
 from gam_fused.constants import Algorithm, Column, Control, Flag
 from gam_fused.rooms import reference
 from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
-pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
+pytestmark = [
+    pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 SANITIZED = os.environ.get("GAM_FUSED_SANITIZED") == "1"
 NAME = "cuda on cpu"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from cases import DTYPES, SHAPES, Problem, assert_as_precise_as_torch, assert_same_bits, get_room
 from on_gpu import CUDA, OnDevice, gpu_rooms
-from test_verbs import VERBS, one_thread, reference, torch_error  # noqa: F401 (a fixture)
+from test_verbs import VERBS, reference, torch_error
 
 from gam_fused.constants import Algorithm, Column, Control, Flag
 from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 
 
 def check(room_name: str, verb: str, kind: str, dtype: torch.dtype, **options) -> dict:
