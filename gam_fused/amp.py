@@ -11,6 +11,7 @@ Two ways to step, the same result: `optimizer.step(closure)` and `scaler.step(op
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ class LossScaling:
     def __init__(self) -> None:
         self.scaler: Any = None
         self._stand_in: Any = None  # an optimizer of one parameter of one element
-        self._published = self._unscaled_before = False
+        self._published = self._unscaled_before = self._scaled = False
 
     def use(self, scaler: Any, device: torch.device) -> None:
         """Scale by `scaler` from now on, or by nothing where it is None or not enabled.
@@ -49,9 +50,7 @@ class LossScaling:
         if self.scaler:
             if device.type == "meta":
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.current_scale(
-                device
-            )  # the first `scale` makes the scale, which `scaler.step` asks for before our first pass
+            self.current_scale(device)  # the first `scale` makes the scale; `scaler.step` asks for it before our first pass
 
     def scale(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss) if self.scaler else loss
@@ -81,6 +80,38 @@ class LossScaling:
             self.abort(optimizer)
             raise RuntimeError("scaler.update() has not been called since the last step: call it after every step")
         self._unscaled_before = self._stage(optimizer) is OptState.UNSCALED
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """What `closure` returns; notes whether it had the scaler scale anything."""
+        if self.scaler is None:
+            return closure()
+        scaler, original, own = self.scaler, self.scaler.scale, "scale" in vars(self.scaler)
+        self._scaled = False
+
+        def scale(outputs: Any) -> Any:
+            self._scaled = True
+            return original(outputs)
+
+        scaler.scale = scale
+        try:
+            return closure()
+        finally:
+            if own:
+                scaler.scale = original
+            else:
+                del scaler.scale
+
+    def check_scaled(self) -> None:
+        """After a closure that called backward itself.
+
+        Raises:
+            RuntimeError: its loss was not scaled: divided by the scale, next to nothing would be left of its gradients.
+        """
+        if self.scaler and not self._scaled:
+            raise RuntimeError(
+                "the closure called backward() on a loss that the optimizer's grad_scaler has not scaled: return the loss "
+                "without backward(), or call scaler.scale(loss).backward()"
+            )
 
     def publish(self, optimizer: Any, buckets: list[Bucket]) -> None:
         """After the first pass: write the scale into the control blocks. It stays the same until `scaler.update()`.

@@ -47,8 +47,9 @@ class Device:
         """
         key = (name, slot, rows, columns.start, columns.stop)
         if key not in self._parts:
-            leading = () if slot is None else (slot,) if rows is None else (slot, slice(rows))
-            self._parts[key] = getattr(self, name)[(*leading, columns)]
+            whole: Tensor = getattr(self, name)
+            of_slot = whole if slot is None else whole[slot]
+            self._parts[key] = (of_slot if rows is None else of_slot[:rows])[..., columns]
         return self._parts[key]
 
     def upload(self, kind: str, rows: Table) -> None:
@@ -237,8 +238,8 @@ class Plan:
         self.shards = sharding.ShardSums(self.buckets)
         self.replicas: Replicas | None = None  # what the optimizer averages over ranks itself
         self.fsdp_modules: list[Any] = []
-        self.buffer_layout: BufferLayout | None = None  # of the last step
-        self.settings: list | None = None  # what the coefficient tables stand for
+        self.buffer_layout: BufferLayout | None = None  # of the last step, with the memory of its two snapshots
+        self.settings: list[Any] | None = None  # what the coefficient tables stand for
         self._scalars: tuple[float, float] | None = None
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -63,6 +63,8 @@ class Step:
         loss = self._call_closure(point)
         if all(p.grad is None for p in self.plan.params):
             self._backward(loss)
+        else:
+            self.optimizer._amp.check_scaled()
         groups = self.optimizer.param_groups
         keep = keep or not self.optimizer._fused  # a foreign base gets d in the buffers of the last gradient
         return self._received(
@@ -112,7 +114,7 @@ class Step:
         elif self._random:
             self._random.replay()
         with torch.enable_grad():
-            loss = self.closure()
+            loss = self.optimizer._amp.run(self.closure)
         if first:
             self.optimizer._amp.publish(self.optimizer, self.buckets)
             self.optimizer._precision_watch.see(loss)

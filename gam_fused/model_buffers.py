@@ -14,6 +14,8 @@ from gam_fused.parameters import is_dtensor
 from gam_fused.sharding import local
 from gam_fused.tensor_lists import moved
 
+Memory = dict[tuple, tuple[Tensor, list[Tensor]]]  # by dtype and device: a flat buffer, and its views in the buffers' shapes
+
 
 class Buffers:
     """What the buffers of modules hold before a step, and after its first pass.
@@ -26,7 +28,7 @@ class Buffers:
     def __init__(self, modules: Iterable[nn.Module], layout: BufferLayout | None = None):
         self._modules = list(modules)
         owners = _owners(self._modules)
-        self.layout = layout if layout and layout.lasts and layout.describes(owners) else BufferLayout(owners)
+        self.layout = layout if layout and layout.reusable and layout.describes(owners) else BufferLayout(owners)
         self._before = self.layout.snapshot(0)
         self._after_first: _Snapshot | None = None
 
@@ -46,7 +48,7 @@ class Buffers:
 
         Args:
             skipped: 0-d, on any device; the host waits for it only where a buffer lies on the CPU and it does not, and where
-                a forward replaced a buffer or wrote to a sparse or quantized one.
+                the first pass replaced a buffer, changed how one lies, or wrote to a sparse or quantized one.
         """
         after = self._after_first or self._now()
         if skipped.device.type == "cpu" or after.layout is not self.layout:
@@ -66,11 +68,14 @@ def _owners(roots: Iterable[nn.Module]) -> list[dict[str, Tensor | None]]:
     waiting: list[nn.Module | None] = list(roots)
     while waiting:
         module = waiting.pop()
-        if module is not None and id(module) not in known:
-            known.add(id(module))
-            waiting += module._modules.values()
-            if module._buffers:
-                owners.append(module._buffers)
+        if module is None or id(module) in known:
+            continue
+        known.add(id(module))
+        waiting += module._modules.values()
+        if any(getattr(type(module), name) is not getattr(nn.Module, name) for name in ("modules", "named_modules")):
+            waiting += module.modules()  # it names more than its own
+        if module._buffers:
+            owners.append(module._buffers)
     return owners
 
 
@@ -78,36 +83,40 @@ class BufferLayout:
     """Which tensors stand under which names, and memory for two snapshots of them: flat copies, one per dtype and device.
 
     Attributes:
-        entries: (the `_buffers` it stands in, name, tensor or None, shape) of each.
-        strided: what has a place in flat copies, by dtype and device. others: sparse and quantized ones.
-        lasts: whether these are the buffers themselves, not views or shards made of them.
+        entries: (the `_buffers` it stands in, name, tensor or None, its shape) of each.
+        strided: those with a place in the flat copies, by dtype and device. others: sparse and quantized ones.
+        reusable: whether copies are made of the tensors themselves, not of views or shards that may come to lie elsewhere.
     """
 
     def __init__(self, owners: list[dict[str, Tensor | None]]):
         self._signature = _signature(owners)  # ids stay taken while `entries` holds the tensors
         entries = [(owner, name, t) for owner in owners for name, t in owner.items() if t is None or not is_lazy(t)]
         self.entries = [(owner, name, t, None if t is None else t.shape) for owner, name, t in entries]
+        tensors = [t for _, _, t in entries if t is not None]
+        self.devices = {t.device for t in tensors}
         self.strided: dict[tuple, list[Tensor]] = defaultdict(list)
         self.others: list[Tensor] = []
-        self.devices: set[torch.device] = set()
-        self.lasts = True
-        for t in (t for _, _, t in entries if t is not None):
-            self.devices.add(t.device)
-            shard = local(t) if is_dtensor(t) else t
-            if shard.layout is torch.strided and not shard.is_quantized:
-                shard = _once(shard)
-                self.strided[t.dtype, shard.device].append(shard)
+        for t in tensors:
+            part = _part(t)
+            if part.layout is torch.strided and not part.is_quantized:
+                self.strided[t.dtype, part.device].append(t)
             else:
-                self.others.append(shard)
-            self.lasts = self.lasts and shard is t
-        self._memory = [{kind: _copies_of(tensors) for kind, tensors in self.strided.items()} for _ in range(2)]
+                self.others.append(part)
+        self.reusable = all(_part(t) is t for t in tensors)
+        self._memory: dict[int, Memory] = {}
 
     def describes(self, owners: list[dict[str, Tensor | None]]) -> bool:
-        """Whether the same tensors, in the same shapes, stand under the same names."""
+        """Whether the same tensor objects, lying in the same way, stand under the same names."""
         return self._signature == _signature(owners)
 
+    def parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What is copied of `tensors`."""
+        return tensors if self.reusable else [_part(t) for t in tensors]
+
     def snapshot(self, number: int) -> _Snapshot:
-        """What the buffers hold now, in memory 0 or 1."""
+        """What the buffers hold now, in memory `number`."""
+        if number not in self._memory:
+            self._memory[number] = {kind: _room_for(self.parts(tensors)) for kind, tensors in self.strided.items()}
         return _Snapshot(self, self._memory[number])
 
 
@@ -116,12 +125,25 @@ def _signature(owners: list[dict[str, Tensor | None]]) -> list[tuple]:
 
 
 def _look(t: Tensor | None) -> Any:
+    """What tells whether memory made for a buffer still fits it. A lazy one becomes a tensor in place."""
     if t is None:
         return None
-    return "lazy" if is_lazy(t) else (id(t), t.dtype, t.shape)  # a lazy one becomes a tensor in place
+    if is_lazy(t):
+        return "lazy"
+    return id(t), t.dtype, t.device, t.shape, t.stride() if t.layout is torch.strided else t.layout
 
 
-def _copies_of(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _part(t: Tensor) -> Tensor:
+    """The elements of `t` that this rank holds, each once: what an expanded tensor repeats cannot be written to."""
+    part = local(t) if is_dtensor(t) else t
+    if part.layout is torch.strided:
+        for dim, (stride, size) in enumerate(zip(part.stride(), part.shape, strict=True)):
+            if stride == 0 and size > 1:
+                part = part.narrow(dim, 0, 1)
+    return part
+
+
+def _room_for(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """A flat buffer, and views of it in the shapes of `tensors`."""
     flat = torch.empty(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
     pieces = flat.split([t.numel() for t in tensors])
@@ -132,10 +154,10 @@ class _Snapshot:
     """The buffers of `layout`, copied into `memory`."""
 
     @torch.no_grad()
-    def __init__(self, layout: BufferLayout, memory: dict[tuple, tuple[Tensor, list[Tensor]]]):
+    def __init__(self, layout: BufferLayout, memory: Memory):
         self.layout, self._memory = layout, memory
         for kind, tensors in layout.strided.items():
-            torch._foreach_copy_(memory[kind][1], tensors)
+            torch._foreach_copy_(memory[kind][1], layout.parts(tensors))
         self._others = [(t, t.detach().clone(), t._version) for t in layout.others]
 
     def select(self, skipped: Tensor, before: _Snapshot) -> None:
@@ -154,15 +176,7 @@ class _Snapshot:
             if t is not None and shape is not None and t.shape != shape:
                 t.resize_(shape)
         for kind, tensors in self.layout.strided.items():
-            torch._foreach_copy_(tensors, self._memory[kind][1])
+            torch._foreach_copy_(self.layout.parts(tensors), self._memory[kind][1])
         for t, copy, version in self._others:
             if t._version != version:
                 t.copy_(copy)
-
-
-def _once(t: Tensor) -> Tensor:
-    """The elements of an expanded tensor, each once: what it repeats cannot be written to."""
-    for dim, (stride, size) in enumerate(zip(t.stride(), t.shape, strict=True)):
-        if stride == 0 and size > 1:
-            t = t.narrow(dim, 0, 1)
-    return t

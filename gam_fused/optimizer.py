@@ -222,9 +222,9 @@ class FusedGAM(Optimizer):
         self._plan.upload(tables, self.eps, hyperparameters.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0)
         self._plan.settings = settings
 
-    def _settings(self) -> list | None:
+    def _settings(self) -> list[Any] | None:
         """What the coefficient tables follow from, or None where comparing would not tell of a change (tensors, lists)."""
-        settings = [
+        values = [
             self.method,
             self.rho_prime,
             self.alpha,
@@ -235,8 +235,10 @@ class FusedGAM(Optimizer):
             self.max_grad_norm,
         ]
         for group in self.param_groups:
-            settings += [entry for entry in group.items() if entry[0] not in _NO_SETTINGS]
-        return settings if hyperparameters.are_constants(settings) else None
+            for name, value in group.items():
+                if name not in _NO_SETTINGS:
+                    values += (name, value)
+        return [*values, *map(type, values)] if hyperparameters.are_constants(values) else None  # True == 1.0
 
     def _rebuild_plan(self) -> None:
         checkpoint.drop_unstarted(self)

@@ -11,13 +11,17 @@ benchmarks/results/probe_cosine.csv has what was measured.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+import gam_fused
 from gam_fused.sharding import forward_dtypes
 from gam_fused.tensor_lists import EMPTY
 
@@ -87,11 +91,20 @@ class Watch:
             self._done = True
             if float(value) > CLEARLY_NOISY:
                 warnings.warn(
-                    f"the finite difference's probe is below the precision of the forward pass: rho_prime="
+                    f"FusedGAM: the finite difference's probe is below the precision of the forward pass: rho_prime="
                     f"{optimizer.rho_prime:g} makes {float(value):.1f} times as much rounding noise as probe. Raise "
                     "rho_prime, or run the forward in float32",
-                    stacklevel=4,
+                    stacklevel=_frames_to_the_caller(),
                 )
+
+
+def _frames_to_the_caller() -> int:
+    """How far above the function that asks the first frame lies that is neither torch's nor this package's."""
+    inside = tuple(f"{Path(module.__file__).parent}{os.sep}" for module in (torch, gam_fused) if module.__file__)
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _eps_of_casts(root: Any, limit: int = 20_000) -> float:

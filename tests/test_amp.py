@@ -207,6 +207,27 @@ def test_a_closure_that_unscales_is_an_error(interval, form):
 
 
 @forms
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_closure_that_does_not_scale_is_an_error(bad, form):
+    task, count = Task(kind="calls_backward"), iter(range(100))
+    loss_fn, inner, before = regression(task.model, *batch()), task.closure, task.frozen()
+
+    def closure():
+        if next(count) != bad:
+            return inner()
+        loss_fn().backward()
+
+    task.closure = closure
+    with pytest.raises(RuntimeError, match="has not scaled"):
+        task.step(form)
+    same(task.frozen(), before)
+    assert "scale" not in vars(task.scaler)
+    task.scaler.update(1024.0)
+    task.step(form)
+    assert task.optimizer.skipped_steps == 0
+
+
+@forms
 def test_a_forgotten_update_is_an_error(form):
     task = Task()
     task.step(form, update=False)

@@ -42,6 +42,43 @@ class Written(nn.Module):
         return x
 
 
+class Still(Written):
+    """Only holds its buffer."""
+
+    def forward(self, x):
+        return x
+
+
+class Repeated(nn.Module):
+    """Its first forward puts memory of its own in place of the one element that the buffer repeats."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(1).expand(6))
+
+    def forward(self, x):
+        self.total.data = self.total.data + 1
+        return x
+
+
+class Lists(nn.Module):
+    """Keeps a module in a plain list, and names it."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.BatchNorm1d(6, affine=False)]
+
+    def named_modules(self, *arguments, **keywords):
+        yield from super().named_modules(*arguments, **keywords)
+        yield "hidden", self.hidden[0]
+
+    def named_buffers(self, *arguments, **keywords):
+        yield from self.hidden[0].named_buffers()
+
+    def forward(self, x):
+        return self.hidden[0](x)
+
+
 class Appears(nn.Module):
     """Has a buffer only from its first call on."""
 
@@ -70,6 +107,9 @@ NETS = {
     "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Linear(3, 6)), nn.Tanh(), nn.Linear(6, 2)),
     "assigned": lambda: flat_net(Assigned()),
     "written": lambda: flat_net(Written()),
+    "repeated": lambda: flat_net(Repeated()),
+    "lists": lambda: flat_net(Lists()),
+    "still": lambda: flat_net(Still()),
     "appears": lambda: flat_net(Appears()),
 }
 
@@ -80,7 +120,7 @@ def net(name: str) -> nn.Module:
 
 
 def buffers(model: nn.Module) -> dict:
-    return freeze(dict(model.named_buffers()))
+    return freeze({name: b if b.layout is torch.strided else b.to_dense() for name, b in model.named_buffers()})
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -115,7 +155,7 @@ def test_buffers_stay_the_same_tensors(method):
     assert all(b is held[name][0] and b.data_ptr() == held[name][1] for name, b in model.named_buffers())
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "assigned", "spectral_norm", "appears"])
+@pytest.mark.parametrize("name", ["batch_norm", "assigned", "spectral_norm", "appears", "repeated", "lists"])
 @pytest.mark.parametrize(("method", "bad"), EVERY_PASS)
 def test_a_failure_restores_buffers(method, bad, name):
     model = net(name)
@@ -136,7 +176,7 @@ def test_a_failure_restores_buffers(method, bad, name):
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=lambda b: b.__name__)
-@pytest.mark.parametrize("name", ["batch_norm", "assigned", "spectral_norm", "appears"])
+@pytest.mark.parametrize("name", ["batch_norm", "assigned", "spectral_norm", "appears", "repeated", "lists"])
 @pytest.mark.parametrize(("method", "bad"), EVERY_PASS)
 def test_a_skipped_step_leaves_buffers_as_before(method, bad, name, base):
     model = net(name)
@@ -246,6 +286,9 @@ CHANGES = {
     "another dtype in place": ("written", lambda model: setattr(model[1].total, "data", torch.ones(6).double())),
     "another place": ("batch_norm", lambda model: setattr(model[1].running_mean, "data", torch.ones(6))),
     "another shape": ("written", lambda model: model[1].total.resize_(2, 6).zero_()),
+    "other strides": ("batch_norm", lambda model: setattr(model[1].running_mean, "data", torch.ones(12)[::2])),
+    "repeated": ("still", lambda model: setattr(model[1].total, "data", torch.ones(1).expand(6))),
+    "sparse": ("still", lambda model: torch.utils.swap_tensors(model[1].total, torch.ones(6).to_sparse())),
     "another module": ("batch_norm", lambda model: model.__setitem__(2, nn.BatchNorm1d(6, affine=False))),
     "a buffer more": ("batch_norm", lambda model: model[1].register_buffer("more", torch.ones(3))),
     "no buffer": ("batch_norm", lambda model: model.__setitem__(1, nn.Tanh())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,7 @@ def test_a_probe_below_the_precision_of_autocast_warns_once(rho_prime, warns):
         for _ in range(3):
             optimizer.step(closure)
     said = [w for w in caught if "below the precision" in str(w.message)]
+    assert all(w.filename == __file__ for w in said)
     assert len(said) == (1 if warns else 0)
     assert (optimizer.diagnostics()["noise_ratio"].item() > 4.0) is warns
 
@@ -269,41 +271,70 @@ def test_finite_difference_hvp_of_vectors_without_a_direction():
         same(p.detach(), before)
 
 
-def _set(optimizer, name, value):
-    if name in optimizer.param_groups[0]:
-        optimizer.param_groups[0][name] = value
-    else:
-        setattr(optimizer, name, value)
-
-
+ADAMW, SGD = torch.optim.AdamW, torch.optim.SGD
+OPTIONS = {
+    "finite_difference": {"oracle": "sam", "sam_rho": 0.1, "max_grad_norm": 10.0},
+    "accelerated": {"momentum": 0.5},
+    "sam": {},
+}
 SETTINGS = [
-    *(("rho", 0.4), ("rho_prime", 0.02), ("alpha", 0.3), ("sam_rho", 0.3), ("eps", 1e-2), ("max_grad_norm", 0.1)),
-    *(("lr", 0.03), ("lr", torch.tensor(0.03)), ("weight_decay", 0.3), ("betas", [0.5, 0.7]), ("maximize", True)),
+    *(("finite_difference", ADAMW, *case) for case in (("rho", 0.4), ("rho_prime", 0.02), ("alpha", 0.3), ("sam_rho", 0.3))),
+    *(("finite_difference", ADAMW, *case) for case in (("max_grad_norm", 0.1), ("lr", 0.03), ("lr", torch.tensor(0.03)))),
+    *(("finite_difference", ADAMW, *case) for case in (("weight_decay", 0.3), ("betas", [0.5, 0.7]), ("maximize", True))),
+    *(("accelerated", SGD, *case) for case in (("beta", 0.9), ("gamma", 0.5), ("momentum", 0.9), ("nesterov", True))),
+    *(("accelerated", SGD, *case) for case in (("alpha", (0.5, 0.9)), ("dampening", 0.3))),
+    *(("sam", SGD, *case) for case in (("rho", 0.4), ("eps", 0.5), ("method", "finite_difference"))),
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), SETTINGS, ids=str)
-def test_a_setting_changed_between_steps_acts_in_the_next(name, value):
+@pytest.mark.parametrize(("method", "base", "name", "value"), SETTINGS, ids=str)
+def test_a_setting_changed_between_steps_acts_in_the_next(method, base, name, value):
     """As if the optimizer had been made with it: what has not changed is not computed anew."""
+
+    def begun(model):
+        optimizer, closure = trainer(method, model, regression(model, *batch()), base, **OPTIONS[method])
+        if method == "sam":  # what its change of method needs
+            optimizer.rho_prime, optimizer.alpha = 0.05, 1.0
+        return optimizer, closure
+
+    def change(optimizer):
+        if name in optimizer.param_groups[0]:
+            optimizer.param_groups[0][name] = value
+        else:
+            setattr(optimizer, name, value)
+
     model = mlp()
-    options = {"oracle": "sam", "sam_rho": 0.1, "max_grad_norm": 10.0}
-    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()), torch.optim.AdamW, **options)
+    optimizer, closure = begun(model)
     for _ in range(2):
         optimizer.step(closure)
-    twin = copy.deepcopy(model)
-    other, other_closure = trainer("finite_difference", twin, regression(twin, *batch()), torch.optim.AdamW, **options)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    unchanged = copy.deepcopy(model)
-    plain, plain_closure = trainer(
-        "finite_difference", unchanged, regression(unchanged, *batch()), torch.optim.AdamW, **options
-    )
-    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each, its_closure in ((optimizer, closure), (other, other_closure)):
-        _set(each, name, value)
-        each.step(its_closure)
-    plain.step(plain_closure)
-    same(weights(optimizer), weights(other))
-    assert any((p != q).any() for p, q in zip(model.parameters(), unchanged.parameters(), strict=True))
+    after = []
+    for changes in (True, False):
+        twin = copy.deepcopy(model)
+        other, other_closure = begun(twin)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        if changes:
+            change(other)
+        other.step(other_closure)
+        after.append(weights(other))
+    change(optimizer)
+    optimizer.step(closure)
+    same(weights(optimizer), after[0])
+    assert any((p != q).any() for p, q in zip(*after, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lr", "rho", "perturb", "alpha"])
+def test_what_equals_a_number_but_is_none_is_refused(name):
+    """True == 1.0."""
+    model = mlp()
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()), lr=1.0, rho=1.0, alpha=1.0)
+    optimizer.step(closure)
+    value: Any = 1 if name == "perturb" else True
+    if name == "alpha":
+        optimizer.alpha = value
+    else:
+        optimizer.param_groups[0][name] = value
+    with pytest.raises(TypeError, match=name):
+        optimizer.step(closure)
 
 
 def test_a_setting_changed_in_place_acts_in_the_next_step():

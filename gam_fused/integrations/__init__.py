@@ -12,14 +12,20 @@ from typing import Any
 
 
 def check_closure(closure: Callable[[], Any]) -> None:
-    """Refuses what Lightning's own hooks hand over where that would train wrongly without a word.
+    """Refuses what is no function, and what Lightning's hooks hand over where that would train wrongly without a word.
 
     Lightning wraps the closure of automatic optimization as `partial(precision._wrap_closure, module, optimizer, closure)`.
     It runs the last micro-batch only, and clips the gradients of each pass.
 
     Raises:
+        TypeError: not callable.
         RuntimeError: a Trainer that accumulates or clips gradients, without `GAMCallback`.
     """
+    if not callable(closure):
+        raise TypeError(
+            f"step takes a function that computes the loss, which it calls once per pass, not a {type(closure).__name__}: "
+            "optimizer.step(lambda: loss_fn(model(x), y))"
+        )
     if not isinstance(closure, partial) or getattr(closure.func, "__name__", "") != "_wrap_closure":
         return
     module = closure.args[0]
