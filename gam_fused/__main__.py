@@ -32,6 +32,7 @@ def main() -> int:
             failed |= result.startswith("FAILED")
             if result:
                 print(f"  {name:<10} {device}: {result}")
+    print("A backend disagrees with the reference." if failed else "Every backend that is there agrees with the reference.")
     return int(failed)
 
 

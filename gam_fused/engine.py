@@ -6,6 +6,7 @@ It holds no formula (these are the rooms') and no coefficient (these are `coeffi
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ class Step:
 
     def _differentiable(self, loss: Any) -> Tensor:
         if not isinstance(loss, Tensor) or not loss.requires_grad:
-            what = "a tensor without a graph" if isinstance(loss, Tensor) else repr(loss)
+            what = "a tensor without a graph" if isinstance(loss, Tensor) else reprlib.repr(loss)
             raise RuntimeError(
                 f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return the "
                 "loss as a 0-d tensor that can be differentiated"

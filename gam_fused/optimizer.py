@@ -321,6 +321,23 @@ class FusedGAM(Optimizer):
             del self.param_groups[number:]
             raise
 
+    def __repr__(self) -> str:
+        names = [
+            "method",
+            "rho_prime",
+            "alpha",
+            "beta",
+            "gamma",
+            "adaptive",
+            "interval",
+            "max_grad_norm",
+            "perturb_sync",
+            "backend",
+        ]
+        names += ["oracle", "sam_rho"] if self.oracle != "loss" else []
+        shown = ", ".join(f"{name}={value!r}" for name in names if (value := getattr(self, name)) is not None)
+        return super().__repr__().replace("(", f"({shown}", 1)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in the layout of the base optimizer's own; param groups also hold "rho", "perturb" and "gam"."""
         checkpoint.drop_unstarted(self)

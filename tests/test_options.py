@@ -132,6 +132,14 @@ def test_diagnostics_against_a_computation_by_hand(method):
     assert 0 <= told["noise_ratio"].item() < 1e-10
 
 
+def test_it_prints_what_it_is():
+    text = repr(make(mlp().parameters(), lr=0.05, alpha=0.7, backend="torch"))
+    assert text.startswith("FusedGAM (method='finite_difference', rho_prime=")
+    for part in ("alpha=0.7", "backend='torch'", "lr: 0.05", "rho: "):
+        assert part in text
+    assert "beta" not in text
+
+
 def test_diagnostics_before_the_first_step():
     with pytest.raises(RuntimeError, match="none yet"):
         make(mlp().parameters()).diagnostics()

@@ -16,6 +16,7 @@ from examples.digits.timing import step_times
 from examples.digits.training import Settings
 
 TIMING = "ms per step: medians, all methods in turn in one process with one thread, after the runs"
+QUICK_METHODS = ("base", "sam", "finite_difference")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,25 +26,26 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for digits.json and digits.png (out/)")
     parser.add_argument("--seeds", type=int, help="runs per method (5)")
-    parser.add_argument("--epochs", type=int, help="(30)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    parser.add_argument("--epochs", type=int, default=30, help="(30)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(all)")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="(all)")
-    parser.add_argument(
-        "--quick", action="store_true", help="2 seeds and 10 epochs unless given: under a minute on two cores"
-    )
+    parser.add_argument("--quick", action="store_true", help=f"unless given: 2 seeds of {', '.join(QUICK_METHODS)} only")
     parser.add_argument(
         "--workers", type=int, default=default_workers(), help="runs at a time, one thread each (cores, <= 8)"
     )
     options = parser.parse_args(arguments)
     seeds = options.seeds or (2 if options.quick else 5)
-    settings = Settings(epochs=options.epochs or (10 if options.quick else 30))
+    settings = Settings(epochs=options.epochs)
     if min(seeds, settings.epochs, options.workers) < 1:
         parser.error("--seeds, --epochs and --workers must be at least 1")
 
-    methods = [Method(name, base) for base in options.bases for name in options.methods]
+    names = options.methods or (QUICK_METHODS if options.quick else METHODS)
+    methods = [Method(name, base) for base in options.bases for name in names]
+    print(f"Training {len(methods)} methods, {seeds} seeds each, {settings.epochs} epochs:", flush=True)
     start = time.perf_counter()
     # Seed by seed, so that an interrupted machine disturbs all methods alike.
     runs = run_all([(method, seed, settings) for seed in range(seeds) for method in methods], options.workers)
+    print("Timing their steps ...", flush=True)
     times = step_times(methods, settings.batch_size)
     rows = summary(runs, {row_key(asdict(m)): ms for m, ms in zip(methods, times, strict=True)})
     wall_s = time.perf_counter() - start
