@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from gam_fused.constants import Algorithm, Column, Flag
+from gam_fused.keywords import name_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class FusedBase:
         if self.algorithm == Algorithm.SGD:
             return ("momentum_buffer" if group["momentum"] != 0 else None, None, None)
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None)
+
+    def required(self, entry: dict[str, Any]) -> tuple[str, ...]:
+        """Names of what the state of a parameter that has been updated holds in any case."""
+        return ("step", "exp_avg", "exp_avg_sq") if entry and self.algorithm == Algorithm.ADAM else ()
 
     def coefficients(self, group: dict[str, Any]) -> dict[Column, float]:
         """The group's hyperparameters as columns of the coefficient table; a tensor lr is left to the caller."""
@@ -55,6 +60,11 @@ def fused_base(optimizer: Optimizer) -> FusedBase | None:
     return _FUSED.get(type(optimizer))
 
 
+def rho_key(base: Optimizer) -> str:
+    """The group entry that holds GAM's radius: "rho", or "gam_rho" where the base optimizer has a rho of its own."""
+    return "gam_rho" if "rho" in base.defaults and "gam_rho" not in base.defaults else "rho"
+
+
 def build(
     params: Iterable[Any] | None,
     base_optimizer: Callable[..., Optimizer] | Optimizer,
@@ -78,13 +88,19 @@ def build(
             base = base_optimizer(params, **keywords)
         except TypeError as error:
             if "unexpected keyword" in str(error):
-                name = getattr(base_optimizer, "__name__", type(base_optimizer).__name__)
-                raise TypeError(f"neither FusedGAM nor its base optimizer {name} takes this argument: {error}") from error
+                name = name_of(base_optimizer)
+                hint = "; FusedGAM's own guard of divisions is xi" if "'eps'" in str(error) else ""
+                raise TypeError(
+                    f"neither FusedGAM nor its base optimizer {name} takes this argument: {error}{hint}"
+                ) from error
             raise
     else:
         raise TypeError(f"base_optimizer must be an optimizer class, a factory or an instance, but is {base_optimizer!r}")
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer gave a {type(base).__name__}, not a torch.optim.Optimizer")
+    clash = sorted({"perturb", "gam"} & base.defaults.keys())
+    if clash:
+        raise TypeError(f"the base optimizer {type(base).__name__} has param group entries that FusedGAM uses: {clash}")
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the closure itself and cannot be a base optimizer; use SGD, Adam, AdamW or another")
     if any(group.get("differentiable") for group in base.param_groups):

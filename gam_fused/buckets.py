@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from gam_fused import sharding
-from gam_fused.base_optimizers import FusedBase
 from gam_fused.constants import GUARD, Column, Control
 from gam_fused.distributed import Replicas
-from gam_fused.model_buffers import BufferLayout
-from gam_fused.parameters import Groups, is_dtensor
+from gam_fused.gradients import Strides
+from gam_fused.model_state import ModelState
+from gam_fused.optimizer_state import BucketState, like
+from gam_fused.parameters import Groups, describe, is_dtensor
+from gam_fused.randomness import Generators
 from gam_fused.rooms import room
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList, flat_views, is_dense, upload
+from gam_fused.tensor_lists import Layout, TensorList, flat_views, is_dense, upload
 
 SLOTS = GUARD + 1  # reductions of one step: three ascents, and the guard of the last gradient
 Table = list[list[float | Tensor]]
@@ -57,7 +60,7 @@ class Device:
         numbers = [[0.0 if isinstance(v, Tensor) else v for v in row] for row in rows]
         if self._values.get(kind) != numbers:
             self._values[kind] = numbers
-            fresh = upload(torch.tensor(numbers, dtype=torch.float64), self.device)
+            fresh = upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"), self.device)
             if kind in self.tables:
                 self.tables[kind].copy_(fresh)
             else:
@@ -86,25 +89,20 @@ class Bucket:
         self.sharded, self.reduction_groups = is_dtensor(params[0]), sharding.reduction_groups(params[0])
         locals_ = [sharding.local(p) for p in params]
         self.theta = TensorList(locals_, lasting=True)
-        self.memory = self.memory_now()
         self.dtype, self.device, self.dense = params[0].dtype, locals_[0].device, is_dense(locals_[0])
-        self.strides = [p.stride() if self.dense else torch.empty(p.shape, device="meta").stride() for p in locals_]
+        self.strides = Strides(locals_, self.dense)
+        self.memory = self.memory_now()
         self.layout = Layout([p.numel() for p in locals_], groups, counted)
         self.verbs = room(backend, self.device, dense=self.dense)
         self.control = torch.zeros(len(Control), dtype=torch.float64, device=self.device)
         self.columns = slice(0, 0)
         self.shared: Device
         self.backed_up = False
-        self.steps_buffer = torch.zeros(len(params), dtype=torch.float32, device=self.device)
-        self.steps = TensorList(list(self.steps_buffer), lasting=True)
-        self.state_lists: tuple[TensorList, ...] = (EMPTY, EMPTY, EMPTY)
+        self.state = BucketState(self)
         self.shard_index = sharding.shard_index(params[0])
         self.exchange: Any = None  # where `distributed` averages over ranks
         self._backup: TensorList | None = None
         self._accumulator: TensorList | None = None
-        self._state_refs: list[tuple[dict[str, Any], str, Tensor]] = []
-        self._entries: list[dict[str, Any]] = []
-        self._listed: list[bool] | None = None
 
     @property
     def backup(self) -> TensorList:
@@ -126,93 +124,39 @@ class Bucket:
 
     def zeros(self, i: int) -> Tensor:
         """A zero gradient for parameter `i`."""
-        return _like(None, self.theta.tensors[i], self.strides[i])
+        return like(None, self.theta.tensors[i], self.strides[i])
 
     def memory_now(self) -> list[list]:
         """Where the parameters lie now, and how; `p.data` may be set to another part of the same memory."""
         params = [sharding.local(p) for p in self.params] if self.sharded else self.params
-        return [list(map(look, params)) for look in (Tensor.data_ptr, Tensor.numel, Tensor.stride)]
+        order: Any = Tensor.is_contiguous if self.strides.row_major and self.dense else Tensor.stride
+        return [list(map(look, params)) for look in (Tensor.data_ptr, Tensor.numel, order)]
+
+    def addresses_now(self) -> list[int]:
+        """Where the parameters lie now. `theta` keeps the memory of before, so nothing else can come to lie there."""
+        return list(map(Tensor.data_ptr, map(sharding.local, self.params) if self.sharded else self.params))
+
+    def tell_moved(self, param_groups: Groups) -> str:
+        """An error's text: which parameter a closure has moved."""
+        moved = zip(self.params, self.theta.tensors, self.addresses_now(), self.memory[0], strict=True)
+        p, before = next((p, t) for p, t, now, then in moved if now != then)
+        was = f"{before.dtype}, {before.device}"
+        return (
+            f"the closure gave {describe(p, param_groups)} other memory (before: {was}) by assigning its .data, as "
+            "module.to() and an RNN's flatten_parameters() do: the optimizer would move weights that are not the model's. Do "
+            "that before the step"
+        )
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
         """This bucket's columns of what the buckets of its device share; see `Device.part`."""
         return self.shared.part(name, slot, rows, self.columns)
-
-    def ensure_state(
-        self, base: FusedBase, state: dict[Tensor, dict[str, Any]], param_groups: Groups, active: list[bool]
-    ) -> None:
-        """Create what the update needs for the active parameters, in torch's own layout, and list it.
-
-        State that is already there (a checkpoint, another device) is adopted: brought to the parameter's dtype, device and
-        strides where it differs, in place of the old entry.
-        """
-        if self._state_is_current(state, active):
-            return
-        self._state_refs = []
-        columns: tuple[list[Tensor | None], ...] = ([], [], [])
-        for i, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            entry = state[p] if active[i] or p in state else {}
-            keys = base.state_keys(param_groups[group])
-            fresh = all(key is None or entry.get(key) is None for key in keys)
-            for column, key in zip(columns, keys, strict=True):
-                if key is None or (not active[i] and entry.get(key) is None):
-                    column.append(None)
-                    continue
-                column.append(self._adopt(entry, key, i))
-                self._state_refs.append((entry, key, entry[key]))
-            if entry or active[i]:
-                self._adopt_step(i, base.step_key, entry, fresh)
-        self.state_lists = tuple(TensorList(c, lasting=True) if any(t is not None for t in c) else EMPTY for c in columns)
-        self._listed, self._entries = list(active), list(state.values())
-
-    def _adopt(self, entry: dict[str, Any], key: str, i: int) -> Tensor:
-        """The state tensor `key` of parameter `i` as the verbs take it, in memory that `entry` holds too."""
-        p, present = self.params[i], entry.get(key)  # p is a DTensor in a sharded bucket
-        if not self.sharded:
-            entry[key] = value = _like(present, p, self.strides[i])
-            return value
-        shard = sharding.adopt(present, p)
-        value = _like(shard, self.theta.tensors[i], self.strides[i])
-        if present is None or value is not shard or not sharding.alike(present, p):
-            entry[key] = sharding.like(value, p)
-        return value
-
-    def _adopt_step(self, i: int, key: str, entry: dict[str, Any], fresh: bool) -> None:
-        counter = self.steps.tensors[i]
-        if not key:
-            if fresh:
-                counter.zero_()
-            else:
-                counter.clamp_(min=1)
-            return
-        loaded = entry.get(key)
-        if loaded is not counter:
-            counter.copy_(torch.as_tensor(0.0 if loaded is None else loaded))
-        entry[key] = counter
-        self._state_refs.append((entry, key, counter))
-
-    def _state_is_current(self, state: dict[Tensor, dict[str, Any]], active: list[bool]) -> bool:
-        listed = self._listed
-        if listed is None or (listed != active and any(now and not then for now, then in zip(active, listed, strict=True))):
-            return False
-        # By identity of the entries, not through `state[p]`: hashing a tensor is a Python call.
-        if len(state) != len(self._entries) or not all(map(operator.is_, state.values(), self._entries)):
-            return False
-        return all(entry.get(key) is value for entry, key, value in self._state_refs)
-
-
-def _like(value: Tensor | None, p: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if value is None:
-        return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).zero_()
-    if value.stride() == stride and value.dtype is p.dtype and value.device == p.device:
-        return value
-    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(value)
 
 
 class Plan:
     """All buckets of an optimizer, and what they were built from."""
 
     def __init__(self, param_groups: Groups, backend: str):
-        self.signature = _signature(param_groups)
+        self._members, self._flags = [list(group["params"]) for group in param_groups], _flags(param_groups)
         members: dict[tuple, list[tuple[Tensor, int, bool]]] = defaultdict(list)
         for number, group in enumerate(param_groups):
             for p in group["params"]:
@@ -238,9 +182,18 @@ class Plan:
         self.shards = sharding.ShardSums(self.buckets)
         self.replicas: Replicas | None = None  # what the optimizer averages over ranks itself
         self.fsdp_modules: list[Any] = []
-        self.buffer_layout: BufferLayout | None = None  # of the last step, with the memory of its two snapshots
+        self.model_state: ModelState | None = None  # where there is a model
+        self.state_keys: list[tuple[str | None, ...]] = []  # of each param group: names of what the fused base keeps
         self.settings: list[Any] | None = None  # what the coefficient tables stand for
         self._scalars: tuple[float, float] | None = None
+        self._generators: tuple[tuple, Generators] | None = None
+
+    def generators_of(self, devices: set[torch.device], own: Sequence[Any]) -> Generators:
+        """The generators that passes may draw from: of the plan's devices, of the model's, and the user's own."""
+        key = (frozenset(devices), tuple(map(id, own)))
+        if self._generators is None or self._generators[0] != key:
+            self._generators = key, Generators({*self.devices, *devices}, own)
+        return self._generators[1]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """For the time of a step."""
@@ -258,9 +211,37 @@ class Plan:
 
     def is_current(self, param_groups: Groups) -> bool:
         """Whether groups, their parameters and the memory behind them are what the plan was built from."""
-        return _signature(param_groups) == self.signature and all(
-            bucket.memory_now() == bucket.memory for bucket in self.buckets
+        return (
+            self.members_are(param_groups)
+            and self._flags == _flags(param_groups)
+            and all(bucket.memory_now() == bucket.memory for bucket in self.buckets)
         )
+
+    def members_are(self, param_groups: Groups) -> bool:
+        """Whether the groups hold the parameters that the plan was built from."""
+        return len(param_groups) == len(self._members) and all(
+            len(mine) == len(group["params"]) and all(map(operator.is_, mine, group["params"]))
+            for mine, group in zip(self._members, param_groups, strict=True)
+        )
+
+    def check_in_place(self, param_groups: Groups) -> None:
+        """After a pass: the closure has neither moved parameters nor put others in their place.
+
+        Raises:
+            RuntimeError: it has. Names the parameter.
+        """
+        if not self.members_are(param_groups):
+            raise RuntimeError(_replaced(self._members, param_groups))
+        for bucket in self.buckets:
+            if bucket.addresses_now() != bucket.memory[0]:
+                raise RuntimeError(bucket.tell_moved(param_groups))
+
+    def put_in_place(self) -> None:
+        """Parameters that a closure has given other memory lie in their own again."""
+        for bucket in self.buckets:
+            if not bucket.sharded and bucket.memory_now() != bucket.memory:
+                for p, t in zip(bucket.params, bucket.theta.tensors, strict=True):
+                    p.data = t
 
     def share(self, slot: int, rows: int) -> None:
         """Add what the ranks with the other shards computed, then give every device the columns of the others.
@@ -277,5 +258,19 @@ class Plan:
                     device.part("partials", slot, rows, bucket.columns).copy_(bucket.part("partials", slot, rows))
 
 
-def _signature(param_groups: Groups) -> list[tuple[bool, list[int]]]:
-    return [(group["perturb"], [id(p) for p in group["params"] if p.requires_grad]) for group in param_groups]
+def _flags(param_groups: Groups) -> list[tuple[Any, list[bool]]]:
+    return [(group.get("perturb"), list(map(_requires_grad, group["params"]))) for group in param_groups]
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _replaced(members: list[list[Tensor]], param_groups: Groups) -> str:
+    for row, (mine, group) in enumerate(zip(members, param_groups, strict=False)):
+        for i, (p, q) in enumerate(zip(mine, group["params"], strict=False)):
+            if p is not q:
+                return (
+                    f"the closure put another tensor in the place of parameter {i} of group {row} (shape {tuple(p.shape)}, "
+                    f"{p.dtype}): passes at other weights than its cannot be made. Replace parameters between steps"
+                )
+    return "the closure added or removed parameters of the optimizer: do that between steps"

@@ -22,7 +22,12 @@ Row = list[float | Tensor]
 
 
 def tables(
-    method: str, values: Hyperparameters, sam_rho: float | None, param_groups: list[dict[str, Any]], base: FusedBase | None
+    method: str,
+    values: Hyperparameters,
+    sam_rho: float | None,
+    param_groups: list[dict[str, Any]],
+    base: FusedBase | None,
+    rho_key: str = "rho",
 ) -> dict[str, list[Row]]:
     """All coefficient tables, from the hyperparameters as they stand now.
 
@@ -35,7 +40,7 @@ def tables(
         shared = _checked(number, {Column.LR: group["lr"]} | base.coefficients(group)) if base else {}
         sign = -1.0 if group.get("maximize") else 1.0  # the loss of a maximising group is -L: its worst case lies downhill
         counted = 1.0 if group["perturb"] else 0.0
-        result["gam"].append(_row(shared | _METHODS[method](values, float(group["rho"]), sign, counted)))
+        result["gam"].append(_row(shared | _METHODS[method](values, float(group[rho_key]), sign, counted)))
         result["plain"].append(_row(shared | {Column.DIRECTION_3: 1.0}))
         if sam_rho is not None:
             result["oracle"].append(_row(shared | {Column.RADIUS_0: sign * counted * sam_rho, Column.DIRECTION_3: 1.0}))

@@ -62,7 +62,7 @@ def _norms(optimizer: FusedGAM, step: Step) -> dict[str, Tensor]:
     norm = shared.partials[:, 0].sum(1).sqrt() / scale
     if not step.ascents:
         return {"gradient_norm": norm[GUARD]} if len(step.losses) == 1 else {}
-    rho = next((float(g["rho"]) for g in optimizer.param_groups if g["perturb"]), 0.0)
+    rho = next((float(g[optimizer.rho_key]) for g in optimizer.param_groups if g["perturb"]), 0.0)
     if optimizer.method == "exact":
         gradient, adversarial = step.extras["gradient_norm"], step.extras["adversarial_gradient_norm"]
         return {"gradient_norm": gradient, "curvature": norm[0], "first_order_flatness": rho * adversarial}
@@ -83,7 +83,7 @@ def _sums(b: Bucket, ascents: list[int]) -> Tensor:
 
 def _number(loss: Any, device: torch.device) -> Tensor:
     if isinstance(loss, Tensor):
-        value = loss.reshape(()) if loss.numel() == 1 else torch.tensor(math.nan)
+        value = loss.reshape(()) if loss.numel() == 1 else torch.tensor(math.nan, device="cpu")
     else:
-        value = torch.tensor(loss if isinstance(loss, (int, float)) else math.nan, dtype=torch.float64)
+        value = torch.tensor(loss if isinstance(loss, (int, float)) else math.nan, dtype=torch.float64, device="cpu")
     return moved(value, device, torch.float64)

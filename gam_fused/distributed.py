@@ -195,7 +195,7 @@ class _Exchange:
     def all_reduce(self, group: dist.ProcessGroup, had: list[bool], skipped: Any = 0.0) -> None:
         """Average over ranks. `had`: which tensors this rank has something for; `skipped`: not 0 if it skips the step."""
         self._had = list(had)
-        self._notes[1:] = 1.0 if all(had) else torch.tensor(had, dtype=self._notes.dtype)
+        self._notes[1:] = 1.0 if all(had) else torch.tensor(had, dtype=self._notes.dtype, device="cpu")
         self._notes[0] = skipped
         self.buffer.div_(dist.get_world_size(group))  # before the sum, as DDP does: no overflow that the mean has not
         dist.all_reduce(self.buffer, group=group)

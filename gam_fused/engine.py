@@ -7,17 +7,21 @@ It holds no formula (these are the rooms') and no coefficient (these are `coeffi
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import repeat
+from operator import is_, is_not, or_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gam_fused import distributed, gradients, sharding
+from gam_fused import distributed, gradients, hooks, sharding
 from gam_fused.constants import GUARD, Control
-from gam_fused.model_buffers import Buffers
+from gam_fused.interrupts import Interrupts
+from gam_fused.randomness import RandomState
 from gam_fused.tensor_lists import EMPTY, TensorList
-from gam_fused.transaction import Interrupts, RandomState
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM
@@ -30,8 +34,10 @@ class Step:
     """The state of one `FusedGAM.step(closure)`. Lists below have one `TensorList` per bucket.
 
     Attributes:
-        loss: what the closure returned in pass 1, detached. losses: the same of every pass, by the point it was made at.
-        ascents: which reductions this step made. extras: norms that a method computed itself. Both for `diagnostics`.
+        fused: the base optimizer's fused update, or None where `base.step()` makes it.
+        loss: what the closure returned in pass 1, detached.
+        losses: the loss of every pass, by the point it was made at. ascents: which reductions this step made. extras: norms
+            that a method computed itself. All for `diagnostics`.
     """
 
     def __init__(
@@ -44,13 +50,14 @@ class Step:
         self.losses: dict[str, Any] = {}
         self.extras: dict[str, Tensor] = {}
         self.ascents: list[int] = []
+        # Hooks of the base's own expect to find the direction in `p.grad`.
+        self.fused = None if hooks.has_step_hooks(optimizer.base_optimizer) else optimizer._fused
         self._seen = [[False] * len(b.params) for b in self.buckets]
-        self._buffers = None
-        if optimizer._modules:
-            self._buffers = Buffers(optimizer._modules, self.plan.buffer_layout)
-            self.plan.buffer_layout = self._buffers.layout
-        devices = set(self.plan.devices) | (self._buffers.devices if self._buffers else set())
-        self._random = random or (RandomState(devices) if optimizer.preserve_rng_state else None)
+        self._model = self.plan.model_state.begin() if self.plan.model_state else None
+        if random is None and optimizer.preserve_rng_state:
+            random = self.plan.generators_of(self._model.devices if self._model else set(), optimizer.generators).begin()
+        self._random = random
+        self._settled = False  # whether generators and buffers stand where they shall be after the step
         for bucket in self.buckets:
             bucket.backed_up = False
 
@@ -61,13 +68,9 @@ class Step:
 
         `keep`: they will be needed after the next pass, or accumulated into.
         """
-        loss = self._call_closure(point)
-        if all(p.grad is None for p in self.plan.params):
-            self._backward(loss)
-        else:
-            self.optimizer._amp.check_scaled()
+        self._run(point, self._backward)
         groups = self.optimizer.param_groups
-        keep = keep or not self.optimizer._fused  # a foreign base gets d in the buffers of the last gradient
+        keep = keep or not self.fused  # a foreign base gets d in the buffers of the last gradient
         return self._received(
             [
                 (sharding if b.sharded else gradients).take(b.params, b.strides, b.dtype, groups, keep=keep)
@@ -77,19 +80,9 @@ class Step:
 
     def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
         """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
+        raw: list[Tensor | None] = []
         with distributed.no_unseen_ddp(self.plan.replicas):
-            loss = self._call_closure(point)
-        if any(p.grad is not None for p in self.plan.params):
-            gradients.clear(self.plan.params)
-            raise RuntimeError(
-                "the closure called backward(), which leaves nothing to differentiate again: with method='exact' it must "
-                "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
-            )
-        with torch.enable_grad():
-            scaled = self.optimizer._amp.scale(self._differentiable(loss))
-            raw = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
-        if all(g is None for g in raw):
-            raise RuntimeError(_UNREACHED)
+            self._run(point, lambda loss: raw.extend(self._differentiate(loss)))
         return raw, self._received(self.as_lists(raw))
 
     def as_lists(self, tensors: Sequence[Tensor | None]) -> Lists:
@@ -106,25 +99,36 @@ class Step:
         replicas = self.plan.replicas
         return replicas.average(self.buckets, lists) if replicas and not replicas.local else lists
 
-    def _call_closure(self, point: str) -> Any:
+    def _run(self, point: str, differentiate: Callable[[Any], None]) -> None:
+        """One pass: the closure, then `differentiate` of what it returned. Only here may an interrupt come through."""
         torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
         self._reshard()
         first = not self.losses
         if first:
             gradients.clear(self.plan.params)  # what was left there is not of this step; later passes find it taken
-        elif self._random:
-            self._random.replay()
-        with torch.enable_grad():
-            loss = self.optimizer._amp.run(self.closure)
-        if first:
-            self.optimizer._amp.publish(self.optimizer, self.buckets)
-            self.optimizer._precision_watch.see(loss)
-            self.loss = loss.detach() if isinstance(loss, Tensor) else loss
-            for part in (self._random, self._buffers):
+        else:
+            for part in (self._random, self._model):
                 if part:
-                    part.first_pass_done()
-        self.losses[point] = loss.detach() if isinstance(loss, Tensor) else loss
-        return loss
+                    part.replay()
+        watched = self._model.first_pass() if first and self._model else nullcontext()
+        self.interrupts.open()
+        try:
+            with torch.enable_grad(), watched:
+                result = self.optimizer._amp.run(self.closure)
+                differentiate(result)
+        finally:
+            self.interrupts.close()
+        self.losses[point] = _loss_of(result)
+        if first:
+            self._first_pass_done(result)
+
+    def _first_pass_done(self, result: Any) -> None:
+        self.optimizer._amp.publish(self.optimizer, self.buckets)
+        self.optimizer._precision_watch.see(result)
+        self.loss = result.detach() if isinstance(result, Tensor) else result
+        for part in (self._random, self._model):
+            if part:
+                part.first_pass_done()
 
     def _reshard(self) -> None:
         """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`) would not see what we wrote."""
@@ -132,10 +136,30 @@ class Step:
             module.reshard()
 
     def _backward(self, loss: Any) -> None:
-        with torch.enable_grad():
-            self.optimizer._amp.scale(self._differentiable(loss)).backward()
+        """Gradients into `p.grad`, where the closure has not done so."""
+        if any(p.grad is not None for p in self.plan.params):
+            self.optimizer._amp.check_scaled()
+            return
+        self.optimizer._amp.scale(self._differentiable(loss)).backward()
         if all(p.grad is None for p in self.plan.params):
-            raise RuntimeError(_UNREACHED)
+            self._unreached()
+
+    def _unreached(self) -> None:
+        self.plan.check_in_place(self.optimizer.param_groups)  # of parameters that are not the model's any more
+        raise RuntimeError(_UNREACHED)
+
+    def _differentiate(self, loss: Any) -> list[Tensor | None]:
+        """Gradients as autograd makes them, with the graph to differentiate them again."""
+        if any(p.grad is not None for p in self.plan.params):
+            raise RuntimeError(
+                "the closure called backward(), which leaves nothing to differentiate again: with method='exact' it must "
+                "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
+            )
+        scaled = self.optimizer._amp.scale(self._differentiable(loss))
+        raw = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
+        if all(g is None for g in raw):
+            self._unreached()
+        return raw
 
     def _differentiable(self, loss: Any) -> Tensor:
         if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -155,7 +179,7 @@ class Step:
         lists = self.averaged(lists)
         for seen, lst in zip(self._seen, lists, strict=True):
             if not all(seen):
-                seen[:] = [s or t is not None for s, t in zip(seen, lst.tensors, strict=True)]
+                seen[:] = map(or_, seen, map(is_not, lst.tensors, repeat(None)))
         return lists
 
     # Ascents.
@@ -170,7 +194,7 @@ class Step:
         """
         self._reduce_norm(ascent, x, minus)
         acc = self._foldable(fold, x) if fold else None
-        with self.interrupts.held(), torch.no_grad():
+        with torch.no_grad():
             for i, b in enumerate(self.buckets):
                 b.verbs.perturb_(
                     b.layout,
@@ -225,6 +249,7 @@ class Step:
         guard_direction: bool = False,
     ) -> None:
         """theta <- the base optimizer's update of the backup in the direction d of `x1`, `x3` and `acc`, unless skipped."""
+        self.plan.check_in_place(self.optimizer.param_groups)  # once, after all passes: it takes a while
         if not self.ascents and not self.buckets[0].backed_up:
             for b in self.buckets:
                 b.control[Control.FOUND_INF] = 0.0
@@ -240,7 +265,7 @@ class Step:
             x1, acc, table, rows = None, None, "plain", 2
             self._reduce_norm(GUARD, x3)
         active = self._fill_in(x1, x3, acc)
-        apply = self._apply_fused if self.optimizer._fused else self._apply_foreign
+        apply = self._apply_fused if self.fused else self._apply_foreign
         apply(x1, x3, acc, table, rows, active)
 
     def _reduce_direction(self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int) -> None:
@@ -259,7 +284,7 @@ class Step:
         """Which parameters had a gradient in any pass. One that has none in the lists of the update gets a zero there."""
         for i, (b, seen) in enumerate(zip(self.buckets, self._seen, strict=True)):
             lists = [lst[i] for lst in (x1, x3, acc) if lst]
-            if any(t is None for t in x3[i].tensors):
+            if any(map(is_, x3[i].tensors, repeat(None))):
                 for j in range(len(b.params)):
                     if seen[j] and all(lst.tensors[j] is None for lst in lists):
                         x3[i].replace(j, b.zeros(j))
@@ -269,11 +294,10 @@ class Step:
         self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int, active: list[list[bool]]
     ) -> None:
         optimizer = self.optimizer
-        base: Any = optimizer._fused
+        base: Any = self.fused
         for b, mask in zip(self.buckets, active, strict=True):
-            b.ensure_state(base, optimizer.state, optimizer.param_groups, mask)
-        self.interrupts.commit()
-        with self.interrupts.held(), torch.no_grad():
+            b.state.ensure(base, self.plan.state_keys, optimizer.state, optimizer.param_groups, mask)
+        with torch.no_grad():
             for i, b in enumerate(self.buckets):
                 b.verbs.combined_update_(
                     b.layout,
@@ -282,8 +306,8 @@ class Step:
                     x1[i] if x1 else EMPTY,
                     x3[i],
                     acc[i] if acc else EMPTY,
-                    *b.state_lists,
-                    b.steps,
+                    *b.state.lists,
+                    b.state.steps,
                     b.shared.tables[table],
                     b.shared.part("partials", GUARD, rows),
                     b.control,
@@ -291,6 +315,7 @@ class Step:
                     int(base.algorithm),
                 )
                 b.backed_up = False
+        hooks.note_step_of_base(optimizer.base_optimizer)
 
     def _apply_foreign(
         self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int, active: list[list[bool]]
@@ -300,7 +325,7 @@ class Step:
             for j in range(len(b.params)):
                 if mask[j] and x3[i].tensors[j] is None:
                     x3[i].replace(j, b.zeros(j))
-        with self.interrupts.held(), torch.no_grad():
+        with torch.no_grad():
             for i, b in enumerate(self.buckets):
                 b.verbs.combine_(
                     b.layout,
@@ -318,13 +343,29 @@ class Step:
         if self.skipped:
             return
         for b, lst in zip(self.buckets, x3, strict=True):
+            b.state.drop_unstarted(self.optimizer.state)
             for p, d in zip(b.params, lst.tensors, strict=True):
                 p.grad = sharding.like(d, p) if b.sharded and d is not None else d
-        self.interrupts.commit()
-        self.optimizer.base_optimizer.step()
+            b.backed_up = False  # the base optimizer's step is not undone
+        self._settle()
+        self._step_base()
         gradients.clear(self.plan.params)
-        for b in self.buckets:
-            b.backed_up = False
+
+    def _step_base(self) -> None:
+        base = self.optimizer.base_optimizer
+        try:
+            with hooks.global_step_hooks_called():
+                base.step()
+        except BaseException as error:
+            note = (
+                f"FusedGAM: {type(base).__name__}.step failed after all passes had been made. Weights and optimizer state "
+                "are as it left them: parameters that it had updated stay updated, in both"
+            )
+            if hasattr(error, "add_note"):
+                error.add_note(note)
+            else:  # Python 3.10
+                warnings.warn(note, stacklevel=2)
+            raise
 
     @property
     def skipped(self) -> Tensor:
@@ -335,22 +376,39 @@ class Step:
 
     def finish(self) -> None:
         """Hand over generators and buffers as pass 1 left them."""
-        if self._random:
-            self._random.finish()
-        if self._buffers:
-            self._buffers.finish(self.skipped)
+        self._settle()
         self._reshard()
         del self.closure  # `diagnostics` keeps the step, which shall not keep the batch
 
+    def _settle(self) -> None:
+        if self._settled:
+            return
+        self._settled = True
+        if self._random:
+            self._random.finish()
+        if self._model:
+            self._model.finish(self.skipped)
+
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
-        with self.interrupts.held(), torch.no_grad():
+        with torch.no_grad():
+            self.plan.put_in_place()
             for b in self.buckets:
                 if b.backed_up:
                     b.verbs.restore_(b.layout, b.theta, b.backup)
                     b.backed_up = False
-            for part in (self._random, self._buffers):
-                if part:
-                    part.abort()
+            if not self._settled:
+                for part in (self._random, self._model):
+                    if part:
+                        part.abort()
         gradients.clear(self.plan.params)
         self._reshard()
+
+
+def _loss_of(result: Any) -> Any:
+    """The loss in what a closure returned, or None: a number or a tensor of one element, by itself or first of several."""
+    if isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    if isinstance(result, Tensor):
+        return result.detach() if result.numel() == 1 else None
+    return result if isinstance(result, (int, float)) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -58,6 +58,19 @@ def take(
     return TensorList(gradients)
 
 
+class Strides(list[tuple[int, ...]]):
+    """The strides that the gradients of some parameters shall have.
+
+    Attributes:
+        row_major: whether all are those of contiguous tensors, which is asked faster than equality.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], dense: bool):
+        tensors = list(tensors)
+        super().__init__(t.stride() if dense else torch.empty(t.shape, device="meta").stride() for t in tensors)
+        self.row_major = not dense or all(t.is_contiguous() for t in tensors)
+
+
 # What is asked of every gradient in every pass is most of a step's host time, hence whole lists asked at once: a list that
 # passes, as nearly all do, needs no look at each.
 
@@ -65,7 +78,11 @@ def take(
 def _all_fit(gradients: list[Any], strides: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
     """Whether none is missing and all have the wanted dtype and strides."""
     try:
-        return set(map(_dtype_of, gradients)) == {dtype} and list(map(_strides_of, gradients)) == strides
+        if set(map(_dtype_of, gradients)) != {dtype}:
+            return False
+        if getattr(strides, "row_major", False):
+            return all(map(_is_contiguous, gradients))
+        return list(map(_strides_of, gradients)) == strides
     except (AttributeError, TypeError, RuntimeError):  # None; a sparse tensor
         return False
 
@@ -103,10 +120,10 @@ def _is_shared(gradient: Tensor) -> bool:
 
 def _own_references() -> int:
     """What `sys.getrefcount` says of an object that only a local variable holds, in this interpreter."""
-    local = torch.empty(0)
+    local = torch.empty(0, device="cpu")
     return sys.getrefcount(local)
 
 
 _OWN_REFERENCES = _own_references()
-_LISTED_REFERENCES = max(map(sys.getrefcount, [torch.empty(0)]))  # of one that only a list holds
-_dtype_of, _strides_of = attrgetter("dtype"), torch.Tensor.stride
+_LISTED_REFERENCES = max(map(sys.getrefcount, [torch.empty(0, device="cpu")]))  # of one that only a list holds
+_dtype_of, _strides_of, _is_contiguous = attrgetter("dtype"), torch.Tensor.stride, torch.Tensor.is_contiguous

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gam_fused.transaction import RandomState
+from gam_fused.randomness import Generators
 
 FURTHER_PASSES = 4  # at most: three of the method, one of the SAM oracle
 
@@ -24,7 +24,7 @@ class GraphRandom:
         self._copies = [self._generator.clone_state() for _ in range(FURTHER_PASSES)]
         for copy in self._copies:
             graph.register_generator_state(copy)
-        self._host = RandomState(())
+        self._host = Generators(()).begin()
         self._used = 0
 
     def first_pass_done(self) -> None:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gam_fused import methods
+from gam_fused import hooks, methods
 from gam_fused.engine import Step
 from gam_fused.graph_random import GraphRandom
 from gam_fused.hyperparameters import whole
+from gam_fused.interrupts import Interrupts
 from gam_fused.optimizer import FusedGAM
 from gam_fused.parameters import describe, is_dtensor
 from gam_fused.preserve import Preserved
-from gam_fused.transaction import Interrupts, RandomState
+from gam_fused.randomness import Generators
 
 
 def capture_step(
@@ -103,7 +104,7 @@ class CapturedStep:
             try:
                 with torch.cuda.stream(stream):
                     for _ in range(self.warmup):
-                        random = RandomState({self.device}) if optimizer.preserve_rng_state else None
+                        random = Generators({self.device}).begin() if optimizer.preserve_rng_state else None
                         self._run(random)
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
@@ -140,7 +141,7 @@ class CapturedStep:
         return (
             self._plan is self.optimizer._plan
             and self._settings == self._current_settings()
-            and all(b._state_is_current(self.optimizer.state, b._listed) for b in self._plan.buckets)
+            and all(b.state.is_current(self._plan.state_keys, self.optimizer.state) for b in self._plan.buckets)
         )
 
 
@@ -171,6 +172,8 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
         name = type(optimizer.base_optimizer).__name__
         raise ValueError(f"base optimizer {name} asks the host in every step: capture one around torch's SGD, Adam or AdamW")
     refused = {
+        "step hooks of the base optimizer": hooks.has_step_hooks(optimizer.base_optimizer),
+        "generators=": bool(optimizer.generators),
         "method='exact'": optimizer.method == "exact",
         f"interval={optimizer.interval}": optimizer.interval != 1,
         "a grad_scaler": optimizer.grad_scaler is not None,

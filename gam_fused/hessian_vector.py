@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gam_fused.hyperparameters import number
+from gam_fused.randomness import Generators
 from gam_fused.tensor_lists import TensorList
-from gam_fused.transaction import RandomState
 
 if TYPE_CHECKING:
     from gam_fused.engine import Step
@@ -49,7 +49,7 @@ def ascent(lists: Sequence[TensorList], step: Step) -> tuple[list[Tensor | None]
     others = [g for g, c in zip(gradients, counted, strict=True) if g is not None and not c]
     scale, device = optimizer._amp.current_scale(params[0].device), params[0].device
     norm = _norm([g for g in rows if g is not None], device) + 0.0 * _norm(others, device)
-    divisor = norm + optimizer.eps * scale
+    divisor = norm + optimizer.xi * scale
     v = [
         None if g is None else sign * w * g / divisor.to(g.device, _precise(g))
         for sign, w, g in zip(signs, weights, rows, strict=True)
@@ -105,7 +105,7 @@ def finite_difference_hvp(
     norm = torch.stack([torch.linalg.vector_norm(v.detach().double()) for v in vector]).square().sum().sqrt()
     if norm == 0:
         return [torch.zeros_like(p) for p in params]
-    random = RandomState({p.device for p in params}) if preserve_rng_state else None
+    random = Generators({p.device for p in params}).begin() if preserve_rng_state else None
     backup = [p.detach().clone() for p in params]
     try:
         at_theta = _gradient(loss_fn, params)

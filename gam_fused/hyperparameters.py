@@ -31,11 +31,19 @@ class Hyperparameters:
 
 # Chosen by benchmarks/sweep_digits.py on a validation split; see benchmarks/results/.
 DEFAULTS = {
-    "finite_difference": Hyperparameters(rho=0.2, rho_prime=0.05, alpha=1.0),
-    "accelerated": Hyperparameters(rho=0.2, rho_prime=0.1, alpha=0.3, beta=0.5, gamma=0.03),
-    "exact": Hyperparameters(rho=0.2, rho_prime=0.05, alpha=1.0),
-    "sam": Hyperparameters(rho=0.2),
+    "finite_difference": Hyperparameters(rho=0.05, rho_prime=0.05, alpha=1.0),
+    "accelerated": Hyperparameters(rho=0.05, rho_prime=0.1, alpha=0.3, beta=0.5, gamma=0.03),
+    "exact": Hyperparameters(rho=0.05, rho_prime=0.05, alpha=1.0),
+    "sam": Hyperparameters(rho=0.05),
 }
+
+
+NAMES = set(vars(DEFAULTS["sam"]))
+
+
+def used_by(method: str) -> set[str]:
+    """Names of the hyperparameters that a method has."""
+    return {name for name, value in vars(DEFAULTS[method]).items() if value is not None}
 
 
 def resolve(method: str, **given: Any) -> Hyperparameters:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from gam_fused import (
     flattening,
     hyperparameters,
     integrations,
+    keywords,
     methods,
     precision,
     sharding,
@@ -26,10 +29,12 @@ from gam_fused.buckets import Plan
 from gam_fused.constants import Control
 from gam_fused.diagnostics import diagnose
 from gam_fused.engine import Step
+from gam_fused.interrupts import Interrupts
+from gam_fused.model_state import ModelState
 from gam_fused.parameters import check_groups, check_parameters
+from gam_fused.randomness import source_of
 from gam_fused.rooms import check_backend
 from gam_fused.tensor_lists import upload
-from gam_fused.transaction import Interrupts
 
 _NO_SETTINGS = ("params", "param_names", "gam")  # entries of a param group that no coefficient depends on
 
@@ -71,7 +76,7 @@ class FusedGAM(Optimizer):
         beta: ``accelerated`` only: the convex weight of g0 in h-, or a pair of weights for g0 and g2. The authors'
             released code uses h- = g0 + (1 - beta) g2: that is ``beta=(1.0, 1 - beta)``.
         gamma: ``accelerated`` only: weight of the part of h- that is orthogonal to h+.
-        eps: xi of the paper, added to norms that divide.
+        xi: of the paper, added to norms that divide. (`eps` is the base optimizer's.)
         adaptive: element-wise scaling as in ASAM: norms of g*|theta|, perturbations rho theta^2 g/norm.
         oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/\|g0\|), the paper's SAM + GAM
             (``finite_difference`` and ``exact``).
@@ -94,11 +99,13 @@ class FusedGAM(Optimizer):
             DDP, they would take its next pass for the one that failed: let the process end.
         flatten: move parameters into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
-        base_kwargs: passed to the base optimizer: lr, momentum, weight_decay, ...
+        base_kwargs: what the base optimizer is built with, for keywords that FusedGAM has too (RMSprop's ``alpha``,
+            Adadelta's ``rho``). All others can be given as they are: lr, momentum, weight_decay, eps, ...
 
     Param groups may set ``rho``, and ``perturb=False`` for parameters that are updated but neither perturbed nor counted
-    in norms. All hyperparameters can be changed between steps, as group entries (rho, lr, ...) or attributes (rho_prime,
-    alpha, beta, gamma).
+    in norms. Around a base optimizer with a ``rho`` of its own (Adadelta), GAM's is the entry ``gam_rho``. All
+    hyperparameters can be changed between steps, as group entries (rho, lr, ...) or attributes (rho_prime, alpha, beta,
+    gamma).
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter that cannot work, named with what is allowed, before anything
@@ -118,45 +125,59 @@ class FusedGAM(Optimizer):
         alpha: hyperparameters.Weight | None = None,
         beta: hyperparameters.Weight | None = None,
         gamma: float | None = None,
-        eps: float = 1e-12,
+        xi: float = 1e-12,
         adaptive: bool = False,
         oracle: str = "loss",
         sam_rho: float | None = None,
         interval: int = 1,
         model: nn.Module | Iterable[nn.Module] | None = None,
         preserve_rng_state: bool = True,
+        generators: Sequence[Any] = (),
         max_grad_norm: float | None = None,
         grad_scaler: Any = None,
         perturb_sync: str = "auto",
         flatten: bool = False,
         backend: str = "auto",
-        **base_kwargs: Any,
+        base_kwargs: dict[str, Any] | None = None,
+        **more_base_kwargs: Any,
     ):
-        values = hyperparameters.resolve(method, rho=rho, rho_prime=rho_prime, alpha=alpha, beta=beta, gamma=gamma)
+        given = {name: value for name, value in locals().items() if value is not _DEFAULTS.get(name, value)}
+        hyperparameters.one_of("method", method, hyperparameters.METHODS)
+        unused = hyperparameters.NAMES - hyperparameters.used_by(method)
+        split = keywords.split(base_optimizer, given, unused, more_base_kwargs, base_kwargs)
+        own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
+        values = hyperparameters.resolve(method, **{k: v for k, v in own.items() if k not in split.taken})
         hyperparameters.check_oracle(method, oracle, sam_rho)
         hyperparameters.check_perturb_sync(perturb_sync)
         check_backend(backend)
         self.method, self.oracle, self.sam_rho = method, oracle, sam_rho
         self.rho_prime, self.alpha, self.beta, self.gamma = values.rho_prime, values.alpha, values.beta, values.gamma
-        self.eps = hyperparameters.number("eps", eps, minimum=0.0)
+        self.xi = hyperparameters.number("xi", xi, minimum=0.0)
         self.adaptive, self.preserve_rng_state = bool(adaptive), bool(preserve_rng_state)
         self.interval = hyperparameters.whole("interval", interval, minimum=1)
         self.max_grad_norm = hyperparameters.optional("max_grad_norm", max_grad_norm, above=0.0)
         self.perturb_sync, self.flatten, self.backend = perturb_sync, bool(flatten), backend
+        self.generators = tuple(generators)
+        for generator in self.generators:
+            source_of(generator)  # raises
         self._modules = _as_modules(model)
+        self._in_step = threading.Lock()
         self._amp = LossScaling()
         self._steps_taken = 0
         self._plan: Any = None  # a Plan, from the first step on
         self._last: Step | None = None
         self._precision_watch = precision.Watch()
 
-        self.base_optimizer = base_optimizers.build(params, base_optimizer, base_kwargs)
-        self._fused = base_optimizers.fused_base(self.base_optimizer)
-        self._gam_defaults: dict[str, Any] = {"rho": values.rho, "perturb": True, "gam": {}}
-        check_parameters(self.base_optimizer.param_groups)
-        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **self._gam_defaults})
-        self._share_with_base()
-        check_groups(self.param_groups)
+        base = base_optimizers.build(params, base_optimizer, split.of_base)
+        self._fused = base_optimizers.fused_base(base)
+        self.rho_key = base_optimizers.rho_key(base)
+        self._gam_defaults: dict[str, Any] = {self.rho_key: values.rho, "perturb": True, "gam": {}}
+        self._group_values: list[dict[str, Any]] = []  # GAM's entries of each group as they last were
+        check_parameters(base.param_groups)
+        super().__init__(base.param_groups, {**base.defaults, **self._gam_defaults})
+        self.base_optimizer = base
+        checkpoint.complete_groups(self)
+        check_groups(self.param_groups, self.rho_key)
         distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
         self.grad_scaler = grad_scaler
         if self.flatten:
@@ -183,6 +204,19 @@ class FusedGAM(Optimizer):
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients.
             ValueError: a hyperparameter changed to something that cannot work.
         """
+        if not self._in_step.acquire(blocking=False):
+            raise RuntimeError(
+                "step was called while a step of this optimizer is running: from inside its own closure, or from another "
+                "thread. Its passes are at perturbed weights; give each its own optimizer, or call one after the other"
+            )
+        try:
+            return self._step(closure)
+        finally:
+            self._in_step.release()
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("step was called in torch.inference_mode(), in which nothing can be differentiated: leave it")
         if closure is None:
             return checkpoint.create_state(self)
         integrations.check_closure(closure)
@@ -193,7 +227,7 @@ class FusedGAM(Optimizer):
             self._amp.abort(self)
             raise
         run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
-        with self._plan.no_sync(), Interrupts() as interrupts:
+        with Interrupts() as interrupts, self._plan.no_sync():
             step = Step(self, closure, interrupts)
             try:
                 run(step)
@@ -206,7 +240,8 @@ class FusedGAM(Optimizer):
             self._steps_taken += 1
             self._last = step
         self._precision_watch.look(self, step)
-        return step.loss
+        loss, step.loss = step.loss, None  # it may hold outputs, which nobody but the caller shall keep
+        return loss
 
     def _prepare(self) -> None:
         """Bring the plan and the coefficient tables up to date with the param groups."""
@@ -216,11 +251,22 @@ class FusedGAM(Optimizer):
         if settings is not None and settings == self._plan.settings:
             return
         self._plan.settings = None
+        checkpoint.complete_groups(self)
+        tables = self._tables()
+        max_norm = hyperparameters.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0
+        self._plan.upload(tables, self.xi, max_norm)
+        self._plan.state_keys = [self._fused.state_keys(group) for group in self.param_groups] if self._fused else []
+        self._plan.settings = self._settings()
+
+    def _tables(self) -> dict[str, Any]:
+        """The coefficient tables of all hyperparameters as they stand now, each of them checked."""
         values = hyperparameters.check(self.method, self._values())
-        check_groups(self.param_groups)
-        tables = coefficients.tables(self.method, values, self._sam_rho, self.param_groups, self._fused)
-        self._plan.upload(tables, self.eps, hyperparameters.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0)
-        self._plan.settings = settings
+        hyperparameters.check_oracle(self.method, self.oracle, self.sam_rho)
+        hyperparameters.check_perturb_sync(self.perturb_sync)
+        hyperparameters.number("xi", self.xi, minimum=0.0)
+        hyperparameters.whole("interval", self.interval, minimum=1)
+        check_groups(self.param_groups, self.rho_key)
+        return coefficients.tables(self.method, values, self._sam_rho, self.param_groups, self._fused, self.rho_key)
 
     def _settings(self) -> list[Any] | None:
         """What the coefficient tables follow from, or None where comparing would not tell of a change (tensors, lists)."""
@@ -230,8 +276,11 @@ class FusedGAM(Optimizer):
             self.alpha,
             self.beta,
             self.gamma,
-            self._sam_rho,
-            self.eps,
+            self.oracle,
+            self.sam_rho,
+            self.perturb_sync,
+            self.interval,
+            self.xi,
             self.max_grad_norm,
         ]
         for group in self.param_groups:
@@ -242,13 +291,14 @@ class FusedGAM(Optimizer):
 
     def _rebuild_plan(self) -> None:
         checkpoint.drop_unstarted(self)
+        checkpoint.complete_groups(self)
         check_parameters(self.param_groups)
         if self.flatten:
             flattening.flatten(self.param_groups, self._modules)
         plan = Plan(self.param_groups, self.backend)
         if not plan.params:
             raise RuntimeError("no parameter requires a gradient: unfreeze one, or do not step")
-        control = torch.zeros(len(Control), dtype=torch.float64)
+        control = torch.zeros(len(Control), dtype=torch.float64, device="cpu")
         control[Control.LOSS_SCALE] = 1.0
         if self._plan is not None:
             control.copy_(self._plan.buckets[0].control)
@@ -259,10 +309,13 @@ class FusedGAM(Optimizer):
             bucket.control.copy_(upload(control.clone(), bucket.control.device))
         plan.replicas = distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
         plan.fsdp_modules = sharding.fsdp_modules(self._modules)
+        plan.model_state = ModelState(self._modules, plan.params, self.backend) if self._modules else None
         self._plan = plan
 
     def _values(self) -> hyperparameters.Hyperparameters:
-        return hyperparameters.Hyperparameters(self._gam_defaults["rho"], self.rho_prime, self.alpha, self.beta, self.gamma)
+        return hyperparameters.Hyperparameters(
+            self._gam_defaults[self.rho_key], self.rho_prime, self.alpha, self.beta, self.gamma
+        )
 
     @property
     def _sam_rho(self) -> float | None:
@@ -298,24 +351,46 @@ class FusedGAM(Optimizer):
         """
         return diagnose(self)
 
-    # What torch.optim promises. State and groups are the base optimizer's own.
+    # What torch.optim promises. State and groups are the base optimizer's own, whoever sets them anew.
 
-    def _share_with_base(self) -> None:
-        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if "base_optimizer" in self.__dict__:  # not yet in torch's constructor
+            self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base optimizer has, such as `train()` and `eval()` of schedule-free ones."""
+        base = self.__dict__.get("base_optimizer")
+        if base is None or name.startswith("_") or not hasattr(base, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the group may hold ``rho`` and ``perturb``."""
-        if getattr(self, "param_groups", None) is not self.base_optimizer.param_groups:  # during construction
-            for name, value in self._gam_defaults.items():
-                param_group.setdefault(name, value)
-            self.param_groups.append(param_group)
+        if "base_optimizer" not in self.__dict__:  # torch's constructor hands over the base's own groups
             return
         number = len(self.param_groups)
         self.base_optimizer.add_param_group({**self._gam_defaults, **param_group})
         try:
             check_parameters(self.param_groups)
-            check_groups(self.param_groups)
+            checkpoint.complete_groups(self)
+            check_groups(self.param_groups, self.rho_key)
             distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[number:]
@@ -340,25 +415,30 @@ class FusedGAM(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in the layout of the base optimizer's own; param groups also hold "rho", "perturb" and "gam"."""
-        checkpoint.drop_unstarted(self)
-        counters = checkpoint.counters(self)
-        for group in self.param_groups:
-            group["gam"] = counters
-        return super().state_dict()
+        return checkpoint.save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class."""
-        checkpoint.load(self, state_dict, super().load_state_dict)
+        """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class, of any age.
+
+        A state dict of another method: the optimizer keeps its own method and hyperparameters of GAM.
+
+        Raises:
+            ValueError, TypeError: what cannot be loaded, named. Nothing has changed then.
+        """
+        checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return checkpoint.picklable(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.base_optimizer.param_groups, self.base_optimizer.state = self.param_groups, self.state
+        of_base: dict[str, Any] = {key: state[key] for key in ("state", "param_groups") if key in state}
+        super().__setstate__({key: value for key, value in state.items() if key not in of_base})
+        if of_base:
+            self.base_optimizer.__setstate__(of_base)
         if "_plan" not in self.__dict__:  # unpickled or copied
             self._plan = self._last = None
             self._precision_watch = precision.Watch()
+            self._in_step = threading.Lock()
         checkpoint.forget_plan(self)
 
 
@@ -379,6 +459,14 @@ class FusedSAM(FusedGAM):
         if "method" in kwargs:
             raise TypeError("FusedSAM is FusedGAM with method='sam'; for another method use FusedGAM")
         super().__init__(params, base_optimizer, method="sam", rho=rho, **kwargs)
+
+
+# FusedGAM's own keywords, but `method`, which nobody means for a base optimizer.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(FusedGAM.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("method", "base_kwargs")
+}
 
 
 def _as_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:

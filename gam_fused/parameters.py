@@ -92,9 +92,9 @@ def _check_placements(p: Any, groups: Groups) -> None:
         raise TypeError(f"{where} has no part on this rank; give this rank only parameters whose mesh it is in")
 
 
-def check_groups(groups: Groups) -> None:
+def check_groups(groups: Groups, rho_key: str = "rho") -> None:
     """Raises ValueError or TypeError for a `rho` or `perturb` entry out of range."""
     for i, group in enumerate(groups):
-        number(f"rho of group {i}", group["rho"], minimum=0.0)
+        number(f"{rho_key} of group {i}", group[rho_key], minimum=0.0)
         if not isinstance(group["perturb"], bool):
             raise TypeError(f"perturb of group {i} must be True or False, but is {group['perturb']!r}")

@@ -79,7 +79,7 @@ class Watch:
                 return
             ratio = noise_ratio(optimizer, step)
             if ratio.device.type == "cuda":
-                host = torch.empty((), dtype=ratio.dtype, pin_memory=True)
+                host = torch.empty((), dtype=ratio.dtype, pin_memory=True, device="cpu")
                 host.copy_(ratio, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
@@ -123,7 +123,7 @@ def _eps_of_casts(root: Any, limit: int = 20_000) -> float:
 
 def _probe_radius(optimizer: FusedGAM) -> float:
     if optimizer.method in ("sam", "exact"):
-        return max(float(g["rho"]) for g in optimizer.param_groups)
+        return max(float(g[optimizer.rho_key]) for g in optimizer.param_groups)
     return float(optimizer.rho_prime)
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gam_fused import gradients
-from gam_fused.model_buffers import Buffers
-from gam_fused.transaction import RandomState
+from gam_fused.model_state import ModelState
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM
@@ -27,12 +26,13 @@ class Preserved:
         self._optimizer = optimizer
         plan, state = optimizer._plan, optimizer.state
         for b in plan.buckets:  # adopt what a checkpoint has left first, since adopting replaces tensors
-            b.ensure_state(optimizer._fused, state, optimizer.param_groups, [p in state for p in b.params])
+            active = [p in state for p in b.params]
+            b.state.ensure(optimizer._fused, plan.state_keys, state, optimizer.param_groups, active)
         tensors: list[Tensor] = [*plan.params, *self._state_tensors()]
-        tensors += [t for b in plan.buckets for t in (b.control, b.steps_buffer)]
+        tensors += [t for b in plan.buckets for t in (b.control, b.state.counts)]
         self._saved = [(t, t.detach().clone()) for t in tensors]
-        self._buffers = Buffers(optimizer._modules) if optimizer._modules else None
-        self._random = RandomState(set(plan.devices) | (self._buffers.devices if self._buffers else set()))
+        self._buffers = ModelState(optimizer._modules, plan.params).begin() if optimizer._modules else None
+        self._random = plan.generators_of(self._buffers.devices if self._buffers else set(), optimizer.generators).begin()
 
     def _state_tensors(self) -> list[Tensor]:
         return [t for entry in self._optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]

@@ -47,7 +47,7 @@ class ProportionalRho:
         for i, group in enumerate(self.optimizer.param_groups):
             max_lr = self.max_lrs[min(i, len(self.max_lrs) - 1)]
             fraction = (float(group["lr"]) - self.min_lr) / (max_lr - self.min_lr)
-            group["rho"] = self.min_rho + (self.max_rho - self.min_rho) * min(1.0, max(0.0, fraction))
+            group[self.optimizer.rho_key] = self.min_rho + (self.max_rho - self.min_rho) * min(1.0, max(0.0, fraction))
 
     def state_dict(self) -> dict[str, Any]:
         """The bounds; rho itself is in the optimizer's state dict."""

@@ -37,7 +37,7 @@ def check_room(backend: str, device: torch.device) -> str:
 
 def _train(backend: str, device: torch.device, method: str, base: type, options: dict) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, 5, generator=generator, dtype=torch.float64).to(device)
+    x = torch.randn(16, 5, generator=generator, dtype=torch.float64, device="cpu").to(device)
     model = copy.deepcopy(_model(generator)).to(device)
     optimizer = FusedGAM(model.parameters(), base, method=method, lr=0.01, backend=backend, model=model, **options)
     for _ in range(STEPS):
@@ -49,5 +49,5 @@ def _model(generator: torch.Generator) -> nn.Module:
     model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3)).double()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu") * 0.3)
     return model

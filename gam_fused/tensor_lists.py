@@ -56,7 +56,9 @@ class TensorList:
         """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`."""
         if self._addresses is None:
             row = array("q", self._pointers())
-            self._addresses = torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64)
+            self._addresses = (
+                torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64, device="cpu")
+            )
         return self._addresses
 
     def _pointers(self) -> list[int]:
@@ -84,7 +86,7 @@ class TensorList:
             return []  # not kept: `EMPTY` is global, and a change of it would make torch.compile start again
         if self._rows is None:
             like = next((t for t in self.tensors if t is not None), None)
-            empty = torch.empty(0) if like is None else like.new_empty(0)
+            empty = torch.empty(0, device="cpu") if like is None else like.new_empty(0)
             self._rows = [empty if t is None else t for t in self.tensors]
         return self._rows
 
@@ -117,7 +119,7 @@ class Layout:
         per_chunk = -(-self.numel // MAX_CHUNKS)
         self.chunk = max(MIN_CHUNK, -(-per_chunk // MIN_CHUNK) * MIN_CHUNK)
         self.chunks = max(1, -(-self.numel // self.chunk))
-        self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64)
+        self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64, device="cpu")
         self._tables: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
@@ -126,7 +128,7 @@ class Layout:
         The rows of `table`, then for each chunk the tensor that holds its first element: [3 * (T + 1) + chunks].
         """
         if device not in self._tables:
-            firsts = torch.arange(0, self.chunks * self.chunk, self.chunk)
+            firsts = torch.arange(0, self.chunks * self.chunk, self.chunk, device="cpu")
             tensors = torch.searchsorted(self.table[0].contiguous(), firsts, right=True) - 1
             return _keep(self._tables, device, upload(torch.cat([self.table.flatten(), tensors]), device))
         return self._tables[device]

@@ -37,7 +37,7 @@ class Gam64:
         alpha: float | tuple[float, float] = 0.3,
         beta: float | tuple[float, float] = 0.5,
         gamma: float = 0.1,
-        eps: float = 1e-12,
+        xi: float = 1e-12,
         adaptive: bool = False,
         oracle: str = "loss",
         sam_rho: float | None = None,
@@ -45,7 +45,7 @@ class Gam64:
     ):
         self.theta = [p.detach().double().clone() for group in groups for p in group["params"]]
         self.group = [{k: v for k, v in group.items() if k != "params"} for group in groups for _ in group["params"]]
-        self.method, self.base, self.rho_prime, self.alpha, self.gamma, self.eps = method, base, rho_prime, alpha, gamma, eps
+        self.method, self.base, self.rho_prime, self.alpha, self.gamma, self.xi = method, base, rho_prime, alpha, gamma, xi
         self.beta, self.adaptive, self.oracle, self.max_grad_norm = beta, adaptive, oracle, max_grad_norm
         self.sam_rho = rho_prime if sam_rho is None else sam_rho
         self.state: list[dict] = [{} for _ in self.theta]
@@ -81,7 +81,7 @@ class Gam64:
         scale = [t.abs() if self.adaptive else torch.ones_like(t) for t in point]
         signs = [0.0 if not o.get("perturb", True) else -1.0 if o.get("maximize", False) else 1.0 for o in self.group]
         norm = math.sqrt(sum(((v * w) ** 2).sum().item() for v, w, s in zip(vector, scale, signs, strict=True) if s))
-        return [s * w * w * v / (norm + self.eps) for v, w, s in zip(vector, scale, signs, strict=True)]
+        return [s * w * w * v / (norm + self.xi) for v, w, s in zip(vector, scale, signs, strict=True)]
 
     def moved(self, point: list[Tensor], vector: list[Tensor], radius: float | None = None) -> list[Tensor]:
         """`point` + radius * unit step; each group's own rho where no radius is given."""

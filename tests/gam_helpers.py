@@ -38,6 +38,8 @@ def make(params, base=torch.optim.SGD, method: str = "finite_difference", **opti
         options = {"momentum": 0.9, **options}
     if isinstance(base, type):
         options = {"lr": 0.1, **options}
+    if base is torch.optim.RMSprop:  # it has an alpha, too
+        options = {"base_kwargs": {"alpha": 0.99}, **options}
     return FusedGAM(params, base, method=method, **{**SETTINGS[method], **options})
 
 

@@ -27,7 +27,7 @@ BASES = {
 }
 OPTIONS = {
     "adaptive": (METHODS, {"adaptive": True}),
-    "eps": (METHODS, {"eps": 1e-3}),
+    "xi": (METHODS, {"xi": 1e-3}),
     "clipped": (METHODS, {"max_grad_norm": 0.05}),
     "not-clipped": (METHODS, {"max_grad_norm": 100.0}),
     "adaptive-clipped": (METHODS, {"adaptive": True, "max_grad_norm": 0.05}),
@@ -66,7 +66,6 @@ class Race:
         base_options = {"lr": 0.1, "momentum": 0.9} if base_options is None else base_options
         settings = {**SETTINGS[method], **options}
         params = list(self.model.parameters())
-        # base options as group entries: eps is a name of FusedGAM's own
         groups = [{**base_options, **g} for g in ([{"params": params}] if groups is None else groups(params))]
         judge = {k: v for k, v in settings.items() if k not in ("rho", "interval")}
         self.judge = Gam64([{"rho": settings["rho"], **g} for g in groups], method=method, base=NAMES[base], **judge)

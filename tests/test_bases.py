@@ -176,7 +176,9 @@ def test_schedulers_work_and_keep_working_after_load_state_dict(name, base):
     """The learning rates, and the updates that they cause, against the same schedule on a plain optimizer."""
     model, twin = mlp(torch.float64), mlp(torch.float64)
     x, y = batch(dtype=torch.float64)
-    optimizer, plain = FusedGAM(model.parameters(), base, alpha=0.0, lr=0.1), base(twin.parameters(), lr=0.1)
+    kwargs = {"alpha": 0.99} if base is torch.optim.RMSprop else {}  # it has an alpha, too
+    optimizer = FusedGAM(model.parameters(), base, alpha=0.0, lr=0.1, base_kwargs=kwargs)
+    plain = base(twin.parameters(), lr=0.1)
     schedulers = SCHEDULERS[name](optimizer), SCHEDULERS[name](plain)
     for i in range(8):
         optimizer.step(closure_of(optimizer, regression(model, x, y)))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gam_fused import FusedGAM
-from gam_fused.model_buffers import Buffers
+from gam_fused.model_state import ModelState
 
 
 class Assigned(nn.Module):
@@ -273,7 +273,7 @@ def test_buffers_on_the_cpu_wait_for_the_flag():
 
     model = nn.BatchNorm1d(3)
     before = buffers(model)
-    snapshots = Buffers([model])
+    snapshots = ModelState([model]).begin()
     model(torch.randn(4, 3))
     snapshots.first_pass_done()
     snapshots.finish(Flag())
@@ -319,7 +319,7 @@ def test_snapshots_of_two_users_are_apart():
     model = net("batch_norm")
     optimizer, closure = trainer("finite_difference", model, regression(model, *batch()))
     optimizer.step(closure)
-    kept, before = Buffers([model]), buffers(model)
+    kept, before = ModelState([model]).begin(), buffers(model)
     for _ in range(2):
         optimizer.step(closure)
     kept.abort()

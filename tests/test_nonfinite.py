@@ -184,9 +184,7 @@ def test_squares_out_of_range_of_fp32_do_not_skip(method, scale):
     results = []
     for model, factor, lr in ((tame, 1.0, 0.1), (wild, scale, 0.1 / scale)):
         loss_fn = regression(model, x, y)
-        optimizer, closure = trainer(
-            method, model, lambda loss_fn=loss_fn, factor=factor: loss_fn() * factor, lr=lr, eps=0.0
-        )
+        optimizer, closure = trainer(method, model, lambda loss_fn=loss_fn, factor=factor: loss_fn() * factor, lr=lr, xi=0.0)
         optimizer.step(closure)
         assert int(optimizer.skipped_steps) == 0
         results.append([p.detach() for p in model.parameters()])

@@ -291,7 +291,7 @@ SETTINGS = [
     *(("finite_difference", ADAMW, *case) for case in (("weight_decay", 0.3), ("betas", [0.5, 0.7]), ("maximize", True))),
     *(("accelerated", SGD, *case) for case in (("beta", 0.9), ("gamma", 0.5), ("momentum", 0.9), ("nesterov", True))),
     *(("accelerated", SGD, *case) for case in (("alpha", (0.5, 0.9)), ("dampening", 0.3))),
-    *(("sam", SGD, *case) for case in (("rho", 0.4), ("eps", 0.5), ("method", "finite_difference"))),
+    *(("sam", SGD, *case) for case in (("rho", 0.4), ("xi", 0.5), ("method", "finite_difference"))),
 ]
 
 

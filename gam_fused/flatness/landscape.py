@@ -73,7 +73,7 @@ def loss_landscape(
     grid = [[a] for a in ticks] if len(axes) == 1 else [[a, b] for a in ticks for b in ticks]
     with weights_restored(weights) as centre:
         losses = [_loss_along(loss_fn, weights, centre, list(zip(place, axes, strict=True))) for place in grid]
-    return torch.tensor(losses, dtype=torch.float64).view([points] * len(axes))
+    return torch.tensor(losses, dtype=torch.float64, device="cpu").view([points] * len(axes))
 
 
 def local_minima_density(
@@ -108,7 +108,7 @@ def local_minima_density(
     if count < 2:
         raise ValueError(f"radius must be at least two steps, got radius {radius} and step {step}")
     random = generator(seed)
-    losses = torch.empty(directions, count + 1, dtype=torch.float64)
+    losses = torch.empty(directions, count + 1, dtype=torch.float64, device="cpu")
     with weights_restored(weights) as centre:
         losses[:, 0] = _loss_along(loss_fn, weights, centre, [])
         for row in losses:

@@ -71,12 +71,12 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 def generator(seed: int) -> torch.Generator:
     """A CPU generator of our own: results do not depend on the device, and the user's random state stays."""
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def random_direction(params: Sequence[Tensor], random: torch.Generator) -> list[Tensor]:
     """Standard normal numbers shaped like `params`."""
-    return [torch.randn(p.shape, generator=random, dtype=torch.float64).to(p.device, p.dtype) for p in params]
+    return [torch.randn(p.shape, generator=random, dtype=torch.float64, device="cpu").to(p.device, p.dtype) for p in params]
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def zeroth_order_flatness(
         return float(loss.detach()), gradient(loss, checked)
 
     base, best = _climb(objective, checked, rho, steps, step_size, starts, seed)
-    return torch.tensor(best - base, dtype=torch.float64)
+    return torch.tensor(best - base, dtype=torch.float64, device="cpu")
 
 
 def first_order_flatness(
@@ -102,7 +102,7 @@ def first_order_flatness(
         return size, derivative_along(grads, checked, [g.detach() / size for g in grads])
 
     _, best = _climb(objective, checked, rho, steps, step_size, starts, seed)
-    return torch.tensor(rho * best, dtype=torch.float64)
+    return torch.tensor(rho * best, dtype=torch.float64, device="cpu")
 
 
 def _climb(

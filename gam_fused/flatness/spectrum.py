@@ -72,7 +72,9 @@ def hessian_eigenvalues(
     found: list[Tensor] = []
     values = []
     for _ in range(k):
-        start = torch.randn(size, generator=random, dtype=torch.float64).to(weights[0].device, _vector_dtype(weights))
+        start = torch.randn(size, generator=random, dtype=torch.float64, device="cpu").to(
+            weights[0].device, _vector_dtype(weights)
+        )
         value, vector = _largest(product, start, found, tolerance, max_iterations)
         values.append(value)
         found.append(vector)
@@ -104,7 +106,7 @@ def hessian_trace(loss_fn: LossFunction, params: Iterable[Tensor], samples: int 
     size = sum(p.numel() for p in weights)
     draws = []
     for _ in range(samples):
-        signs = torch.randint(0, 2, (size,), generator=random) * 2 - 1
+        signs = torch.randint(0, 2, (size,), generator=random, device="cpu") * 2 - 1
         signs = signs.to(weights[0].device, _vector_dtype(weights))
         draws.append(torch.dot(signs.double(), product(signs).double()))
     values = torch.stack(draws)
@@ -154,9 +156,9 @@ def _largest(
         diagonal.append(float(torch.dot(basis[-1].double(), image.double())))
         vector = _orthogonalised(image, found + basis)
         off = float(vector.norm())
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
         if beside:
-            off_diagonal = torch.tensor(beside, dtype=torch.float64)
+            off_diagonal = torch.tensor(beside, dtype=torch.float64, device="cpu")
             tridiagonal += torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
         values, vectors = torch.linalg.eigh(tridiagonal)
         residual = off * abs(float(vectors[-1, -1]))

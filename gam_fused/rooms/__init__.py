@@ -54,3 +54,12 @@ def room(backend: str, device: torch.device, *, dense: bool = True) -> Room:
     if devices is not None and device.type not in devices:
         raise RuntimeError(f"backend={backend!r} serves {', '.join(devices)} tensors, not {device}; use backend='auto'")
     return module if dense or devices is None else foreach
+
+
+def copying_room(backend: str, device: torch.device) -> Room | None:
+    """The room whose `copy_` copies tensors of `device`, or None where torch's own copies do."""
+    try:
+        chosen = room(backend, device)
+    except RuntimeError:  # a named room that serves other devices
+        return None
+    return None if chosen in (foreach, reference) else chosen

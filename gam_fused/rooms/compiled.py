@@ -125,11 +125,18 @@ class CompiledRoom:
         """See `reference.restore_`."""
         self._run("restore_", layout, (theta, backup), mutates=theta)
 
+    def copy_(self, layout: Layout, target: TensorList, source: TensorList) -> None:
+        """target <- source, bit for bit, for memory that no graph of autograd has saved."""
+        self._run("restore_", layout, (target, source))
+
     def _run(
         self, verb: str, layout: Layout, lists: tuple[TensorList, ...], *rest: Any, mutates: TensorList | None = None
     ) -> None:
         """Call the operator `verb`. `mutates`: tensors that a graph may have saved; autograd is told that they changed."""
-        like = next((t for lst in lists for t in lst.tensors if t is not None), None)
+        leading = lists[0].tensors
+        like = leading[0] if leading else None
+        if like is None:
+            like = next((t for lst in lists for t in lst.tensors if t is not None), None)
         operator, dtype = getattr(self._ops, verb), self._dtype_code(like)
         if torch.compiler.is_compiling():
             operator.default(layout.table, _NO_MAP, layout.chunk, dtype, *[lst.operands for lst in lists], *rest)

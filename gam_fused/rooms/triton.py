@@ -133,6 +133,12 @@ def restore_(layout: Layout, theta: TensorList, backup: TensorList) -> None:
         theta.written()
 
 
+def copy_(layout: Layout, target: TensorList, source: TensorList) -> None:
+    """target <- source, bit for bit, for memory that no graph of autograd has saved."""
+    if len(target):
+        _launch("restore", layout, target.tensors[0].device, (target, source))
+
+
 def _matrix(partials: Tensor) -> tuple[Tensor, int, int]:
     """Partial sums as kernels take them: data, stride between rows, columns (of unit stride)."""
     return partials, partials.stride(0), partials.shape[1]

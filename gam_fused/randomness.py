@@ -1,0 +1,184 @@
+"""The same random numbers in every pass of a step (DESIGN section 3, point 2): states saved, replayed and handed back."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Generators:
+    """All generators that a closure may draw from.
+
+    torch's of the CPU and of every given device, Python's `random`, numpy's global one where numpy's random numbers have
+    been imported, and the given ones.
+
+    A process has one of each global generator: what another thread draws during a step is drawn again after a replay.
+    """
+
+    def __init__(self, devices: Iterable[torch.device], own: Sequence[Any] = ()):
+        self._always = [_CPU, _PYTHON, *(_Torch(d) for d in set(devices) if d.type not in ("cpu", "meta"))]
+        self._always += [source_of(g) for g in own]
+
+    def begin(self) -> RandomState:
+        """Take note of where they stand, before the passes of a step."""
+        return RandomState([*self._always, _numpy()] if "numpy.random" in sys.modules else self._always)
+
+
+class RandomState:
+    """States of generators at the start of pass 1 and at its end.
+
+    After the step they stand where one ordinary pass would have left them, and then the base optimizer's update, so a run is
+    reproducible whatever the number of passes.
+    """
+
+    def __init__(self, sources: list[Any]):
+        self._sources = sources
+        self._start = self._after_first = [source.read() for source in sources]
+        self._drawn_from: list[tuple[Any, Any]] = []
+
+    def first_pass_done(self) -> None:
+        self._after_first = [source.read() for source in self._sources]
+        for source, start, after in zip(self._sources, self._start, self._after_first, strict=True):
+            if not source.equal(start, after):
+                self._drawn_from.append((source, start))
+
+    def replay(self) -> None:
+        """Before each further pass: as at the start of the first."""
+        for source, start in self._drawn_from:
+            source.write(start)
+
+    def finish(self) -> None:
+        """After the passes: as the first one left them."""
+        self._put(self._after_first)
+
+    def abort(self) -> None:
+        """After a failure: as before the step."""
+        self._put(self._start)
+
+    def _put(self, states: list[Any]) -> None:
+        for source, state in zip(self._sources, states, strict=True):
+            if not source.is_at(state):
+                source.write(state)
+
+
+def source_of(generator: Any) -> Any:
+    """What reads and writes the state of a generator of the user's.
+
+    Raises:
+        TypeError: neither a torch.Generator, a numpy.random.Generator or RandomState, nor a random.Random.
+    """
+    if isinstance(generator, torch.Generator):
+        return _OwnTorch(generator)
+    if isinstance(generator, random.Random):
+        return _Python(generator)
+    if hasattr(generator, "bit_generator"):  # numpy.random.Generator
+        return _Plain(lambda: generator.bit_generator.state, lambda state: setattr(generator.bit_generator, "state", state))
+    if hasattr(generator, "get_state") and hasattr(generator, "set_state"):  # numpy.random.RandomState
+        return _Plain(lambda: generator.get_state(legacy=False), generator.set_state)
+    raise TypeError(
+        f"generators= takes torch.Generator, numpy.random.Generator, numpy.random.RandomState and random.Random objects, "
+        f"not {type(generator).__name__}"
+    )
+
+
+class _Torch:
+    """torch's default generator of the CPU (device None) or of a device."""
+
+    def __init__(self, device: torch.device | None):
+        module: Any = torch if device is None else torch.get_device_module(device)
+        self._get, self._set = module.get_rng_state, module.set_rng_state
+        self._device = () if device is None else (device,)
+
+    def read(self) -> Tensor:
+        state: Tensor = self._get(*self._device)
+        return state
+
+    def write(self, state: Tensor) -> None:
+        self._set(state, *self._device)
+
+    def equal(self, a: Tensor, b: Tensor) -> bool:
+        return False  # writing a state takes less time than comparing two
+
+    def is_at(self, state: Tensor) -> bool:
+        return False
+
+
+class _OwnTorch(_Torch):
+    def __init__(self, generator: torch.Generator):
+        self._get, self._set, self._device = generator.get_state, generator.set_state, ()
+
+
+class _Python:
+    """Python's `random`, or a `random.Random`."""
+
+    def __init__(self, generator: Any):
+        self.read, self.write = generator.getstate, generator.setstate
+
+    def equal(self, a: Any, b: Any) -> bool:
+        """By the last few of its 624 words and its position: the words change all at once."""
+        return bool(a[1][-8:] == b[1][-8:] and a[2] == b[2])
+
+    def is_at(self, state: Any) -> bool:
+        return False  # writing a state takes less time than reading one
+
+
+class _Plain:
+    """A generator whose states are dicts that may hold arrays."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], None]):
+        self.read, self.write = read, write
+
+    def is_at(self, state: Any) -> bool:
+        return self.equal(self.read(), state)
+
+    def equal(self, a: Any, b: Any) -> bool:
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(self.equal(a[key], b[key]) for key in a)
+        return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+
+
+class _Numpy(_Plain):
+    """numpy's global generator. Its state takes long to read, so it is read again only where it can have changed.
+
+    That is, where the words of the Mersenne Twister differ from those of the last reading, or where one number of a pair of
+    normal ones is in stock, which is taken out without a change of the words.
+    """
+
+    def __init__(self, module: Any):
+        super().__init__(lambda: module.get_state(legacy=False), module.set_state)
+        self._module = module
+        self._last: tuple[bytes, Any] | None = None
+        self._read_whole = self.read
+        self.read = self._read
+
+    def _read(self) -> Any:
+        words = self._words()
+        if self._last is None or not words or self._last[0] != words or self._last[1].get("has_gauss"):
+            self._last = words, self._read_whole()
+        return self._last[1]
+
+    def _words(self) -> bytes:
+        """The twister's 624 words and its position, or b"" where the global generator is of another kind."""
+        bits: Any = self._module.get_bit_generator() if hasattr(self._module, "get_bit_generator") else None
+        if type(bits).__name__ != "MT19937":
+            return b""
+        return ctypes.string_at(bits.ctypes.state_address, 625 * 4)
+
+    def equal(self, a: Any, b: Any) -> bool:
+        return a is b or super().equal(a, b)
+
+
+_CPU, _PYTHON = _Torch(None), _Python(random)
+_NUMPY: list[_Numpy] = []
+
+
+def _numpy() -> _Numpy:
+    if not _NUMPY:
+        _NUMPY.append(_Numpy(sys.modules["numpy.random"]))
+    return _NUMPY[0]

@@ -1,0 +1,182 @@
+"""Copies of many tensors at once: flat buffers, filled and read back by one kernel per device and width of elements."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.parameters import is_dtensor
+from gam_fused.rooms import copying_room
+from gam_fused.sharding import local
+from gam_fused.tensor_lists import Layout, TensorList, flat_views, is_dense, moved
+
+_shape_of: Callable[[Tensor], Any] = attrgetter("shape")
+_dtype_of: Callable[[Tensor], Any] = attrgetter("dtype")
+# What elements of these many bytes are copied as: kernels copy bits, whatever they stand for.
+_WORDS = {16: torch.float64, 8: torch.float64, 4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
+
+
+class Snapshots:
+    """Memory for several copies of the same tensors, by number.
+
+    Args:
+        tensors: of any devices, dtypes and layouts.
+        backend: the optimizer's.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], backend: str = "auto"):
+        plain = [t for t in tensors if _is_plain(t)]
+        self._others = [t for t in tensors if not _is_plain(t)]
+        self._placed = plain + [t for t in self._others if t.layout is torch.strided and not is_dtensor(t)]
+        self._home = [t.detach() for t in self._placed]  # where they lie: keeps that memory, should they be moved
+        self._where = self._lie()
+        by_kind: dict[tuple, list[Tensor]] = defaultdict(list)
+        for t in plain:
+            by_kind[t.device, _WORDS[t.element_size()]].append(t)
+        self._kinds = [_Kind(members, word, backend) for (_, word), members in by_kind.items()]
+        self._other_copies: dict[int, list[tuple[Tensor, int]]] = {}
+
+    def _lie(self) -> list[list[Any]]:
+        try:
+            return [list(map(look, self._placed)) for look in (Tensor.data_ptr, Tensor.stride, _shape_of, _dtype_of)]
+        except RuntimeError:  # one has become sparse
+            return []
+
+    def still_fit(self) -> bool:
+        """Whether the tensors lie where, and as, they did when memory was made for them."""
+        return self._lie() == self._where and not self._others
+
+    def moved(self) -> bool:
+        """Whether one lies elsewhere."""
+        return list(map(Tensor.data_ptr, self._placed)) != self._where[0]
+
+    def in_place(self) -> bool:
+        """Whether all lie where they did, in the same shapes."""
+        return (
+            list(map(Tensor.data_ptr, self._placed)) == self._where[0]
+            and list(map(_shape_of, self._placed)) == self._where[2]
+        )
+
+    @torch.no_grad()
+    def take(self, number: int) -> None:
+        """Copy what the tensors hold now into copy `number`."""
+        for kind in self._kinds:
+            kind.copy(kind.memory(number), kind.live)
+        if self._others:
+            self._other_copies[number] = [(_part(t).clone(), t._version) for t in self._others]
+
+    @torch.no_grad()
+    def put_back(self, number: int, *, reshaped: bool = True) -> None:
+        """The tensors as they were when copy `number` was taken: in the same memory, with the same contents.
+
+        `reshaped`: whether one may have another shape in the same place.
+        """
+        if self.moved() or (reshaped and not self.in_place()):
+            for t, home, where in zip(self._placed, self._home, zip(*self._where, strict=True), strict=True):
+                if (t.data_ptr(), t.stride(), t.shape, t.dtype) != where:
+                    _move_home(t, home)
+            if not self.in_place():  # resized memory may have gone elsewhere
+                self._where = self._lie()
+                self._kinds = [kind.anew() for kind in self._kinds]
+        for kind in self._kinds:
+            kind.copy(kind.live, kind.memory(number))
+        for t, (copy, version) in zip(self._others, self._other_copies.get(number, []), strict=False):
+            if t.layout is torch.strided or t._version != version:
+                _part(t).copy_(copy)
+
+    def choose(self, number: int, other: int, flag: Tensor) -> None:
+        """Copy `number` becomes copy `other` where `flag` (0-d, on any device) is not 0. Waits for nothing on a device."""
+        for kind in self._kinds:
+            kind.choose(number, other, flag)
+        mine, theirs = self._other_copies.get(number, []), self._other_copies.get(other, [])
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a[0].layout is torch.strided and not a[0].is_quantized:
+                torch.where(moved(flag, a[0].device) != 0, b[0], a[0], out=a[0])
+            elif a[1] != b[1] and flag:
+                mine[i] = b
+
+    def copy_of(self, t: Tensor, number: int) -> Tensor:
+        """Copy `number` of one of the tensors: its bits."""
+        for kind in self._kinds:
+            for i, member in enumerate(kind.tensors):
+                if member is t:
+                    return kind.memory(number).tensors[i].view(_BITS[kind.word])
+        return next(c[0] for o, c in zip(self._others, self._other_copies[number], strict=True) if o is t)
+
+
+class _Kind:
+    """Tensors of one device and width: the tensors as rows of words, and copies of them."""
+
+    def __init__(self, tensors: list[Tensor], word: torch.dtype, backend: str):
+        self.tensors, self.word, self._backend = tensors, word, backend
+        self._room = copying_room(backend, tensors[0].device) if word is not torch.uint8 else None
+        self._rows = [_row(t, word) for t in tensors]
+        self.live = TensorList(self._rows, lasting=True)
+        self._layout = Layout([row.numel() for row in self._rows], [0] * len(tensors), [False] * len(tensors))
+        self._memory: dict[int, tuple[Tensor, TensorList]] = {}
+
+    def anew(self) -> _Kind:
+        """The same for where the tensors lie now."""
+        fresh = _Kind(self.tensors, self.word, self._backend)
+        fresh._memory = self._memory
+        return fresh
+
+    def memory(self, number: int) -> TensorList:
+        if number not in self._memory:
+            flat, views = flat_views(self._rows)
+            self._memory[number] = flat, TensorList(views, lasting=True)
+        return self._memory[number][1]
+
+    def copy(self, target: TensorList, source: TensorList) -> None:
+        if self._room is None:
+            torch._foreach_copy_(target.tensors, source.tensors)
+        else:
+            self._room.copy_(self._layout, target, source)
+
+    def choose(self, number: int, other: int, flag: Tensor) -> None:
+        here = moved(flag, self._rows[0].device) != 0
+        mine, theirs = (self._memory[n][0].view(_BITS[self.word]) for n in (number, other))
+        torch.where(here, theirs, mine, out=mine)
+
+
+def _row(t: Tensor, word: torch.dtype) -> Tensor:
+    """The elements of a dense tensor, in the order of memory, as words."""
+    row = t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
+    return row.resolve_conj().view(word) if row.numel() else row.to(word)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor is one gapless stretch of memory of its own."""
+    return (
+        not is_dtensor(t)
+        and t.layout is torch.strided
+        and not t.is_quantized
+        and t.device.type != "meta"
+        and type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and is_dense(t)
+        and t.element_size() in _WORDS
+    )
+
+
+def _part(t: Tensor) -> Tensor:
+    """The elements of `t` that this rank holds, each once: what an expanded tensor repeats cannot be written to."""
+    part = local(t) if is_dtensor(t) else t
+    if part.layout is torch.strided:
+        for dim, (stride, size) in enumerate(zip(part.stride(), part.shape, strict=True)):
+            if stride == 0 and size > 1:
+                part = part.narrow(dim, 0, 1)
+    return part
+
+
+def _move_home(t: Tensor, home: Tensor) -> None:
+    """Let `t` lie in the memory of `home` again, which may have been resized in the meantime."""
+    needed = (home.storage_offset() + home.numel()) * home.element_size()
+    if home.untyped_storage().nbytes() < needed:
+        home.untyped_storage().resize_(int(needed))
+    t.data = home
