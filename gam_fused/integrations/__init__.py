@@ -6,36 +6,85 @@ none. This file imports nothing of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+
 
 def check_closure(closure: Callable[[], Any]) -> None:
-    """Refuses what is no function, and what Lightning's hooks hand over where that would train wrongly without a word.
-
-    Lightning wraps the closure of automatic optimization as `partial(precision._wrap_closure, module, optimizer, closure)`.
-    It runs the last micro-batch only, and clips the gradients of each pass.
+    """Refuses what is no function, and what other people's loops hand over where that would train wrongly without a word.
 
     Raises:
         TypeError: not callable.
-        RuntimeError: a Trainer that accumulates or clips gradients, without `GAMCallback`.
+        RuntimeError: a Trainer that accumulates or clips gradients, or hooks that act on them, without `GAMCallback`.
     """
     if not callable(closure):
         raise TypeError(
             f"step takes a function that computes the loss, which it calls once per pass, not a {type(closure).__name__}: "
             "optimizer.step(lambda: loss_fn(model(x), y))"
         )
-    if not isinstance(closure, partial) or getattr(closure.func, "__name__", "") != "_wrap_closure":
+    # Lightning wraps closures as `partial(precision._wrap_closure, module, optimizer, closure)`.
+    if isinstance(closure, partial) and getattr(closure.func, "__name__", "") == "_wrap_closure":
+        _check_lightning(closure.args[0])
+
+
+def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
+    """Which of its `hooks` do something: are not those of the class, last in its ancestry, that declares them."""
+    result = []
+    for name in hooks:
+        declared = next((vars(c)[name] for c in reversed(type(thing).__mro__) if name in vars(c)), None)
+        own = getattr(thing, name, None)
+        if callable(own) and getattr(own, "__func__", own) is not declared:
+            result.append(name)
+    return result
+
+
+@contextmanager
+def on_direction(optimizer: Any, act: Callable[[], Any]) -> Iterator[None]:
+    """Within, a step of `optimizer` calls `act` right before the base optimizer's update, each `p.grad` holding d.
+
+    d is unscaled and of all micro-batches, weights are unperturbed. The step is then not fused. A skipped one calls nothing.
+    """
+
+    def hook(*_: Any) -> None:
+        with torch.enable_grad():
+            act()
+
+    handle = optimizer.base_optimizer.register_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def clipping_to(optimizer: Any, limit: float | None) -> Iterator[None]:
+    """Within, `limit` is the optimizer's `max_grad_norm`; what its owner has set comes back."""
+    own, optimizer.max_grad_norm = optimizer.max_grad_norm, limit
+    try:
+        yield
+    finally:
+        optimizer.max_grad_norm = own
+
+
+def _check_lightning(module: Any) -> None:
+    """Without `GAMCallback` a Trainer runs the last micro-batch only, and in each pass what is to act once per step."""
+    trainer, automatic = module.trainer, module.automatic_optimization
+    settings, hooks = [], ["on_before_optimizer_step"]
+    if automatic:
+        hooks += ["configure_gradient_clipping", "on_before_zero_grad"]
+        if trainer.accumulate_grad_batches > 1:
+            settings.append(f"accumulate_grad_batches={trainer.accumulate_grad_batches}")
+        if trainer.gradient_clip_val:
+            settings.append(f"gradient_clip_val={trainer.gradient_clip_val}")
+    told = [f"{type(thing).__name__}.{name}" for thing in (module, *trainer.callbacks) for name in overridden(thing, hooks)]
+    if settings:
+        what = f"Trainer({', '.join(settings)}): each pass of a step would see one micro-batch only, or clipped gradients"
+    elif told:
+        what = f"{', '.join(told)} would run in every pass of a step, on that pass's gradients, at perturbed weights"
+    else:
         return
-    module = closure.args[0]
-    trainer = module.trainer
-    if not module.automatic_optimization:
-        return
-    settings = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "gradient_clip_val")}
-    if settings["accumulate_grad_batches"] > 1 or settings["gradient_clip_val"]:
-        told = ", ".join(f"{name}={value}" for name, value in settings.items() if value not in (None, 0, 1))
-        raise RuntimeError(
-            f"Trainer({told}): each of the optimizer's passes would see one micro-batch only, or clipped gradients. Add "
-            "Trainer(callbacks=[gam_fused.integrations.lightning.GAMCallback()])"
-        )
+    raise RuntimeError(f"{what}. Add Trainer(callbacks=[gam_fused.integrations.lightning.GAMCallback()])")

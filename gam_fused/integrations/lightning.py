@@ -4,8 +4,9 @@
         def configure_optimizers(self):
             return FusedGAM(self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=self)
 
-Without the callback, fp32 and bf16 train correctly too as long as gradients are neither accumulated nor clipped, but
-`self.log` then records every pass, perturbed ones included.
+Without the callback, fp32 and bf16 train correctly too as long as gradients are neither accumulated nor clipped and no hook
+acts on them. Settings and hooks that say otherwise are errors; `self.clip_gradients` by hand would clip nothing before a
+step, and single passes in the closure. And `self.log` then records every pass, perturbed ones included.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ try:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
     from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
-    from lightning.pytorch.trainer import call
+    from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, Precision
     from lightning.pytorch.utilities import GradClipAlgorithmType
 except ImportError:  # the same code under the name of its own package
     import pytorch_lightning as pl
     from pytorch_lightning.core.optimizer import LightningOptimizer
     from pytorch_lightning.loops.optimization.automatic import Closure, _AutomaticOptimization
     from pytorch_lightning.loops.utilities import _block_parallel_sync_behavior
-    from pytorch_lightning.trainer import call
+    from pytorch_lightning.plugins import FSDPPrecision, MixedPrecision, Precision
     from pytorch_lightning.utilities import GradClipAlgorithmType
 
+from gam_fused.integrations import clipping_to, on_direction, overridden
 from gam_fused.optimizer import FusedGAM
 
 
@@ -37,16 +39,26 @@ class GAMCallback(pl.Callback):
     """Lets a Trainer step `FusedGAM` optimizers with everything it offers; other optimizers are not touched.
 
     - `accumulate_grad_batches`: every pass runs all micro-batches of a step (they wait until the last has arrived).
-    - `gradient_clip_val` (by norm) becomes `max_grad_norm`: the combined direction is clipped, not the gradients of a pass.
     - 16-mixed: the plugin's scaler becomes the optimizer's `grad_scaler`.
-    - `self.log`, the step's outputs and the hook `on_before_optimizer_step` see pass 1 only, the unperturbed one. In that
-      hook gradients are as backward left them: scaled by the scaler, and not clipped.
+    - `on_before_optimizer_step` and `configure_gradient_clipping` run once per step that is not skipped, right before the
+      base optimizer's update: weights are unperturbed, and each `p.grad` holds the combined direction d, unscaled and of all
+      micro-batches. What they do to it counts (`diagnostics` tells the norm before). Where one is overridden, in the
+      module or (the first) a callback, or the Trainer clips by value, the update is not fused.
+    - Otherwise `gradient_clip_val` is the optimizer's `max_grad_norm` while it steps, and nothing is slower. With any
+      clipping by Lightning, the optimizer's own `max_grad_norm` rests.
+    - Manual optimization: `self.clip_gradients(opt, ...)` before `opt.step(closure)` clips the d of that step.
+    - `self.log` and the step's outputs see pass 1 only, the unperturbed one; `on_before_zero_grad` runs in it, and finds no
+      gradients, as a step leaves none.
+    - Hooks around backward, as `on_after_backward`, run in every pass. What they do to gradients is part of the loss's
+      gradient as the optimizer sees it: do not clip there.
 
     `global_step` advances once per step. A metric that `training_step` updates itself is updated in every pass.
 
     Raises:
-        ValueError: clipping by value; a strategy that accumulates gradients itself.
+        ValueError: a strategy that accumulates gradients itself.
         TypeError: a Trainer of the other one of the packages `lightning` and `pytorch_lightning`.
+        RuntimeError: `self.clip_gradients` where gradients are those of one pass; an `optimizer_step` that never runs its
+            closure; a precision plugin with a way of its own to step.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -58,7 +70,7 @@ class GAMCallback(pl.Callback):
             raise ValueError(f"{type(trainer.strategy).__name__} accumulates gradients itself, which FusedGAM cannot replay")
         self._restore = (trainer.fit_loop.epoch_loop.automatic_optimization, trainer.strategy.precision_plugin)
         trainer.fit_loop.epoch_loop.automatic_optimization = _Optimization(self._restore[0])
-        trainer.strategy.precision_plugin = _serving(self._restore[1])
+        trainer.strategy.precision_plugin = _serving(self._restore[1], trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(trainer.fit_loop.epoch_loop.automatic_optimization, _Optimization):
@@ -98,6 +110,11 @@ class _Optimization(_AutomaticOptimization):
         except _Skip:
             self.optim_progress.optimizer.step.increment_completed()
             return {}
+        if not outputs:
+            raise RuntimeError(
+                f"{type(self.trainer.lightning_module).__name__}.optimizer_step has not run its closure: pass it on, "
+                "optimizer.step(closure=optimizer_closure), or, to leave the update out, call it"
+            )
         return outputs[0]
 
     def _run_batches(self, optimizer: Any, batches: list[tuple[int, OrderedDict]], *, first_pass: bool) -> dict[str, Any]:
@@ -117,35 +134,77 @@ class _Optimization(_AutomaticOptimization):
         return {**output, "loss": sum(losses[1:], losses[0])}
 
 
+class _Clipping:
+    """What `clip_gradients` has to know: whose passes are running, whose d lies in `p.grad`, what was asked for before."""
+
+    def __init__(self, trainer: pl.Trainer):
+        self.trainer = trainer
+        self.passes_of: Any = None
+        self.direction_of: Any = None
+        self.asked: dict[Any, list[tuple[float, GradClipAlgorithmType]]] = {}
+
+
 class _ServesGAM:
-    """Mixed into the Trainer's precision plugin: closures, scaler and clipping for `FusedGAM`."""
+    """Mixed into the Trainer's precision plugin: closures, scaler, hooks and clipping for `FusedGAM`."""
 
     scaler: Any = None
+    _gam: _Clipping  # of the class that `_serving` makes; the plugin's `__dict__` stays as it is
 
     def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if not isinstance(optimizer, FusedGAM):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)  # type: ignore[misc]
-        trainer = model.trainer
-        algorithm = trainer.gradient_clip_algorithm
-        self._clip_gradients(model, optimizer, trainer.gradient_clip_val, gradient_clip_algorithm=algorithm)  # type: ignore[attr-defined]
+        if (kind := self._plugin_with("optimizer_step")) not in (Precision, MixedPrecision, FSDPPrecision):
+            raise RuntimeError(f"{kind.__name__}.optimizer_step would not run: GAMCallback cannot step FusedGAM through it")
         if optimizer.grad_scaler is not self.scaler:
             optimizer.grad_scaler = self.scaler
+        limit, act = self._clipping(optimizer, model)
+        self._gam.passes_of = optimizer
+        try:
+            with clipping_to(optimizer, limit), on_direction(optimizer, act) if act else nullcontext():
+                loss = optimizer.step(self._one_pass(model, closure), **kwargs)
+        finally:
+            self._gam.passes_of = self._gam.direction_of = None
+        if self.scaler is not None:
+            self.scaler.update()
+        return loss
+
+    def _one_pass(self, model: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
         first_pass = True
 
         def one_pass() -> Any:
             nonlocal first_pass
             with nullcontext() if first_pass else _nothing_logged(model):
                 result = closure()
-            if first_pass:
-                first_pass = False
-                call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
-                call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
+            first_pass = False
             return result
 
-        loss = optimizer.step(one_pass, **kwargs)
-        if self.scaler is not None:
-            self.scaler.update()
-        return loss
+        return one_pass
+
+    def _clipping(self, optimizer: Any, model: Any) -> tuple[float | None, Callable[[], None] | None]:
+        """What the coming step shall clip d to, and what shall act on d before the update (None: nothing has to)."""
+        trainer, automatic = self._gam.trainer, model.automatic_optimization
+        clips = self._gam.asked.pop(optimizer, [])
+        if automatic and trainer.gradient_clip_val:
+            clips = [(trainer.gradient_clip_val, trainer.gradient_clip_algorithm or GradClipAlgorithmType.NORM)]
+        hooks = overridden(model, ["on_before_optimizer_step", *(["configure_gradient_clipping"] if automatic else [])])
+        hooks += [name for c in trainer.callbacks for name in overridden(c, ["on_before_optimizer_step"])]
+        limit = None if clips else optimizer.max_grad_norm
+        if self._is_max_grad_norm(clips) and not (automatic and hooks):  # those come before that clipping, or do it
+            limit, clips = float(clips[0][0]), []
+
+        def act() -> None:
+            self._gam.passes_of, self._gam.direction_of = None, optimizer
+            for clip in [] if automatic else clips:
+                self.clip_gradients(optimizer, *clip)
+            self._after_closure(model, optimizer)  # type: ignore[attr-defined]  # calls the hooks, in Lightning's order
+
+        return limit, act if clips or hooks else None
+
+    def _is_max_grad_norm(self, clips: list[tuple[float, GradClipAlgorithmType]]) -> bool:
+        """Whether to clip so is to clip once, by norm, as torch does."""
+        by_torch = self._plugin_with("clip_gradients") in (Precision, MixedPrecision)
+        by_torch = by_torch and self._plugin_with("clip_grad_by_norm") is Precision
+        return by_torch and [algorithm for _, algorithm in clips] == [GradClipAlgorithmType.NORM]
 
     def clip_gradients(
         self,
@@ -153,20 +212,40 @@ class _ServesGAM:
         clip_val: float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        """Called before the passes of a step: for `FusedGAM`, sets what it clips its direction to."""
+        """For `FusedGAM`: clips d where that lies in `p.grad`, and before a step by hand, the d of that step."""
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if not isinstance(optimizer, FusedGAM):
-            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)  # type: ignore[misc]
-        elif clip_val > 0:
-            if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-                raise ValueError("gradient_clip_algorithm='value' does not go with FusedGAM: clip by norm")
-            optimizer.max_grad_norm = float(clip_val)
+        clip: Callable[..., None] = super().clip_gradients  # type: ignore[misc]
+        if isinstance(optimizer, FusedGAM):
+            if clip_val <= 0:
+                return
+            if self._gam.direction_of is not optimizer:
+                self._ask(optimizer, clip_val, gradient_clip_algorithm)
+                return
+            if self._plugin_with("clip_gradients") is MixedPrecision:  # it refuses what unscales by itself; d is unscaled
+                clip = super(MixedPrecision, self).clip_gradients  # type: ignore[misc]
+        clip(optimizer, clip_val, gradient_clip_algorithm)
+
+    def _ask(self, optimizer: Any, clip_val: float, algorithm: GradClipAlgorithmType) -> None:
+        if self._gam.trainer.lightning_module.automatic_optimization or self._gam.passes_of is optimizer:
+            raise RuntimeError(
+                "self.clip_gradients would clip the gradients of one of the passes of a step. With FusedGAM call it in "
+                "configure_gradient_clipping, or, in manual optimization, before optimizer.step(closure) instead of in the "
+                "closure: it then clips the combined direction"
+            )
+        asked = self._gam.asked.setdefault(optimizer, [])
+        if (clip_val, algorithm) not in asked:
+            asked.append((clip_val, algorithm))
+
+    def _plugin_with(self, method: str) -> Any:
+        """The class that the plugin has `method` from."""
+        return next(c for c in type(self).__mro__ if c is not _ServesGAM and method in vars(c))
 
 
-def _serving(plugin: Any) -> Any:
+def _serving(plugin: Any, trainer: pl.Trainer) -> Any:
     """The precision plugin with `_ServesGAM` mixed in. It goes by the same name, which checkpoints know it by."""
     kind = type(plugin)
-    served: Any = object.__new__(type(kind.__name__, (_ServesGAM, kind), {"__qualname__": kind.__qualname__}))
+    own = {"__qualname__": kind.__qualname__, "_gam": _Clipping(trainer)}
+    served: Any = object.__new__(type(kind.__name__, (_ServesGAM, kind), own))
     served.__dict__ = plugin.__dict__
     return served
 
