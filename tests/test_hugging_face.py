@@ -12,12 +12,14 @@ from torch import nn
 pytest.importorskip("accelerate", reason="needs the package accelerate")
 pytest.importorskip("transformers", reason="needs the package transformers")
 
+import accelerate
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from gam_fused import FusedGAM
+from gam_fused import FusedGAM, FusedSAM
+from gam_fused.integrations import all_micro_batches
 from gam_fused.integrations.transformers import GAMTrainerMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -179,7 +181,7 @@ def test_accelerate(precision, tmp_path):
                 for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
                     accelerator.backward(regression(model, a, b)())
 
-            prepared[1].step(closure)
+            prepared[1].step(all_micro_batches(closure))
             prepared[2].step()
             if step + 1 == save_at:
                 accelerator.save_state(str(tmp_path))
@@ -206,6 +208,72 @@ def test_accelerate(precision, tmp_path):
             plain_optimizer.step(closure)
             schedule.step()
         same(contents(model, optimizer), contents(plain, plain_optimizer))
+
+
+def accumulating(accelerator, batches=4):
+    """Accelerate's own loop. Returns the weights, which start at zero, and how many steps went through."""
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = FusedSAM(model.parameters(), torch.optim.SGD, lr=1.0, rho=0.0)
+    loader = torch.utils.data.DataLoader(torch.eye(4)[:batches], batch_size=1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for x in loader:
+        with accelerator.accumulate(model):
+
+            def closure(x=x):
+                loss = -model(x).sum()
+                accelerator.backward(loss)
+                return loss
+
+            optimizer.step(closure)
+            optimizer.zero_grad()
+    return model.weight.detach()
+
+
+@pytest.mark.parametrize("batches", [3, 4])  # the end of the data also ends an accumulation
+def test_accelerates_accumulation_is_an_error(batches):
+    with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps=4.*all_micro_batches"):
+        accumulating(Accelerator(cpu=True, gradient_accumulation_steps=4), batches)
+
+
+def test_accelerates_accumulation_is_found_whoever_sets_it():
+    accelerator = Accelerator(cpu=True)
+    accumulating(accelerator)
+    accelerator.gradient_accumulation_steps = 2
+    with pytest.raises(RuntimeError, match="gradient_accumulation_steps=2"):
+        accumulating(accelerator)
+    with pytest.raises(RuntimeError, match="gradient_accumulation_steps=2"):  # all accelerators of a process share it
+        accumulating(Accelerator(cpu=True, gradient_accumulation_steps=2))
+    accelerator.gradient_accumulation_steps = 1
+    same(freeze([accumulating(accelerator)]), freeze([torch.ones(1, 4)]))
+
+
+def test_all_micro_batches_in_a_closure_that_says_so():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    model, optimizer = accelerator.prepare(model, FusedSAM(model.parameters(), torch.optim.SGD, lr=1.0, rho=0.0))
+
+    @all_micro_batches
+    def closure():
+        for x in torch.eye(4).chunk(4):
+            accelerator.backward(-model(x).sum())
+
+    optimizer.step(closure)
+    same(freeze([model.weight]), freeze([torch.full((1, 4), 0.25)]))
+
+
+def test_optimizers_that_are_not_prepared_are_none_of_accelerates_business():
+    for accelerator in (None, Accelerator(cpu=True, gradient_accumulation_steps=2)):
+        model = mixed_net()
+        make(model.parameters(), model=model).step(regression(model, *batch()))
+        assert accelerator is None or accelerator.gradient_accumulation_steps == 2
+
+
+def test_what_others_call_their_own():
+    """Names that `integrations` uses; a version without one of them needs another way there."""
+    assert accelerate.optimizer.GradientState().num_steps == 1
+    assert AcceleratedOptimizer.step.__code__
 
 
 def test_accelerates_way_of_stepping_with_a_scaler():

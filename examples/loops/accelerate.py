@@ -15,9 +15,9 @@ from gam_fused import FusedGAM
 
 def train(epochs: int, limit: int | None = None, **accelerator_options) -> float:
     """Returns the test accuracy."""
-    # `backward` divides by gradient_accumulation_steps. The micro-batches of a step have to be in the closure, which every
-    # pass runs, not in `with accelerator.accumulate(model)`, which would leave the last one to the passes.
-    accelerator = Accelerator(gradient_accumulation_steps=4, **accelerator_options)
+    # The micro-batches of a step have to be in the closure, which every pass runs. `accelerator.accumulate`, and with it
+    # Accelerator(gradient_accumulation_steps=4), would leave the last one to the passes.
+    accelerator = Accelerator(**accelerator_options)
     torch.manual_seed(0)
     model = conv_net(seed=0)
     optimizer = FusedGAM(
@@ -32,10 +32,10 @@ def train(epochs: int, limit: int | None = None, **accelerator_options) -> float
                 losses = []
                 for i, (micro_x, micro_y) in enumerate(zip(x.chunk(4), y.chunk(4), strict=True)):
                     with accelerator.no_sync(model) if i < 3 else nullcontext():  # DDP averages once per pass
-                        loss = cross_entropy(model(micro_x), micro_y)
+                        loss = cross_entropy(model(micro_x), micro_y) / 4
                         accelerator.backward(loss)
                         losses.append(loss.detach())
-                return torch.stack(losses).mean()
+                return torch.stack(losses).sum()
 
             optimizer.step(closure)
             schedule.step()

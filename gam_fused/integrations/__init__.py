@@ -1,17 +1,36 @@
 """Helpers for training loops that are not the user's own; each is imported on demand, and only it needs its package.
 
 `gam_fused.integrations.lightning.GAMCallback` and `gam_fused.integrations.transformers.GAMTrainerMixin`. Accelerate needs
-none. This file imports nothing of them.
+none, or `all_micro_batches`. This file imports nothing of them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
+
+_MARK = "_runs_all_micro_batches"
+
+
+def all_micro_batches(closure: Callable[[], Any]) -> Callable[[], Any]:
+    """Says that every call of `closure` runs all micro-batches of the step: `optimizer.step(all_micro_batches(closure))`.
+
+    With `Accelerator(gradient_accumulation_steps=n)`, whose `backward` divides by n, a closure of fewer trains wrongly
+    without a word, hence is an error, and which it is nobody but its author can tell. The step must not stand in
+    `accelerator.accumulate`, which leaves out n - 1 of n calls.
+    """
+
+    @wraps(closure)
+    def marked() -> Any:
+        return closure()
+
+    setattr(marked, _MARK, True)
+    return marked
 
 
 def check_closure(closure: Callable[[], Any]) -> None:
@@ -19,7 +38,8 @@ def check_closure(closure: Callable[[], Any]) -> None:
 
     Raises:
         TypeError: not callable.
-        RuntimeError: a Trainer that accumulates or clips gradients, or hooks that act on them, without `GAMCallback`.
+        RuntimeError: a Trainer that accumulates or clips gradients, or hooks that act on them, without `GAMCallback`;
+            Accelerate's accumulation.
     """
     if not callable(closure):
         raise TypeError(
@@ -29,6 +49,8 @@ def check_closure(closure: Callable[[], Any]) -> None:
     # Lightning wraps closures as `partial(precision._wrap_closure, module, optimizer, closure)`.
     if isinstance(closure, partial) and getattr(closure.func, "__name__", "") == "_wrap_closure":
         _check_lightning(closure.args[0])
+    elif not hasattr(closure, _MARK):
+        _check_accelerate()
 
 
 def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
@@ -88,3 +110,27 @@ def _check_lightning(module: Any) -> None:
     else:
         return
     raise RuntimeError(f"{what}. Add Trainer(callbacks=[gam_fused.integrations.lightning.GAMCallback()])")
+
+
+def _check_accelerate() -> None:
+    """`accelerator.accumulate` lets only the last micro-batch reach `step`, and `accelerator.backward` divides its loss."""
+    accelerate = sys.modules.get("accelerate.optimizer")
+    kind = getattr(accelerate, "AcceleratedOptimizer", None)
+    if kind is None:
+        return
+    count = accelerate.GradientState().num_steps  # type: ignore[union-attr]  # one for all accelerators of the process
+    if count > 1 and _is_called_by(kind.step):  # an optimizer that is not prepared has nothing to do with it
+        raise RuntimeError(
+            f"Accelerator(gradient_accumulation_steps={count}): in accelerator.accumulate a step would see the last of "
+            f"{count} micro-batches only, and 1/{count} of its loss. Let the closure run all micro-batches, each loss "
+            "divided by their number, and leave out gradient_accumulation_steps and accumulate. Or, if the closure does run "
+            "all of them and it is accelerator.backward that divides, step outside of accumulate and say so: "
+            "optimizer.step(gam_fused.integrations.all_micro_batches(closure))"
+        )
+
+
+def _is_called_by(function: Any) -> bool:
+    code, frame = function.__code__, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame.f_code is code
