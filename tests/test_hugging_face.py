@@ -8,6 +8,7 @@ import pytest
 import torch
 from gam_helpers import batch, freeze, make, mixed_net, regression, same
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 pytest.importorskip("accelerate", reason="needs the package accelerate")
 pytest.importorskip("transformers", reason="needs the package transformers")
@@ -60,13 +61,13 @@ class Losses(transformers.TrainerCallback):
             self.norms.append(float(logs["grad_norm"]))
 
 
-def trainer(model, folder, optimizers=(None, None), **arguments):
+def trainer(model, folder, optimizers=(None, None), more=(), **arguments):
     arguments = {"num_train_epochs": 2, "save_strategy": "no", "max_grad_norm": 0.0, **arguments}
     given = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=SIZE, learning_rate=0.05, logging_steps=1, report_to="none",
         disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", dataloader_pin_memory=False, **arguments,
     )  # fmt: skip
-    return GAMTrainer(model, given, train_dataset=rows(), optimizers=optimizers, callbacks=[Losses()])
+    return GAMTrainer(model, given, train_dataset=rows(), optimizers=optimizers, callbacks=[Losses(), *more])
 
 
 def losses_of(result) -> Losses:
@@ -153,6 +154,98 @@ def test_trainer_serves_other_optimizers(tmp_path):
         result.train()
         states.append(freeze(dict(model.state_dict())))
     same(*states)
+
+
+class Acts(transformers.TrainerCallback):
+    """Clips in `on_pre_optimizer_step`, and notes what it and `on_optimizer_step` find."""
+
+    def __init__(self, model, spoil=None):
+        self.model, self.spoil, self.calls = model, spoil, []
+
+    def found(self):
+        norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+        weights = freeze([dict(self.model.net.named_parameters()), self.model.net[1].num_batches_tracked])
+        return float(torch.stack(norms).norm()) if norms else None, weights
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = self.found()[1][0]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.calls.append(("before", state.global_step, *self.found()))
+        same(self.calls[-1][3][0], self.start)
+        clip_grad_norm_(self.model.parameters(), 0.05)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.calls.append(("after", state.global_step, *self.found()))
+        control.should_training_stop = state.global_step == 15
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.08])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_callbacks_act_on_the_direction(accumulate, clip, tmp_path):
+    model, reference = Model(), Model()
+    optimizer = make(model.parameters(), model=model, lr=0.05, max_grad_norm=3.0)
+    acts = Acts(model)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    options = {"gradient_accumulation_steps": accumulate, "max_grad_norm": clip}
+    result = trainer(model, tmp_path, (optimizer, schedule), [acts], **options)
+    result.train()
+    plain = make(reference.parameters(), model=reference, lr=0.05, max_grad_norm=clip or 3.0)
+    plain.base_optimizer.register_step_pre_hook(lambda *_: clip_grad_norm_(reference.parameters(), 0.05) and None)
+    steps = 16 if accumulate == 1 else 6  # a callback stops the first
+    losses, _ = plain_loop(reference, plain, torch.optim.lr_scheduler.ExponentialLR(plain, 0.9), accumulate)
+    if accumulate == 4:
+        same(contents(model, optimizer), contents(reference, plain))
+    assert losses_of(result).seen == pytest.approx(losses[:steps], abs=1e-4)
+    assert [call[:2] for call in acts.calls] == [(when, i) for i in range(steps) for when in ("before", "after")]
+    for before, after in zip(acts.calls[::2], acts.calls[1::2], strict=True):
+        assert after[2] == pytest.approx(min(before[2], 0.05), rel=1e-4)
+        assert not clip or before[2] < 0.0801
+        assert before[3][1] == after[3][1]  # buffers have moved once
+    assert optimizer.max_grad_norm == 3.0
+    assert not optimizer.base_optimizer._optimizer_step_pre_hooks
+    assert "on_pre_optimizer_step" not in vars(result.callback_handler)
+
+
+def test_callbacks_of_transformers_and_others_leave_the_update_fused(tmp_path):
+    class Own(transformers.TrainerCallback):
+        __module__ = "transformers.trainer_jit_checkpoint"
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            raise AssertionError("weights are perturbed, or of the next step already")
+
+    def never(*_, **__):
+        raise AssertionError("the base optimizer was stepped by itself")
+
+    model = Model()
+    optimizer = make(model.parameters(), model=model, lr=0.05)
+    optimizer.base_optimizer.step = never
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    result = trainer(model, tmp_path, (optimizer, schedule), [Own()], max_grad_norm=0.05)
+    result.train()
+    assert result.state.global_step == 2 * BATCHES
+
+
+def test_a_skipped_step_has_no_gradients_to_act_on(tmp_path):
+    model = Model()
+    optimizer = make(model.parameters(), model=model, lr=0.05)
+    acts = Acts(model)
+    compute = model.forward
+    losses = []
+
+    def forward(x, labels):
+        losses.append(None)
+        return {"loss": compute(x, labels)["loss"] * (float("nan") if 4 < len(losses) <= 8 else 1.0)}
+
+    model.forward = forward
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    trainer(model, tmp_path, (optimizer, schedule), [acts], max_steps=3).train()
+    assert optimizer.skipped_steps == 1
+    assert [(when, norm is None) for when, _, norm, _ in acts.calls] == [
+        *[("before", False), ("after", False)],
+        ("after", True),
+        *[("before", False), ("after", False)],
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +367,9 @@ def test_what_others_call_their_own():
     """Names that `integrations` uses; a version without one of them needs another way there."""
     assert accelerate.optimizer.GradientState().num_steps == 1
     assert AcceleratedOptimizer.step.__code__
+    assert callable(transformers.trainer_callback.CallbackHandler.call_event)
+    for event in ("on_pre_optimizer_step", "on_optimizer_step"):
+        assert callable(getattr(transformers.TrainerCallback, event))
 
 
 def test_accelerates_way_of_stepping_with_a_scaler():

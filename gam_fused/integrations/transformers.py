@@ -9,12 +9,15 @@ groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gam_fused.integrations import all_micro_batches, clipping_to, on_direction, overridden
 from gam_fused.optimizer import FusedGAM
 
 
@@ -25,10 +28,18 @@ class GAMTrainerMixin:
       loss of all, as the unperturbed pass saw it.
     - `max_grad_norm` of the arguments clips the combined direction; at 0 the optimizer's own value holds. The logged
       gradient norm is that of the unperturbed gradient.
+    - Callbacks that act on gradients do so on the combined direction d, unscaled, clipped and of all micro-batches, in each
+      `p.grad`: `on_pre_optimizer_step` right before the base optimizer's update, at unperturbed weights, and
+      `on_optimizer_step` after it, once per step; at a skipped step the first is not called, the second finds no gradients.
+      Where a callback that is not transformers' own defines one of them, the update is not fused.
     - fp16: the scaler that the Trainer has made becomes the optimizer's `grad_scaler`.
     - The Trainer's model becomes the optimizer's, where it was given none.
 
-    With an optimizer that is not a `FusedGAM` it changes nothing.
+    A `training_step` of your own is one micro-batch of one pass where its class stands behind the mixin, and a whole step,
+    which leaves no gradients, where it stands before. With an optimizer that is not a `FusedGAM` the mixin changes nothing.
+
+    Raises:
+        RuntimeError: DeepSpeed.
     """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,11 +47,16 @@ class GAMTrainerMixin:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.accelerator.sync_gradients = True  # type: ignore[attr-defined]
+            vars(self.callback_handler).pop("on_pre_optimizer_step", None)  # type: ignore[attr-defined]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         trainer: Any = self
         if not isinstance(self._gam, FusedGAM):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                "DeepSpeed steps the optimizer itself, once per backward, which FusedGAM cannot be: use DDP or FSDP2"
+            )
         if not hasattr(self, "_waiting"):
             self._waiting: list[tuple[Any, Any]] = []
         self._waiting.append((inputs, num_items_in_batch))
@@ -50,6 +66,7 @@ class GAMTrainerMixin:
         batches, self._waiting = self._waiting[-count:], []  # those before were left by an epoch that was stopped
         losses: list[Tensor] = []
 
+        @all_micro_batches
         def one_pass() -> Tensor:
             total = torch.zeros((), device=trainer.args.device)
             for i, batch in enumerate(batches):
@@ -60,13 +77,37 @@ class GAMTrainerMixin:
 
         self._gam.grad_scaler = trainer.accelerator.scaler
         self._gam._modules = self._gam._modules or [trainer.model]
-        if trainer.args.max_grad_norm:
-            self._gam.max_grad_norm = trainer.args.max_grad_norm
-        trainer.optimizer.step(one_pass)
+        self._step(one_pass)
         # The loop is about to call `optimizer.step()`, which does nothing while gradients are not to be synchronised; it
         # sets this anew for every batch.
         trainer.accelerator.sync_gradients = False
         return losses[0]
+
+    def _step(self, one_pass: Callable[[], Tensor]) -> None:
+        """One optimizer step, with the callbacks that the loop would call around it."""
+        trainer: Any = self
+        before, after = self._defining("on_pre_optimizer_step"), self._defining("on_optimizer_step")
+        kept: list[tuple[Tensor, Tensor | None]] = []
+
+        def act() -> None:
+            handler = copy(trainer.callback_handler)
+            handler.callbacks = before
+            trainer.control = handler.call_event("on_pre_optimizer_step", trainer.args, trainer.state, trainer.control)
+            if after:
+                kept.extend((p, p.grad) for group in self._gam.param_groups for p in group["params"])
+
+        limit = trainer.args.max_grad_norm or self._gam.max_grad_norm
+        with clipping_to(self._gam, limit), on_direction(self._gam, act) if before or after else nullcontext():
+            trainer.optimizer.step(one_pass)
+        for p, d in kept:  # the loop calls `on_optimizer_step`, and drops gradients after it
+            p.grad = d
+        # The loop's own call would come after the update.
+        trainer.callback_handler.on_pre_optimizer_step = lambda args, state, control, **_: control
+
+    def _defining(self, event: str) -> list[Any]:
+        """Callbacks that define `event`, but for transformers' own, which leave gradients alone (and save checkpoints)."""
+        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if overridden(c, [event]) and not type(c).__module__.startswith("transformers.")]
 
     @property
     def _gam(self) -> Any:
