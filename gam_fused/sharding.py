@@ -189,7 +189,8 @@ def refuse_fsdp1(modules: Iterable[nn.Module], groups: Groups) -> None:
     """Raises TypeError for FullyShardedDataParallel: its shards look like plain tensors, and norms would be each rank's."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     wrapped = kind is not None and any(isinstance(m, kind) for root in modules for m in root.modules())
-    flat = any(getattr(p, "_is_flat_param", False) for group in groups for p in group["params"])
+    marks = ("_is_flat_param", "_fsdp_flattened")  # of flat parameters, and of those that use_orig_params=True leaves
+    flat = any(getattr(p, mark, False) for group in groups for p in group["params"] for mark in marks)
     if wrapped or flat:
         raise TypeError("FullyShardedDataParallel (FSDP1) is not supported; shard with torch.distributed.fsdp.fully_shard")
 

@@ -371,6 +371,11 @@ def _refusals(rank):
     old = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
     with pytest.raises(TypeError, match="FSDP1"):
         make(old.parameters(), model=old)
+    inner = net()
+    optimizer = make(inner.parameters(), model=inner)
+    old = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)  # as Accelerate does it
+    with pytest.raises(TypeError, match="FSDP1"):
+        optimizer.step(closure_of(optimizer, loss_of(old, *batch(outputs=1, dtype=torch.float64))))
     pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     with pytest.raises(TypeError, match="still to be added"):
         make([pending])
