@@ -7,11 +7,13 @@ one place that every tool that saves optimizers keeps (torch.distributed.checkpo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gam_fused import hooks, hyperparameters
 from gam_fused.base_state import BaseState, check_state
@@ -61,6 +63,29 @@ def complete_groups(optimizer: FusedGAM) -> None:
     optimizer._group_values = [{name: group[name] for name in names} for group in groups]
 
 
+def link(optimizer: FusedGAM) -> None:
+    """Groups keep GAM's entries when the base optimizer loads a state dict by itself."""
+    reference = weakref.ref(optimizer)
+
+    def before(base: Optimizer, state_dict: dict[str, Any]) -> None:
+        if (linked := reference()) is not None and linked.base_optimizer is base:
+            complete_groups(linked)
+
+    def after(base: Optimizer) -> None:
+        if (linked := reference()) is not None and linked.base_optimizer is base:
+            complete_groups(linked)
+
+    optimizer.base_optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.base_optimizer.register_load_state_dict_post_hook(after)
+
+
+def _enter(optimizer: FusedGAM, loaded: list[dict[str, Any]]) -> None:
+    """Put GAM's entries into the groups, also of a base optimizer that has loaded the others elsewhere."""
+    for group, values in zip(optimizer.param_groups, loaded, strict=True):
+        group.update({name: values[name] for name in optimizer._gam_defaults})
+    complete_groups(optimizer)
+
+
 def save(optimizer: FusedGAM) -> dict[str, Any]:
     hooks.before_state_dict(optimizer)
     drop_unstarted(optimizer)
@@ -98,8 +123,7 @@ def load(optimizer: FusedGAM, state_dict: dict[str, Any]) -> None:
     try:
         check_state(base, optimizer._fused, optimizer.param_groups, state_dict, saved)
         base.load_state_dict({**state_dict, "param_groups": groups})
-        optimizer._group_values = present
-        complete_groups(optimizer)
+        _enter(optimizer, groups)
         for name, value in values.items():
             setattr(optimizer, name, value)
         optimizer._tables()  # raises for numbers that cannot be

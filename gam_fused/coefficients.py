@@ -37,7 +37,7 @@ def tables(
     result: dict[str, list[Row]] = {"gam": [], "plain": [], "oracle": []}
     for number, group in enumerate(param_groups):
         # What a base optimizer that is not fused makes of its own entries is its own business.
-        shared = _checked(number, {Column.LR: group["lr"]} | base.coefficients(group)) if base else {}
+        shared = _of_base(number, group, base) if base else {}
         sign = -1.0 if group.get("maximize") else 1.0  # the loss of a maximising group is -L: its worst case lies downhill
         counted = 1.0 if group["perturb"] else 0.0
         result["gam"].append(_row(shared | _METHODS[method](values, float(group[rho_key]), sign, counted)))
@@ -45,6 +45,13 @@ def tables(
         if sam_rho is not None:
             result["oracle"].append(_row(shared | {Column.RADIUS_0: sign * counted * sam_rho, Column.DIRECTION_3: 1.0}))
     return {kind: rows for kind, rows in result.items() if rows}
+
+
+def _of_base(number: int, group: dict[str, Any], base: FusedBase) -> dict[Column, Any]:
+    try:
+        return _checked(number, {Column.LR: group["lr"]} | base.coefficients(group))
+    except KeyError as error:
+        raise KeyError(f"param group {number} has no entry {error}, which the base optimizer needs") from error
 
 
 def _row(entries: dict[Column, float | Tensor]) -> Row:

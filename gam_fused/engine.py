@@ -100,7 +100,7 @@ class Step:
         return replicas.average(self.buckets, lists) if replicas and not replicas.local else lists
 
     def _run(self, point: str, differentiate: Callable[[Any], None]) -> None:
-        """One pass: the closure, then `differentiate` of what it returned. Only here may an interrupt come through."""
+        """One pass: the closure, then `differentiate` of what it returned."""
         torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
         self._reshard()
         first = not self.losses
@@ -111,16 +111,20 @@ class Step:
                 if part:
                     part.replay()
         watched = self._model.first_pass() if first and self._model else nullcontext()
-        self.interrupts.open()
-        try:
-            with torch.enable_grad(), watched:
-                result = self.optimizer._amp.run(self.closure)
-                differentiate(result)
-        finally:
-            self.interrupts.close()
+        with torch.enable_grad(), watched:
+            result = self.optimizer._amp.run(lambda: self._users(self.closure))
+            self._users(lambda: differentiate(result))
         self.losses[point] = _loss_of(result)
         if first:
             self._first_pass_done(result)
+
+    def _users(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, which runs users' code: only here may an interrupt come through."""
+        self.interrupts.open()
+        try:
+            return call()
+        finally:
+            self.interrupts.close()
 
     def _first_pass_done(self, result: Any) -> None:
         self.optimizer._amp.publish(self.optimizer, self.buckets)

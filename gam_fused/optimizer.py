@@ -177,6 +177,7 @@ class FusedGAM(Optimizer):
         super().__init__(base.param_groups, {**base.defaults, **self._gam_defaults})
         self.base_optimizer = base
         checkpoint.complete_groups(self)
+        checkpoint.link(self)
         check_groups(self.param_groups, self.rho_key)
         distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
         self.grad_scaler = grad_scaler
@@ -186,7 +187,6 @@ class FusedGAM(Optimizer):
     # A step.
 
     @torch._disable_dynamo  # a compiled function around it runs it as it is; what the closure has compiled stays compiled
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update: all passes of the method, then the base optimizer's update in the direction d.
 
@@ -204,17 +204,18 @@ class FusedGAM(Optimizer):
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients.
             ValueError: a hyperparameter changed to something that cannot work.
         """
-        if not self._in_step.acquire(blocking=False):
-            raise RuntimeError(
-                "step was called while a step of this optimizer is running: from inside its own closure, or from another "
-                "thread. Its passes are at perturbed weights; give each its own optimizer, or call one after the other"
-            )
-        try:
-            return self._step(closure)
-        finally:
-            self._in_step.release()
+        with Interrupts() as interrupts, torch.no_grad():
+            if not self._in_step.acquire(blocking=False):
+                raise RuntimeError(
+                    "step was called while a step of this optimizer is running: from inside its own closure, or from another "
+                    "thread. Its passes are at perturbed weights; give each its own optimizer, or call one after the other"
+                )
+            try:
+                return self._step(closure, interrupts)
+            finally:
+                self._in_step.release()
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None, interrupts: Interrupts) -> Any:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step was called in torch.inference_mode(), in which nothing can be differentiated: leave it")
         if closure is None:
@@ -223,22 +224,21 @@ class FusedGAM(Optimizer):
         self._amp.begin(self)
         try:
             self._prepare()
+            run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
+            with self._plan.no_sync():
+                step = Step(self, closure, interrupts)
+                try:
+                    run(step)
+                    step.finish()
+                except BaseException:
+                    step.abort()
+                    raise
         except BaseException:
             self._amp.abort(self)
             raise
-        run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
-        with Interrupts() as interrupts, self._plan.no_sync():
-            step = Step(self, closure, interrupts)
-            try:
-                run(step)
-                step.finish()
-            except BaseException:
-                step.abort()
-                self._amp.abort(self)
-                raise
-            self._amp.report(step.skipped)
-            self._steps_taken += 1
-            self._last = step
+        self._amp.report(step.skipped)
+        self._steps_taken += 1
+        self._last = step
         self._precision_watch.look(self, step)
         loss, step.loss = step.loss, None  # it may hold outputs, which nobody but the caller shall keep
         return loss
@@ -260,6 +260,7 @@ class FusedGAM(Optimizer):
 
     def _tables(self) -> dict[str, Any]:
         """The coefficient tables of all hyperparameters as they stand now, each of them checked."""
+        hyperparameters.one_of("method", self.method, hyperparameters.METHODS)
         values = hyperparameters.check(self.method, self._values())
         hyperparameters.check_oracle(self.method, self.oracle, self.sam_rho)
         hyperparameters.check_perturb_sync(self.perturb_sync)
@@ -439,6 +440,7 @@ class FusedGAM(Optimizer):
             self._plan = self._last = None
             self._precision_watch = precision.Watch()
             self._in_step = threading.Lock()
+            checkpoint.link(self)
         checkpoint.forget_plan(self)
 
 

@@ -1,0 +1,161 @@
+"""Whose a keyword is: the base optimizer's, FusedGAM's, or nobody's."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from gam_helpers import backend_params
+from torch.optim import SGD, Adadelta, Adam, AdamW, RMSprop
+
+from gam_fused import FusedGAM, FusedSAM
+from gam_fused.schedules import ProportionalRho
+
+
+def params():
+    return [torch.nn.Parameter(torch.zeros(2))]
+
+
+class Lamb(SGD):
+    def __init__(self, params, lr=0.1, max_grad_norm=1.0):
+        super().__init__(params, lr)
+
+
+class Passes(RMSprop):
+    def __init__(self, params, **keywords):
+        super().__init__(params, **keywords)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("base", [Adam, AdamW])
+def test_eps_is_adams(base, backend):
+    """As it is set for Gaussian splatting, whose gradients are tiny."""
+    p, q = params()[0], params()[0]
+    optimizer = FusedGAM([p], base, lr=1.0, eps=1e-15, backend=backend)
+    assert optimizer.param_groups[0]["eps"] == 1e-15
+    assert optimizer.xi == 1e-12
+    optimizer.step(lambda: p.sum() * 1e-10)
+    plain = base([q], lr=1.0, eps=1e-15)
+    (q.sum() * 1e-10).backward()
+    plain.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("cls", "base", "keywords", "name"),
+    [
+        (FusedGAM, RMSprop, {"alpha": 0.9}, "alpha"),
+        (FusedGAM, Passes, {"alpha": 0.9}, "alpha"),
+        (FusedGAM, Adadelta, {"rho": 0.05}, "rho"),
+        (FusedSAM, Adadelta, {"rho": 0.05}, "rho"),
+        (FusedGAM, Lamb, {"max_grad_norm": 0.5}, "max_grad_norm"),
+        (FusedGAM, RMSprop, {"alpha": 0.9, "base_kwargs": {"momentum": 0.5}}, "alpha"),
+    ],
+)
+def test_a_keyword_of_both_is_refused_with_the_way_out(cls, base, keywords, name):
+    with pytest.raises(TypeError, match=rf"{name}.*base_kwargs=\{{'{name}'"):
+        cls(params(), base, **keywords)
+
+
+def test_the_way_out():
+    optimizer = FusedGAM(params(), RMSprop, lr=0.1, alpha=2.0, base_kwargs={"alpha": 0.9})
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (2.0, 0.9)
+    optimizer = FusedGAM(params(), RMSprop, lr=0.1, base_kwargs={"alpha": 0.9})
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (1.0, 0.9)
+    optimizer = FusedGAM(params(), functools.partial(RMSprop, alpha=0.8), alpha=2.0)
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (2.0, 0.8)
+    optimizer = FusedGAM(None, RMSprop(params(), alpha=0.7), alpha=2.0)
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (2.0, 0.7)
+    optimizer = FusedGAM(params(), lambda ps: RMSprop(ps, alpha=0.6), alpha=2.0)
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (2.0, 0.6)
+
+
+def test_what_the_method_has_no_use_for_is_the_bases():
+    optimizer = FusedSAM(params(), RMSprop, alpha=0.9)
+    assert (optimizer.alpha, optimizer.param_groups[0]["alpha"]) == (None, 0.9)
+    with pytest.raises(ValueError, match="alpha"):
+        FusedSAM(params(), SGD, lr=0.1, alpha=0.9)
+
+
+def test_given_twice():
+    with pytest.raises(TypeError, match=r"lr.*twice"):
+        FusedGAM(params(), SGD, lr=0.1, base_kwargs={"lr": 0.2})
+
+
+def test_eps_of_a_base_without_one_says_xi():
+    with pytest.raises(TypeError, match="xi"):
+        FusedGAM(params(), SGD, lr=0.1, eps=1e-12)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda ps: FusedGAM(ps, Adadelta, rho=0.25, base_kwargs={"rho": 0.8}),
+        lambda ps: FusedGAM(None, Adadelta(ps, rho=0.8), rho=0.25),
+        lambda ps: FusedGAM([{"params": ps, "rho": 0.8, "gam_rho": 0.25}], Adadelta),
+    ],
+    ids=["class", "instance", "group"],
+)
+def test_a_base_with_a_rho_of_its_own_keeps_it(build):
+    """Adadelta's rho is how fast its averages forget, GAM's the radius of a ball."""
+    ps = params()
+    optimizer = build(ps)
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["gam_rho"], optimizer.rho_key) == (0.8, 0.25, "gam_rho")
+    optimizer.step(lambda: (ps[0] - 1).square().sum())
+    assert optimizer.diagnostics()["perturbation_1"].item() == pytest.approx(0.25, rel=1e-5)
+    assert optimizer.diagnostics()["first_order_flatness"] > 0
+    saved = optimizer.state_dict()
+    group["gam_rho"] = 0.5
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["gam_rho"]) == (0.8, 0.25)
+    ProportionalRho(optimizer, max_rho=0.1)
+    assert (group["rho"], group["gam_rho"]) == (0.8, 0.1)
+    group["gam_rho"] = -1.0
+    with pytest.raises(ValueError, match="gam_rho of group 0"):
+        optimizer.step(lambda: ps[0].sum())
+
+
+def test_adadelta_at_its_defaults_is_not_perturbed_by_0_9():
+    optimizer = FusedGAM(params(), Adadelta)
+    assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["gam_rho"]) == (0.9, 0.05)
+
+
+@pytest.mark.parametrize("entry", ["perturb", "gam"])
+def test_a_base_with_entries_that_fused_gam_uses(entry):
+    class Base(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {entry: 1})
+
+    with pytest.raises(TypeError, match=entry):
+        FusedGAM(params(), Base)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("interval", 0),
+        ("interval", 1.5),
+        ("xi", -1.0),
+        ("xi", float("nan")),
+        ("sam_rho", float("nan")),
+        ("oracle", "both"),
+        ("method", "gradient"),
+        ("perturb_sync", "some"),
+        ("max_grad_norm", -1.0),
+    ],
+)
+def test_attributes_set_to_nonsense_are_refused_by_the_next_step(name, bad):
+    p = params()[0]
+    optimizer = FusedGAM([p], SGD, lr=0.1, oracle="sam", sam_rho=0.05)
+    optimizer.step(lambda: (p - 1).square().sum())
+    before, good = p.detach().clone(), getattr(optimizer, name)
+    setattr(optimizer, name, bad)
+    with pytest.raises((ValueError, TypeError), match=name):
+        optimizer.step(lambda: (p - 1).square().sum())
+    assert torch.equal(p, before)
+    setattr(optimizer, name, good)
+    optimizer.step(lambda: (p - 1).square().sum())
+    assert not torch.equal(p, before)

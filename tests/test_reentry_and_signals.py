@@ -1,0 +1,265 @@
+"""What comes in between: signals whose handlers raise, a step inside a step, threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from gam_helpers import METHODS, backend_params, batch, freeze, make, mlp, regression, same, weights
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from gam_fused import FusedGAM
+from gam_fused.interrupts import Interrupts
+
+SHOTS = int(os.environ.get("GAM_FUSED_SHOTS", "60"))
+
+
+class Stopped(BaseException):
+    """What handlers raise here."""
+
+
+def raise_stopped(*_):
+    raise Stopped
+
+
+@pytest.fixture
+def alarm():
+    """SIGALRM raises; its timer is off afterwards."""
+    before = signal.signal(signal.SIGALRM, raise_stopped)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("base", [SGD, AdamW, torch.optim.RMSprop], ids=lambda b: b.__name__)
+def test_a_handler_that_raises_at_any_moment_leaves_the_step_done_or_undone(base, backend, alarm):
+    """All or nothing of weights, state, buffers and generators, at every one of many random moments."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40), nn.Dropout(0.1), nn.Linear(40, 2))
+    x, y = torch.randn(4, 40), torch.randn(4, 2)
+    options = {"base_kwargs": {"lr": 0.01, **({"momentum": 0.9} if base is SGD else {})}}
+    optimizer = FusedGAM(model.parameters(), base, model=model, backend=backend, **options)
+    loss = regression(model, x, y)
+
+    def now():
+        return freeze(
+            {
+                "weights": list(model.parameters()),
+                "state": optimizer.state_dict(),
+                "buffers": dict(model.named_buffers()),
+                "rng": torch.get_rng_state(),
+            }
+        )
+
+    def timed():
+        start = time.perf_counter()
+        optimizer.step(loss)
+        return time.perf_counter() - start
+
+    lasts = min(timed() for _ in range(10))
+    moments, raised = random.Random(0), 0
+    for _ in range(SHOTS):
+        before = now()
+        try:
+            try:
+                alarm(max(1e-6, lasts * moments.random()))
+                optimizer.step(loss)
+            finally:
+                alarm(0)
+        except Stopped:
+            raised += 1
+            after = now()
+            steps = [state["state"]["param_groups"][0]["gam"]["steps_taken"] for state in (before, after)]
+            if steps[0] == steps[1]:
+                same(after, before)
+            else:
+                assert not torch.equal(after["weights"][0], before["weights"][0])
+        assert all(p.grad is None for p in model.parameters())
+    assert raised > SHOTS / 20
+    assert signal.getsignal(signal.SIGALRM) is raise_stopped
+
+
+def test_a_second_signal_waits_while_the_first_is_being_dealt_with():
+    """Ctrl-C pressed twice: the second must not cut in half what puts the weights back."""
+    order = []
+
+    def handler(number, _):
+        order.append(number)
+        raise Stopped
+
+    before = [(s, signal.signal(s, handler)) for s in (signal.SIGUSR1, signal.SIGUSR2)]
+    try:
+        model = mlp()
+        optimizer = make(model.parameters(), lr=0.0)
+        start, calls = weights(optimizer), []
+
+        def closure():
+            calls.append(1)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGUSR1)
+            return regression(model, *batch())()
+
+        restore = optimizer.step  # a second signal arrives in abort: the kernel that puts weights back sends it
+        room = None
+        optimizer._prepare()
+        bucket = optimizer._plan.buckets[0]
+        room = bucket.verbs
+
+        class Sends:
+            def __getattr__(self, name):
+                return getattr(room, name)
+
+            def restore_(self, *arguments):
+                signal.raise_signal(signal.SIGUSR2)
+                room.restore_(*arguments)
+
+        bucket.verbs = Sends()
+        with pytest.raises(Stopped):
+            restore(closure)
+        assert order == [signal.SIGUSR1, signal.SIGUSR2]
+        same(weights(optimizer), start)
+    finally:
+        for s, handler_before in before:
+            signal.signal(s, handler_before)
+
+
+def test_a_handler_that_the_closure_installs_stays():
+    def own(*_):
+        return None
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        model = mlp()
+        optimizer = make(model.parameters())
+
+        def closure():
+            signal.signal(signal.SIGUSR1, own)
+            return regression(model, *batch())()
+
+        optimizer.step(closure)
+        assert signal.getsignal(signal.SIGUSR1) is own
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_handlers_are_held_delivered_and_given_back():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("handler"))
+    try:
+        installed = signal.getsignal(signal.SIGUSR1)
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGUSR1)
+            seen.append("held")
+            interrupts.open()
+            seen.append("open")
+            signal.raise_signal(signal.SIGUSR1)
+            interrupts.close()
+            signal.raise_signal(signal.SIGUSR1)
+            seen.append("end")
+        assert seen == ["held", "handler", "open", "handler", "end", "handler"]
+        assert signal.getsignal(signal.SIGUSR1) is installed
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_closure_that_steps_its_own_optimizer_is_an_error(method):
+    model = mlp()
+    optimizer = make(model.parameters(), method=method, lr=0.0)
+    loss = regression(model, *batch())
+    start, calls = weights(optimizer), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            optimizer.step(loss)
+        return loss()
+
+    with pytest.raises(RuntimeError, match="inside its own closure"):
+        optimizer.step(closure)
+    same(weights(optimizer), start)
+    optimizer.step(loss)
+
+
+def test_two_threads_that_step_one_optimizer():
+    model = mlp()
+    optimizer = make(model.parameters(), lr=0.0)
+    loss = regression(model, *batch())
+    start, inside, go, errors = weights(optimizer), threading.Event(), threading.Event(), []
+
+    def waits():
+        inside.set()
+        go.wait(10)
+        return loss()
+
+    def other():
+        inside.wait(10)
+        try:
+            optimizer.step(loss)
+        except RuntimeError as error:
+            errors.append(str(error))
+        go.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    optimizer.step(waits)
+    thread.join()
+    assert len(errors) == 1
+    assert "another thread" in errors[0]
+    same(weights(optimizer), start)
+
+
+def test_two_optimizers_nested_and_in_two_threads():
+    def alone(seed):
+        model = mlp(seed=seed)
+        optimizer = make(model.parameters())
+        for _ in range(3):
+            optimizer.step(regression(model, *batch()))
+        return weights(optimizer)
+
+    expected = alone(0), alone(1)
+    models = mlp(seed=0), mlp(seed=1)
+    outer, inner = (make(m.parameters()) for m in models)
+    for _ in range(3):
+        calls = []
+
+        def closure(calls=calls):
+            if not calls:
+                inner.step(regression(models[1], *batch()))
+            calls.append(1)
+            return regression(models[0], *batch())()
+
+        outer.step(closure)
+    same([weights(outer), weights(inner)], list(expected))
+
+    models = mlp(seed=0), mlp(seed=1)
+    optimizers = [make(m.parameters()) for m in models]
+
+    def train(i):
+        for _ in range(3):
+            optimizers[i].step(regression(models[i], *batch()))
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    same([weights(o) for o in optimizers], list(expected))
+
+
+def test_a_step_in_inference_mode_is_refused_and_spoils_nothing():
+    model = mlp()
+    optimizer = make(model.parameters())
+    loss = regression(model, *batch())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        optimizer.step(loss)
+    before = weights(optimizer)
+    optimizer.step(loss)
+    assert not torch.equal(weights(optimizer)[0], before[0])
