@@ -143,8 +143,8 @@ class Bucket:
         was = f"{before.dtype}, {before.device}"
         return (
             f"the closure gave {describe(p, param_groups)} other memory (before: {was}) by assigning its .data, as "
-            "module.to() and an RNN's flatten_parameters() do: the optimizer would move weights that are not the model's. Do "
-            "that before the step"
+            "module.to() and an RNN's flatten_parameters() do: the optimizer would move other weights than the model's. "
+            "Do that before the step"
         )
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:

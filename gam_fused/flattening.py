@@ -13,10 +13,16 @@ from gam_fused.parameters import describe, is_dtensor
 from gam_fused.tensor_lists import ALIGNMENT, flat_views, is_dense
 
 
-def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> None:
+def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: list[Tensor]) -> list[Tensor]:
     """Move the parameters of each device and dtype into one contiguous buffer, each at a multiple of 128 bytes.
 
     Parameters that already lie so stay where they are; values, strides and Parameter objects stay the same.
+
+    Args:
+        made: what it returned before: parameters may move out of these buffers again, some having left (`.to()`).
+
+    Returns:
+        The buffers.
 
     Raises:
         ValueError: storage that is not ours to move: shared with something else, with gaps, a DTensor's, or known to an
@@ -36,14 +42,19 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module]) -> Non
                     "mesh manages; leave flatten=False"
                 )
     pending = [params for params in kinds.values() if not is_flat(params)]
+    ours = {buffer.untyped_storage().data_ptr() for buffer in made}
     for params in pending:
-        _check_movable(params, param_groups)
+        _check_movable(params, param_groups, ours)
+    buffers = list(made)
     for params in pending:
-        _, views = flat_views(params)
+        buffer, views = flat_views(params)
+        buffers.append(buffer)
         with torch.no_grad():
             for p, view in zip(params, views, strict=True):
                 view.copy_(p)
                 p.data = view
+    in_use = {p.untyped_storage().data_ptr() for params in kinds.values() for p in params}
+    return [buffer for buffer in buffers if buffer.untyped_storage().data_ptr() in in_use]
 
 
 def is_flat(params: list[Tensor]) -> bool:
@@ -59,14 +70,16 @@ def is_flat(params: list[Tensor]) -> bool:
     return params[0].untyped_storage().nbytes() == expected - start
 
 
-def _check_movable(params: list[Tensor], param_groups: list[dict[str, Any]]) -> None:
+def _check_movable(params: list[Tensor], param_groups: list[dict[str, Any]], ours: set[int]) -> None:
     storages: dict[int, list[Tensor]] = defaultdict(list)
     for p in params:
         if p.numel():
             storages[p.untyped_storage().data_ptr()].append(p)
     for together in storages.values():
         together.sort(key=lambda p: p.data_ptr())
-        if is_flat(together):  # an earlier `flatten` of fewer parameters, or in another order
+        if together[0].untyped_storage().data_ptr() in ours or is_flat(
+            together
+        ):  # an earlier `flatten` of fewer parameters, or in another order
             continue
         for p in together:
             if not is_dense(p):

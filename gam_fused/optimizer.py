@@ -31,7 +31,7 @@ from gam_fused.diagnostics import diagnose
 from gam_fused.engine import Step
 from gam_fused.interrupts import Interrupts
 from gam_fused.model_state import ModelState
-from gam_fused.parameters import check_groups, check_parameters
+from gam_fused.parameters import check_groups, check_materialized, check_parameters
 from gam_fused.randomness import source_of
 from gam_fused.rooms import check_backend
 from gam_fused.tensor_lists import upload
@@ -162,6 +162,7 @@ class FusedGAM(Optimizer):
             source_of(generator)  # raises
         self._modules = _as_modules(model)
         self._in_step = threading.Lock()
+        self._flat_buffers: list[Tensor] = []
         self._amp = LossScaling()
         self._steps_taken = 0
         self._plan: Any = None  # a Plan, from the first step on
@@ -182,7 +183,7 @@ class FusedGAM(Optimizer):
         distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
         self.grad_scaler = grad_scaler
         if self.flatten:
-            flattening.flatten(self.param_groups, self._modules)
+            self._flat_buffers = flattening.flatten(self.param_groups, self._modules, self._flat_buffers)
 
     # A step.
 
@@ -207,8 +208,8 @@ class FusedGAM(Optimizer):
         with Interrupts() as interrupts, torch.no_grad():
             if not self._in_step.acquire(blocking=False):
                 raise RuntimeError(
-                    "step was called while a step of this optimizer is running: from inside its own closure, or from another "
-                    "thread. Its passes are at perturbed weights; give each its own optimizer, or call one after the other"
+                    "step was called while a step of this optimizer is running: from inside its own closure, or from "
+                    "another thread. Its passes are at perturbed weights: call one after the other"
                 )
             try:
                 return self._step(closure, interrupts)
@@ -293,9 +294,10 @@ class FusedGAM(Optimizer):
     def _rebuild_plan(self) -> None:
         checkpoint.drop_unstarted(self)
         checkpoint.complete_groups(self)
+        check_materialized(self.param_groups)
         check_parameters(self.param_groups)
         if self.flatten:
-            flattening.flatten(self.param_groups, self._modules)
+            self._flat_buffers = flattening.flatten(self.param_groups, self._modules, self._flat_buffers)
         plan = Plan(self.param_groups, self.backend)
         if not plan.params:
             raise RuntimeError("no parameter requires a gradient: unfreeze one, or do not step")

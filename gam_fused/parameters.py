@@ -82,6 +82,30 @@ def _check_kind(p: Tensor, groups: Groups) -> None:
         raise TypeError(f"{describe(p, groups)} is not of dtype float32, float64, bfloat16 or float16")
     if is_dtensor(p):
         _check_placements(p, groups)
+    elif p.numel() and p.device.type != "meta" and not _address(p):
+        raise TypeError(
+            f"{describe(p, groups)} is a {type(p).__name__}, which keeps its elements elsewhere: kernels cannot reach them. "
+            "Optimize the tensors that it is made of"
+        )
+
+
+def _address(p: Tensor) -> int:
+    """Where the elements lie; 0 where they do not."""
+    try:
+        return p.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def check_materialized(groups: Groups) -> None:
+    """Raises RuntimeError for parameters that have no elements yet."""
+    for group in groups:
+        for p in group["params"]:
+            if p.device.type == "meta":
+                raise RuntimeError(
+                    f"{describe(p, groups)} is on the meta device and holds no numbers: materialize the model "
+                    "(model.to_empty(device=...), then initialize or load it) before the first step"
+                )
 
 
 def _check_placements(p: Any, groups: Groups) -> None:

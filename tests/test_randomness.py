@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 
+import numpy
 import pytest
 import torch
 from gam_helpers import METHODS, PASSES, batch, closure_of, make, mlp, regression, trainer
@@ -117,3 +119,121 @@ def test_stochastic_rounding_leaves_the_users_generator_alone(dtype):
     for _ in range(3):
         optimizer.step(closure)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def _numpy_normal():
+    return torch.from_numpy(numpy.random.randn(3))  # draws pairs, and keeps one in stock
+
+
+GLOBAL = {
+    "torch": lambda: torch.rand(3),
+    "random": lambda: torch.tensor([random.random() for _ in range(3)]),
+    "random, words anew": lambda: torch.tensor([random.random() for _ in range(400)][-3:]),
+    "random.gauss": lambda: torch.tensor([random.gauss(0, 1) for _ in range(3)]),
+    "numpy": lambda: torch.from_numpy(numpy.random.rand(3)),
+    "numpy normal": _numpy_normal,
+}
+OWN = {
+    "torch.Generator": lambda: (g := torch.Generator().manual_seed(0), lambda: torch.rand(3, generator=g)),
+    "numpy.random.Generator": lambda: (g := numpy.random.default_rng(0), lambda: torch.from_numpy(g.random(3))),
+    "numpy.random.RandomState": lambda: (g := numpy.random.RandomState(0), lambda: torch.from_numpy(g.randn(3))),
+    "random.Random": lambda: (g := random.Random(0), lambda: torch.tensor([g.gauss(0, 1) for _ in range(3)])),
+}
+
+
+def draws_of_steps(draw, method, seed=lambda: None, steps=3, **options):
+    """What each pass of some steps drew, and what comes after them."""
+    model, seen = mlp(), []
+    seed()
+
+    def loss_fn():
+        seen.append(draw())
+        return regression(model, *batch())()
+
+    optimizer, closure = trainer(method, model, loss_fn, lr=0.0, **options)
+    for _ in range(steps):
+        optimizer.step(closure)
+    return [seen[i : i + PASSES[method]] for i in range(0, len(seen), PASSES[method])], draw()
+
+
+def check_draws(draws, after, expected):
+    """All passes of a step drew alike, each step what one pass alone would have, and so goes what follows."""
+    for passes, once in zip(draws, expected, strict=False):
+        assert all(torch.equal(d, once) for d in passes)
+    assert torch.equal(after, expected[-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", GLOBAL)
+def test_global_generators_are_replayed(name, method):
+    draw = GLOBAL[name]
+
+    def seed():
+        torch.manual_seed(3), random.seed(3), numpy.random.seed(3)
+
+    seed()
+    expected = [draw() for _ in range(4)]
+    check_draws(*draws_of_steps(draw, method, seed), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", OWN)
+def test_generators_of_the_users_own_are_replayed_where_given(name, method):
+    _, draw = OWN[name]()
+    expected = [draw() for _ in range(4)]
+    generator, draw = OWN[name]()
+    check_draws(*draws_of_steps(draw, method, generators=[generator]), expected)
+
+
+def test_what_is_no_generator_is_refused():
+    with pytest.raises(TypeError, match=r"generators=.*int"):
+        make(mlp().parameters(), generators=[3])
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_a_failure_puts_global_generators_back(name):
+    draw, model = GLOBAL[name], mlp()
+    optimizer = make(model.parameters())
+    for k in range(3):
+        state, calls = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()), []
+
+        def closure(calls=calls, k=k):
+            draw()
+            calls.append(1)
+            if len(calls) == k + 1:
+                raise RuntimeError("bad batch")
+            return regression(model, *batch())()
+
+        with pytest.raises(RuntimeError, match="bad batch"):
+            optimizer.step(closure)
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert random.getstate() == state[1]
+        assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), state[2], strict=True))
+
+
+class Noisy(torch.optim.SGD):
+    """Langevin dynamics: SGD that adds noise in every step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(torch.randn_like(p) * random.random(), alpha=group["lr"] ** 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_that_draws_gets_new_numbers_in_every_step(method):
+    """The generators stand where pass 1 and then the base's update leave them: as in a plain loop with dropout."""
+    model, twin = (nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    options = {"sam": {"rho": 0.0}, "accelerated": {"rho": 0.0, "alpha": 1.0, "gamma": 0.0, "rho_prime": 1e-30}}
+    optimizer = make(model.parameters(), Noisy, method, lr=0.01, **options.get(method, {"alpha": 0.0}))
+    plain = Noisy(twin.parameters(), lr=0.01)
+    for o, m in ((optimizer, model), (plain, twin)):
+        torch.manual_seed(0), random.seed(0)
+        for _ in range(4):
+            closure = closure_of(o, regression(m, *batch()))
+            o.step(closure) if o is optimizer else (closure(), o.step())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,358 @@
+"""Every pass starts from the same buffers and frozen parameters, and the step leaves them as its first pass did."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from gam_helpers import METHODS, backend_params, batch, freeze, make, same, weights
+from torch import nn
+
+from gam_fused import FusedGAM, FusedSAM
+
+
+class Queue(nn.Module):
+    """A memory queue: the forward reads it, then writes the newest features at its pointer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(8, 6))
+        self.register_buffer("at", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(8, dtype=torch.bool))
+
+    def forward(self, x):
+        out = x + self.queue.mean(0)
+        rows = (self.at + torch.arange(4)) % 8
+        self.queue[rows] = x[:4].detach()
+        self.seen[rows] = True
+        self.at += 4
+        return out
+
+
+class Codebook(nn.Module):
+    """An EMA codebook that is assigned, not written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.ones(6))
+
+    def forward(self, x):
+        out = x * self.codes
+        self.codes = 0.9 * self.codes + 0.1 * x.detach().abs().mean(0)
+        return out
+
+
+class Data(Codebook):
+    """The same through `.data`."""
+
+    def forward(self, x):
+        out = x * self.codes
+        self.codes.data = 0.9 * self.codes.data + 0.1 * x.detach().abs().mean(0)
+        return out
+
+
+class InPlaceData(Codebook):
+    def forward(self, x):
+        out = x * self.codes
+        self.codes.data.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+        return out
+
+
+class Grows(nn.Module):
+    """A buffer whose shape the forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("past", torch.ones(1, 6))
+
+    def forward(self, x):
+        out = x * self.past.mean(0)
+        self.past.resize_(len(self.past) + 1, 6)[-1] = x.detach()[0]
+        return out
+
+
+class Late(nn.Module):
+    """Its buffer comes with the first forward, by itself or inside a module of its own."""
+
+    def __init__(self, inside: bool):
+        super().__init__()
+        self.inside, self.made = inside, False
+
+    def forward(self, x):
+        if not self.made:
+            self.made = True
+            if self.inside:
+                self.child = nn.BatchNorm1d(6, affine=False)
+                self.child.register_buffer("scale", torch.ones(6))
+            else:
+                self.register_buffer("scale", torch.ones(6))
+        owner = self.child if self.inside else self
+        out = x * owner.scale.clone()
+        owner.scale.mul_(0.5)
+        return out
+
+
+class Encoder(nn.Module):
+    """A momentum encoder: frozen parameters that every forward moves towards the trained ones, then reads."""
+
+    def __init__(self, how: str, frozen_too: int = 0):
+        super().__init__()
+        self.q = nn.Linear(6, 6)
+        self.k = copy.deepcopy(self.q).requires_grad_(False)
+        self.large = nn.Linear(6, frozen_too).requires_grad_(False) if frozen_too else None
+        self.how = how
+        with torch.no_grad():
+            self.k.weight.zero_()
+
+    def forward(self, x):
+        with torch.no_grad():
+            for a, b in zip(self.q.parameters(), self.k.parameters(), strict=True):
+                if self.how == "in place":
+                    b.mul_(0.9).add_(a, alpha=0.1)
+                elif self.how == "data in place":
+                    b.data.mul_(0.9).add_(a.data, alpha=0.1)
+                else:
+                    b.data = 0.9 * b.data + 0.1 * a.data
+        return self.q(x) - self.k(x)
+
+
+NETS = {
+    "spectral_norm": lambda: nn.Sequential(
+        nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(6, 2))
+    ),
+    "spectral_norm_parametrized": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 2)
+    ),
+    "queue": lambda: nn.Sequential(nn.Linear(6, 6), Queue(), nn.Linear(6, 2)),
+    "codebook": lambda: nn.Sequential(nn.Linear(6, 6), Codebook(), nn.Linear(6, 2)),
+    "data": lambda: nn.Sequential(nn.Linear(6, 6), Data(), nn.Linear(6, 2)),
+    "data in place": lambda: nn.Sequential(nn.Linear(6, 6), InPlaceData(), nn.Linear(6, 2)),
+    "grows": lambda: nn.Sequential(nn.Linear(6, 6), Grows(), nn.Linear(6, 2)),
+    "late": lambda: nn.Sequential(nn.Linear(6, 6), Late(False), nn.Linear(6, 2)),
+    "late module": lambda: nn.Sequential(nn.Linear(6, 6), Late(True), nn.Linear(6, 2)),
+    "encoder": lambda: nn.Sequential(Encoder("in place"), nn.Linear(6, 2)),
+    "encoder, data": lambda: nn.Sequential(Encoder("data"), nn.Linear(6, 2)),
+    "encoder, data in place": lambda: nn.Sequential(Encoder("data in place"), nn.Linear(6, 2)),
+    "encoder, data, beside much": lambda: nn.Sequential(Encoder("data", 100), nn.Linear(6, 2)),
+}
+
+
+def net(name):
+    torch.manual_seed(0)
+    return NETS[name]()
+
+
+def moved(model, optimizer):
+    """All that is not trained."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    tensors = {**dict(model.named_buffers()), **{n: p for n, p in model.named_parameters() if id(p) not in trained}}
+    return freeze(tensors)
+
+
+def trained_of(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("name", NETS)
+def test_at_equal_weights_all_passes_compute_the_same_loss(name, backend):
+    model = net(name)
+    x, _ = batch(features=(6,))
+    losses = []
+
+    def closure():
+        loss = model(x).square().mean()
+        losses.append(loss.item())
+        return loss
+
+    optimizer = FusedGAM(trained_of(model), torch.optim.SGD, lr=0.0, rho=0.0, rho_prime=1e-30, model=model, backend=backend)
+    for _ in range(3):
+        losses.clear()
+        optimizer.step(closure)
+        assert len(losses) == 4
+        assert len(set(losses)) == 1, losses
+    assert optimizer.diagnostics()["sharpness"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETS)
+def test_the_step_leaves_what_one_forward_leaves(name, method):
+    model = net(name)
+    twin = copy.deepcopy(model)
+    x, _ = batch(features=(6,))
+    optimizer = make(trained_of(model), method=method, lr=0.0, model=model)
+    for i in range(3):
+        optimizer.step(lambda: model(x).square().mean())
+        twin(x)
+        same(moved(model, optimizer), moved(twin, make(trained_of(twin), method=method)), f"step {i}")
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+@pytest.mark.parametrize("name", [n for n in NETS if not n.startswith("late")])
+def test_a_failure_restores_all_of_it(name, bad):
+    model = net(name)
+    x, _ = batch(features=(6,))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = model(x).square().mean()
+        if fails and len(calls) == bad + 1:
+            raise RuntimeError("bad batch")
+        return loss
+
+    optimizer, fails = make(trained_of(model), model=model), False
+    optimizer.step(closure)
+    before, fails = (weights(optimizer), moved(model, optimizer)), True
+    calls.clear()
+    with pytest.raises(RuntimeError, match="bad batch"):
+        optimizer.step(closure)
+    same([weights(optimizer), moved(model, optimizer)], list(before))
+
+
+def test_a_skipped_step_leaves_all_of_it_as_before():
+    for name in NETS:
+        if name.startswith("late"):
+            continue
+        model = net(name)
+        x, _ = batch(features=(6,))
+        optimizer, factor = make(trained_of(model), model=model), 1.0
+        optimizer.step(lambda model=model, x=x: model(x).square().mean())
+        before = weights(optimizer), moved(model, optimizer)
+        factor = float("inf")
+        optimizer.step(lambda model=model, x=x, factor=factor: model(x).square().mean() * factor)
+        assert optimizer.skipped_steps == 1
+        same([weights(optimizer), moved(model, optimizer)], list(before), name)
+
+
+def test_a_large_frozen_part_is_neither_copied_nor_looked_for_in_vain(monkeypatch):
+    """A frozen backbone under a small head: its memory is never read."""
+    model = nn.Sequential(nn.Linear(6, 300).requires_grad_(False), nn.ReLU(), nn.Linear(300, 2))
+    optimizer = FusedGAM(model[2].parameters(), torch.optim.SGD, lr=0.1, model=model)
+    x, _ = batch(features=(6,))
+    optimizer.step(lambda: model(x).square().mean())
+    state = optimizer._plan.model_state
+    assert state.begin()._layout.frozen == []
+    model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 2))
+    optimizer = FusedGAM(trained_of(model), torch.optim.SGD, lr=0.1, model=model)
+    for _ in range(2):
+        optimizer.step(lambda: model(x).square().mean())
+    assert optimizer._plan.model_state.begin()._layout.frozen == [], "copied once, then known not to move"
+
+
+def test_a_frozen_parameter_that_begins_to_move_later():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False)
+            self.moves = False
+
+        def forward(self, x):
+            if self.moves:
+                with torch.no_grad():
+                    self.k.weight.mul_(0.5)
+            return self.q(x) - self.k(x)
+
+    model = Model()
+    x, _ = batch(features=(6,))
+    optimizer = FusedGAM(model.q.parameters(), torch.optim.SGD, lr=0.0, model=model)
+    optimizer.step(lambda: model(x).square().mean())
+    model.moves, before = True, model.k.weight.clone()
+    for i in range(3):
+        optimizer.step(lambda: model(x).square().mean())
+        torch.testing.assert_close(model.k.weight, before * 0.5 ** (i + 1), rtol=0, atol=0)
+
+
+def test_activation_checkpointing_moves_buffers_as_in_one_pass():
+    """The recomputation in backward moves batch norm a second time, as under torch alone."""
+    from torch.utils.checkpoint import checkpoint
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2))
+
+    def loss(model):
+        return model[3](checkpoint(model[:3], x, use_reentrant=False)).square().mean()
+
+    x, _ = batch(features=(6,))
+    model, twin = build(), build()
+    optimizer = FusedGAM(model.parameters(), torch.optim.SGD, lr=0.0, model=model)
+    optimizer.step(lambda: loss(model))
+    loss(twin).backward()
+    same(freeze(dict(model.named_buffers())), freeze(dict(twin.named_buffers())))
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("what", ["buffer", "frozen", "slice"])
+def test_what_lies_in_a_trained_parameters_memory_is_left_alone(what, backend):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(3, 1)
+            if what == "frozen":
+                self.w = nn.Parameter(self.l.weight.detach(), requires_grad=False)
+            else:
+                self.register_buffer("w", self.l.weight.detach()[:, 1:] if what == "slice" else self.l.weight.detach())
+
+        def forward(self, x):
+            return self.l(x)
+
+    torch.manual_seed(0)
+    model, twin = Net(), nn.Linear(3, 1)
+    twin.load_state_dict(model.l.state_dict())
+    x = torch.randn(8, 3)
+    for m, params, module in ((model, model.l.parameters(), model), (twin, twin.parameters(), None)):
+        optimizer = FusedSAM(params, torch.optim.SGD, lr=0.1, model=module, backend=backend)
+        for _ in range(3):
+            optimizer.step(lambda m=m: m(x).square().mean())
+    same(freeze(model.l.weight), freeze(twin.weight))
+
+
+def test_a_parameter_swapped_by_the_closure_is_named():
+    """A module that puts a fresh Parameter into the optimizer during its forward, as partial softmax layers do."""
+    model = nn.Linear(4, 8)
+    table = [nn.Parameter(torch.zeros(0, 8))]
+    optimizer = FusedSAM([{"params": model.parameters()}, {"params": table}], torch.optim.SGD, lr=0.1)
+    x, before = torch.randn(16, 4), freeze(model.weight)
+
+    def closure():
+        table[0] = optimizer.param_groups[1]["params"][0] = nn.Parameter(torch.ones(10, 8))
+        return (model(x) @ table[0].T).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 1 .*shape \(0, 8\)"):
+        optimizer.step(closure)
+    same(freeze(model.weight), before)
+
+
+MOVES = {
+    "data": lambda m: setattr(m.weight, "data", m.weight.data.clone()),
+    "double and back": lambda m: m.double().float(),
+    "another dtype": lambda m: m.double(),
+    "turned": lambda m: setattr(m.weight, "data", m.weight.data.t().contiguous().t()),
+}
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+def test_a_parameter_moved_by_the_closure_is_named_and_restored(move, k, backend):
+    torch.manual_seed(0)
+    model, calls = nn.Linear(4, 4), []
+    optimizer = FusedGAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend)
+    x = torch.randn(8, 4)
+    before, parameter = freeze(list(model.parameters())), model.weight
+
+    def closure():
+        calls.append(1)
+        if len(calls) == k + 1:
+            move(model)
+        return model(x.to(model.weight.dtype)).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \(.*other memory"):
+        optimizer.step(closure)
+    same(freeze(list(model.parameters())), before)
+    assert model.weight is parameter
+    assert not optimizer.state
+    optimizer.step(lambda: model(x).square().mean())
+    assert not torch.equal(freeze(model.weight), before[0])

@@ -1,0 +1,152 @@
+"""What is set around a step: the default device and dtype, what closures return, meta parameters, subclasses."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from gam_helpers import METHODS, backend_params, batch, make, mlp, regression, same, trainer, weights
+from torch.optim import SGD, AdamW
+
+from gam_fused import FusedGAM, flatness
+
+
+@pytest.fixture
+def default_device():
+    yield torch.set_default_device
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("base", [SGD, AdamW], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_default_device_changes_nothing(method, base, dtype, backend, default_device):
+    """ "cuda:99" stands for any other device: nothing of ours may be made there."""
+    if method == "exact" and dtype is torch.bfloat16:
+        pytest.skip("one dtype is enough for what is written once")
+    ends = []
+    for device in (None, "cuda:99", "meta"):
+        model = mlp(dtype)
+        options = {"lr": 0.01, "backend": backend, "max_grad_norm": 0.1, "adaptive": True}
+        optimizer, closure = trainer(method, model, regression(model, *batch(dtype=dtype)), base, **options)
+        default_device(device)
+        for _ in range(2):
+            optimizer.step(closure)
+        optimizer.diagnostics()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        optimizer.step(closure)
+        default_device(None)
+        ends.append(weights(optimizer))
+    same(ends[1], ends[0])
+    same(ends[2], ends[0])
+
+
+def test_a_constructor_under_another_default_device(default_device):
+    model = mlp()
+    default_device("cuda:99")
+    optimizer = FusedGAM(model.parameters(), AdamW, lr=0.1, model=model, flatten=True)
+    default_device(None)
+    optimizer.step(regression(model, *batch()))
+
+
+def test_measures_of_flatness_under_another_default_device(default_device):
+    model = mlp()
+    loss = regression(model, *batch())
+    default_device("cuda:99")
+    params = list(model.parameters())
+    flatness.zeroth_order_flatness(loss, params, 0.1, steps=2)
+    flatness.first_order_flatness(loss, params, 0.1, steps=2)
+    flatness.hessian_eigenvalues(loss, params, k=1)
+    flatness.hessian_trace(loss, params, samples=2)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "loss"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exact"])
+def test_what_the_closure_returns_is_not_kept(method, kind):
+    model, seen = mlp(), []
+    optimizer = make(model.parameters(), method=method)
+    x, y = batch()
+
+    def closure():
+        out = model(x)
+        seen.append(weakref.ref(out))
+        loss = (out - y).square().mean()
+        loss.backward()
+        kinds = {
+            "tuple": (loss.detach(), out),
+            "list": [loss.detach(), out],
+            "dict": {"loss": loss, "out": out},
+            "loss": loss,
+        }
+        return kinds[kind]
+
+    returned = optimizer.step(closure)
+    gc.collect()
+    assert sum(r() is not None for r in seen) == (0 if kind == "loss" else 1), "only what the caller got"
+    if kind in ("tuple", "list"):
+        assert optimizer.diagnostics()["loss"] == returned[0].double()
+    del returned
+    gc.collect()
+    assert all(r() is None for r in seen)
+
+
+def test_meta_parameters_are_named():
+    model = torch.nn.Linear(3, 2, device="meta")
+    optimizer = FusedGAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises((RuntimeError, ValueError), match=r"parameter 0 of group 0 .*meta"):
+        optimizer.step(lambda: model(torch.ones(1, 3, device="meta")).sum())
+
+
+def test_a_parameter_whose_class_hides_its_memory_is_named():
+    class Wrapped(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=True)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            def unwrap(t):
+                return t.inner if isinstance(t, Wrapped) else t
+
+            return func(*[unwrap(a) for a in args], **(kwargs or {}))
+
+    p = Wrapped(torch.ones(3))
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0 .*Wrapped"):
+        FusedGAM([p], SGD, lr=0.1).step(lambda: p.sum())
+
+
+@pytest.mark.parametrize("form", ["tensors", "groups", "added"])
+def test_duplicates_are_named(form):
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*twice|more than one"):  # noqa: PT012
+        if form == "tensors":
+            FusedGAM([p, p], SGD, lr=0.1)
+        elif form == "groups":
+            FusedGAM([{"params": [p, p]}], SGD, lr=0.1)
+        else:
+            FusedGAM([p], SGD, lr=0.1).add_param_group({"params": [p]})
+
+
+def test_flatten_after_channels_last():
+    model = torch.nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    twin = torch.nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 4, 5, 5)
+    ends = []
+    for m, flat in ((model, True), (twin, False)):
+        optimizer = FusedGAM(m.parameters(), SGD, lr=0.1, momentum=0.9, flatten=flat)
+        for i in range(4):
+            if i == 2:
+                m.to(memory_format=torch.contiguous_format)
+            if i == 3:
+                m.to(memory_format=torch.channels_last)
+            optimizer.step(lambda m=m: m(x).square().mean())
+        ends.append(weights(optimizer))
+    same(ends[0], ends[1])
