@@ -69,12 +69,31 @@ GAM_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 
 GAM_HOST_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
+// Weights may be infinite (masks). What does not move stays there, as in torch: 0 * inf and inf - inf, both NaN, are
+// not computed.
+
+// step * factor; 0 where `step` is 0.
+template <class C>
+GAM_HOST_DEVICE C times(C step, C factor) {
+  return step * (step == C(0) ? C(0) : factor);
+}
+
+// to - from; 0 where they are equal.
+template <class C>
+GAM_HOST_DEVICE C change_of(C to, C from) {
+  return to == from ? C(0) : to - from;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Ascents: lines 6 and 7 of Algorithm 1, with the gradients of appendix D.
 
-// radius / (|x| + eps) for gradients that are `loss_scale` times too large, `total` the sum of their squares.
+// radius / (|x| + eps) for gradients that are `loss_scale` times too large, `total` the sum of their squares. Along
+// x = 0 nothing moves, whatever eps: 0 in place of a division by zero, and a bound that float can hold.
 GAM_HOST_DEVICE double ascent_scale(double radius, double total, double loss_scale, double eps) {
-  return radius / (sqrt(total) / loss_scale + eps) / loss_scale;
+  constexpr double BOUND = 1e30;
+  double norm = sqrt(total) / loss_scale + eps;
+  double scale = norm > 0.0 ? radius / norm / loss_scale : 0.0;
+  return scale > BOUND ? BOUND : scale < -BOUND ? -BOUND : scale;
 }
 
 // base + scale * (x - y).
@@ -86,7 +105,7 @@ GAM_HOST_DEVICE C ascend(C base, C scale, C x, C y) {
 // base + scale * base^2 * (x - y): element-wise scaling as in ASAM.
 template <class C>
 GAM_HOST_DEVICE C ascend_adaptive(C base, C scale, C x, C y) {
-  return base + scale * (x - y) * (base * base);
+  return base + times(scale * (x - y), base * base);
 }
 
 // What later directions need of g0 and g2, kept in one vector: acc <- FOLD_0 acc + FOLD_2 x.
@@ -147,6 +166,12 @@ GAM_HOST_DEVICE C advance(C old, C step) {
   return step == C(0) ? old : old + step;
 }
 
+// d + weight_decay * theta; d alone where there is no weight decay.
+template <class C>
+GAM_HOST_DEVICE C decayed(C d, C weight_decay, C theta) {
+  return weight_decay == C(0) ? d : d + weight_decay * theta;
+}
+
 template <class C>
 struct Sgd {
   C lr, weight_decay, momentum, gain;  // gain: 1 - dampening
@@ -168,18 +193,18 @@ GAM_HOST_DEVICE Sgd<C> sgd_of(const double* row, double step) {
 
 template <class C>
 GAM_HOST_DEVICE C sgd(const Sgd<C>& h, C theta, C d) {
-  d = h.sign * d + h.weight_decay * theta;
-  return advance(theta, -h.lr * d);
+  d = decayed(h.sign * d, h.weight_decay, theta);
+  return advance(theta, times(-h.lr, d));
 }
 
 template <class C>
 GAM_HOST_DEVICE C sgd_momentum(const Sgd<C>& h, C theta, C d, C& momentum_buffer) {
-  d = h.sign * d + h.weight_decay * theta;
+  d = decayed(h.sign * d, h.weight_decay, theta);
   C moved = h.momentum * momentum_buffer + h.gain * d;
   moved = h.first ? d : moved;
   momentum_buffer = moved;
   C ahead = d + h.momentum * moved;
-  return advance(theta, -h.lr * (h.nesterov ? ahead : moved));
+  return advance(theta, times(-h.lr, h.nesterov ? ahead : moved));
 }
 
 template <class C>
@@ -212,7 +237,7 @@ GAM_HOST_DEVICE Adam<C> adam_of(const double* row, double step) {
 // Adam and AdamW. AMSGRAD: `maximum` is max_exp_avg_sq; without, it is neither read nor written.
 template <bool AMSGRAD, class C>
 GAM_HOST_DEVICE C adam(const Adam<C>& h, C theta, C d, C& exp_avg, C& exp_avg_sq, C& maximum) {
-  d = h.sign * d + h.l2 * theta;
+  d = decayed(h.sign * d, h.l2, theta);
   theta = h.decay * theta;
   exp_avg = exp_avg + h.gain1 * (d - exp_avg);
   exp_avg_sq = h.beta2 * exp_avg_sq + h.gain2 * d * d;
@@ -221,7 +246,8 @@ GAM_HOST_DEVICE C adam(const Adam<C>& h, C theta, C d, C& exp_avg, C& exp_avg_sq
     v = maximum > v ? maximum : v;
     maximum = v;
   }
-  return advance(theta, h.size * exp_avg / (square_root(v) / h.root + h.eps));
+  C step = h.size * exp_avg / (square_root(v) / h.root + h.eps);
+  return advance(theta, h.size == C(0) ? C(0) : step);
 }
 
 }  // namespace gam

@@ -100,7 +100,7 @@ GAM_HOST_DEVICE void narrow(float x, Float16& out) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Stochastic rounding (DESIGN, "low-precision parameters"): up with the probability of the distance to the lower
-// neighbour.
+// neighbour. Beyond the largest number, where the upper one is infinity, to nearest.
 
 // A 32-bit integer hash.
 GAM_HOST_DEVICE uint32_t mix32(uint32_t x) {
@@ -127,8 +127,8 @@ GAM_HOST_DEVICE float drop_bits(float x, uint32_t noise, uint32_t low) {
 }
 
 GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, BFloat16& out) {
-  bool finite = (bits_of(x) & 0x7FFFFFFFu) < 0x7F800000u;
-  narrow(finite ? drop_bits(x, noise, 0xFFFFu) : x, out);
+  bool between = (bits_of(x) & 0x7FFFFFFFu) < 0x7F7F0000u;
+  narrow(between ? drop_bits(x, noise, 0xFFFFu) : x, out);
 }
 
 GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, Float16& out) {
@@ -136,7 +136,7 @@ GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, Float16& out) {
   float fraction = float(int32_t(noise >> 8)) * 0x1p-24f;
   float subnormal = floorf(x * 0x1p24f + fraction) * 0x1p-24f;  // float16 is 2^-24 apart below 2^-14
   float rounded = magnitude < 0x38800000u ? subnormal : drop_bits(x, noise, 0x1FFFu);
-  narrow(magnitude < 0x7F800000u ? rounded : x, out);
+  narrow(magnitude < 0x477FE000u ? rounded : x, out);
 }
 
 }  // namespace gam

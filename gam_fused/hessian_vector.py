@@ -45,16 +45,26 @@ def ascent(lists: Sequence[TensorList], step: Step) -> tuple[list[Tensor | None]
     counted = [c for b in step.buckets for c in b.layout.counted]
     signs = [-1 if optimizer.param_groups[g].get("maximize") else 1 for b in step.buckets for g in b.groups]
     weights = [p.detach() if optimizer.adaptive else 1 for p in params]
-    rows = [w * g if g is not None and c else None for w, g, c in zip(weights, gradients, counted, strict=True)]
+    rows = [_times(g, w) if g is not None and c else None for w, g, c in zip(weights, gradients, counted, strict=True)]
     others = [g for g, c in zip(gradients, counted, strict=True) if g is not None and not c]
     scale, device = optimizer._amp.current_scale(params[0].device), params[0].device
     norm = _norm([g for g in rows if g is not None], device) + 0.0 * _norm(others, device)
     divisor = norm + optimizer.xi * scale
     v = [
-        None if g is None else sign * w * g / divisor.to(g.device, _precise(g))
+        None if g is None else sign * _times(g, w) / _divisor(divisor.to(g.device, _precise(g)))
         for sign, w, g in zip(signs, weights, rows, strict=True)
     ]
     return v, norm / scale
+
+
+def _times(g: Tensor, weight: Tensor | int) -> Tensor:
+    """g * weight; 0 where g is 0, though the weight may be infinite."""
+    return torch.where(g == 0, g, g * weight) if isinstance(weight, Tensor) else g
+
+
+def _divisor(norm: Tensor) -> Tensor:
+    """`norm`, or 1 where it is 0: 0 / 0 is along a zero gradient, where nothing moves."""
+    return torch.where(norm == 0, 1.0, norm)
 
 
 def _norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -43,14 +43,17 @@ def noise(shape: torch.Size, key_: int | Tensor, start: int, device: torch.devic
 
 
 def stochastic_round(value: Tensor, dtype: torch.dtype, noise_: Tensor) -> Tensor:
-    """`value` (float32) rounded to bfloat16 or float16, up or down as `noise_` says; not finite values pass unchanged."""
+    """`value` (float32) rounded to bfloat16 or float16, up or down as `noise_` says.
+
+    To nearest beyond the largest number, where the upper neighbour is infinity; so infinities and NaN stay themselves.
+    """
     if dtype == torch.bfloat16:
         rounded = _drop_bits(value, noise_, 16)
     else:
         quantum = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
         subnormal = torch.floor(value / quantum + (noise_ >> 8).to(torch.float32) * quantum) * quantum
         rounded = torch.where(value.abs() < 2.0**-14, subnormal, _drop_bits(value, noise_, 13))
-    return torch.where(torch.isfinite(value), rounded, value).to(dtype)
+    return torch.where(value.abs() < torch.finfo(dtype).max, rounded, value).to(dtype)
 
 
 def _drop_bits(value: Tensor, noise_: Tensor, bits: int) -> Tensor:

@@ -80,8 +80,10 @@ class Gam64:
         """The unit step of an ascent from `point` along `vector`: zero where a group is not perturbed."""
         scale = [t.abs() if self.adaptive else torch.ones_like(t) for t in point]
         signs = [0.0 if not o.get("perturb", True) else -1.0 if o.get("maximize", False) else 1.0 for o in self.group]
+        # what has no gradient stays, though its weight may be infinite
+        scale = [torch.where(v == 0, 0.0, w) for v, w in zip(vector, scale, strict=True)]
         norm = math.sqrt(sum(((v * w) ** 2).sum().item() for v, w, s in zip(vector, scale, signs, strict=True) if s))
-        return [s * w * w * v / (norm + self.xi) for v, w, s in zip(vector, scale, signs, strict=True)]
+        return [s * w * w * v / (norm + self.xi or 1.0) for v, w, s in zip(vector, scale, signs, strict=True)]
 
     def moved(self, point: list[Tensor], vector: list[Tensor], radius: float | None = None) -> list[Tensor]:
         """`point` + radius * unit step; each group's own rho where no radius is given."""
@@ -166,7 +168,8 @@ class Gam64:
 
 
 def sgd(t, d, state, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, **_):
-    d = (-d if maximize else d) + weight_decay * t
+    d = -d if maximize else d
+    d = d + weight_decay * t if weight_decay else d
     if momentum:
         state["m"] = momentum * state["m"] + (1 - dampening) * d if "m" in state else d
         d = d + momentum * state["m"] if nesterov else state["m"]
@@ -177,7 +180,8 @@ def adam(
     t, d, state, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, decoupled=False, **_
 ):
     d = -d if maximize else d
-    t, d = (t * (1 - lr * weight_decay), d) if decoupled else (t, d + weight_decay * t)
+    if weight_decay:
+        t, d = (t * (1 - lr * weight_decay), d) if decoupled else (t, d + weight_decay * t)
     n = state["n"] = state.get("n", 0) + 1
     m = state["m"] = betas[0] * state.get("m", 0) + (1 - betas[0]) * d
     v = state["v"] = betas[1] * state.get("v", 0) + (1 - betas[1]) * d * d

@@ -14,6 +14,7 @@ from pathlib import Path
 import cases
 import cuda_on_cpu
 import pytest
+import test_infinite_weights as infinite
 import torch
 from cases import DTYPES, SHAPES, Problem, assert_same_bits
 from gam_helpers import METHODS
@@ -96,6 +97,20 @@ def test_not_finite(room, algorithm, bad):
     assert {float(s) for s in result["steps"].tensors} == {3.0}
     assert result["control"][Control.SKIPPED] == result["control"][Control.LAST_SKIPPED] == 1
     assert result["control"][Control.TICKET] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_weights(dtype):
+    for update in infinite.UPDATES:
+        for weight_decay in (0.0, 0.01):
+            infinite.test_updates_are_torchs(NAME, update, weight_decay, dtype)
+        infinite.test_lr_0_moves_nothing(NAME, update, dtype)
+    for yes in (False, True):
+        infinite.test_ascents_leave_what_has_no_gradient(NAME, yes, True, dtype)
+        infinite.test_ascents_leave_what_has_no_gradient(NAME, yes, False, dtype)
+        infinite.test_adaptive_norms_pass_over_what_has_no_gradient(NAME, yes, dtype)
+        infinite.test_nothing_moves_along_a_zero_gradient_without_xi(NAME, 0.125 * yes, dtype)
+    infinite.test_gradients_close_to_zero_leave_elements_without_gradient(NAME)
 
 
 def many(count: int, size: int, dtype: torch.dtype) -> tuple[Layout, list[TensorList]]:

@@ -88,6 +88,18 @@ def test_bits_are_those_of_the_specification(room_name, dtype, ascent):
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("room_name", [*ROOMS, "reference"])
+@low_precision
+def test_the_largest_number_does_not_become_infinite(room_name, dtype):
+    """The upper neighbour is infinity: a quarter of a spacing beyond, rounding to nearest stays."""
+    largest = torch.finfo(dtype).max
+    signs = torch.tensor([1.0, -1.0], dtype=dtype).repeat(2000)
+    quarter = largest * torch.finfo(dtype).eps / 8
+    theta = [signs * largest]
+    ascend(room_name, theta, [signs * quarter], radius=1.0)
+    assert torch.equal(theta[0], signs * largest)
+
+
 @room_names
 @low_precision
 def test_a_step_below_the_spacing_survives_on_average(room_name, dtype):

@@ -27,9 +27,10 @@ interpreted = pytest.mark.skipif(
     not room.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
 )
 
-# From tests/test_rounding.py and tests/test_verbs.py, for every room that is there.
+# From other files, for every room that is there.
 ELSEWHERE = (
     "tests/test_rounding.py",
+    "tests/test_infinite_weights.py",
     "tests/test_verbs.py::TestNotFinite",
     "tests/test_verbs.py::test_zero_step_leaves_the_bits",
 )

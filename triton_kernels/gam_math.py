@@ -126,6 +126,7 @@ def drop_bits(x, noise, low: tl.constexpr):
 def stochastic_round(x, noise, DTYPE: tl.constexpr):
     """float32 to bfloat16 or float16: up with the probability of the distance to the lower neighbour."""
     magnitude = bits_of(x) & 0x7FFFFFFF
+    LARGEST: tl.constexpr = 0x7F7F0000 if DTYPE == tl.bfloat16 else 0x477FE000  # beyond, the upper neighbour is infinity
     if DTYPE == tl.bfloat16:
         rounded = drop_bits(x, noise, 0xFFFF)
     else:
@@ -133,7 +134,7 @@ def stochastic_round(x, noise, DTYPE: tl.constexpr):
         # float16 is 2^-24 apart below 2^-14
         subnormal = tl.floor(x * 16777216.0 + fraction) * 5.9604644775390625e-08
         rounded = tl.where(magnitude < 0x38800000, subnormal, drop_bits(x, noise, 0x1FFF))
-    return narrow(tl.where(magnitude < 0x7F800000, rounded, x), DTYPE)
+    return narrow(tl.where(magnitude < LARGEST, rounded, x), DTYPE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,13 +164,34 @@ def is_finite(x):
     return tl.abs(x) <= 1.7976931348623157e308
 
 
+# Weights may be infinite (masks). What does not move stays there, as in torch: 0 * inf and inf - inf, both NaN, are not
+# computed.
+
+
+@triton.jit
+def times(step, factor):
+    """step * factor; 0 where `step` is 0."""
+    return tl.where(step == 0.0, step, step * factor)
+
+
+@triton.jit
+def change_of(to, origin):
+    """to - origin; 0 where they are equal."""
+    return tl.where(to == origin, 0.0, to - origin)
+
+
 # Ascents: lines 6 and 7 of Algorithm 1, with the gradients of appendix D.
 
 
 @triton.jit
 def ascent_scale(radius, total, loss_scale, eps):
-    """radius / (|x| + eps) for gradients that are `loss_scale` times too large, `total` the sum of their squares."""
-    return radius / (square_root(total) / loss_scale + eps) / loss_scale
+    """radius / (|x| + eps) for gradients that are `loss_scale` times too large, `total` the sum of their squares.
+
+    Along x = 0 nothing moves, whatever eps: 0 in place of a division by zero, and a bound that float32 can hold.
+    """
+    norm = square_root(total) / loss_scale + eps
+    scale = tl.where(norm > 0.0, radius / norm / loss_scale, 0.0)
+    return tl.minimum(tl.maximum(scale, -1e30), 1e30)
 
 
 @triton.jit
@@ -181,7 +203,7 @@ def ascend(base, scale, x, y):
 @triton.jit
 def ascend_adaptive(base, scale, x, y):
     """base + scale * base^2 * (x - y): element-wise scaling as in ASAM."""
-    return base + scale * (x - y) * (base * base)
+    return base + times(scale * (x - y), base * base)
 
 
 @triton.jit
@@ -247,6 +269,12 @@ def advance(old, step):
     return tl.where(step == 0.0, old, old + step)
 
 
+@triton.jit
+def decayed(d, weight_decay, theta):
+    """d + weight_decay * theta; d alone where there is no weight decay."""
+    return d + weight_decay * tl.where(weight_decay == 0.0, -0.0, theta)  # d - 0.0 is d; fewer registers than a choice of d
+
+
 class Sgd(NamedTuple):
     """gain: 1 - dampening. sign: -1 where the group maximises. first: the momentum starts as d itself."""
 
@@ -280,18 +308,18 @@ def sgd_of(row, step, C: tl.constexpr):
 
 @triton.jit
 def sgd(h, theta, d):
-    d = h.sign * d + h.weight_decay * theta
-    return advance(theta, -h.lr * d)
+    d = decayed(h.sign * d, h.weight_decay, theta)
+    return advance(theta, times(-h.lr, d))
 
 
 @triton.jit
 def sgd_momentum(h, theta, d, momentum_buffer):
     """Returns theta and the momentum buffer."""
-    d = h.sign * d + h.weight_decay * theta
+    d = decayed(h.sign * d, h.weight_decay, theta)
     moved = h.momentum * momentum_buffer + h.gain * d
     moved = tl.where(h.first, d, moved)
     ahead = d + h.momentum * moved
-    return advance(theta, -h.lr * tl.where(h.nesterov, ahead, moved)), moved
+    return advance(theta, times(-h.lr, tl.where(h.nesterov, ahead, moved))), moved
 
 
 class Adam(NamedTuple):
@@ -347,11 +375,12 @@ def adam_of(row, step, C: tl.constexpr):
 @triton.jit
 def adam(h, theta, d, exp_avg, exp_avg_sq, maximum):
     """Adam and AdamW. `maximum` is max_exp_avg_sq, None where no group has amsgrad. Returns theta and the three of them."""
-    d = h.sign * d + h.l2 * theta
+    d = decayed(h.sign * d, h.l2, theta)
     theta = h.decay * theta
     exp_avg = exp_avg + h.gain1 * (d - exp_avg)
     exp_avg_sq = h.beta2 * exp_avg_sq + h.gain2 * d * d
     v = exp_avg_sq
     if maximum is not None:
         v = tl.where(h.amsgrad & (maximum > v), maximum, v)
-    return advance(theta, divide(h.size * exp_avg, divide(square_root(v), h.root) + h.eps)), exp_avg, exp_avg_sq, v
+    step = divide(h.size * exp_avg, divide(square_root(v), h.root) + h.eps)
+    return advance(theta, tl.where(h.size == 0.0, 0.0, step)), exp_avg, exp_avg_sq, v

@@ -16,6 +16,7 @@ from gam_fused.triton_kernels.gam_math import (
     ascend,
     ascend_adaptive,
     ascent_scale,
+    change_of,
     fold,
     noise,
     noise_key,
@@ -70,7 +71,7 @@ def perturb_block(
     store(theta_at, block, after, WHOLE, DTYPE)
     if acc is not None:
         store(acc_at, block, fold(folds[0], load(acc_at, block, WHOLE, C), folds[1], gradient), WHOLE, C)
-    change = tl.where(active, widen(after, C) - origin, 0.0)
+    change = tl.where(active, change_of(widen(after, C), origin), 0.0)
     if not WHOLE:
         change = tl.where(block.inside, change, 0.0)
     return square(change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from gam_fused.triton_kernels.gam_math import times
 from gam_fused.triton_kernels.sums import put, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, span_at
 
@@ -13,7 +14,7 @@ def squares(lists, at, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.co
     x, y, weight = lists
     value = read(x, at[0], block, WHOLE, DTYPE, C) - read(y, at[1], block, WHOLE, DTYPE, C)
     if weight is not None:
-        value = value * read(weight, at[2], block, WHOLE, DTYPE, C)
+        value = times(value, read(weight, at[2], block, WHOLE, DTYPE, C))
     return square(value)
 
 

@@ -31,12 +31,12 @@ double ascend_tile(const Perturb& v, const Span& tile, Compute<S> scale, uint32_
   for (int64_t i = 0; i < tile.count; ++i) {
     const C origin = base[i];
     const C value = ADAPTIVE ? ascend_adaptive(origin, scale, x[i], y[i]) : ascend(origin, scale, x[i], y[i]);
-    change[i] = value - origin;
+    change[i] = change_of(value, origin);
     moved[i] = value;
   }
   if constexpr (!Tiles<S>::direct) {
     round_tile<S>(theta, moved, tile, key);
-    for (int64_t i = 0; i < tile.count; ++i) change[i] = moved[i] - base[i];
+    for (int64_t i = 0; i < tile.count; ++i) change[i] = change_of(moved[i], base[i]);
   } else {
     Tiles<S>::write(theta, moved, tile.count, stream);
   }

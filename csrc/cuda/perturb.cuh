@@ -85,7 +85,7 @@ struct PerturbSpan {
       S stored;
       round_perturbed(noise, i, to, stored);
       point.set_raw(i, stored);
-      const C change = point.get(i) - from;
+      const C change = change_of(point.get(i), from);
       realised = add_product(realised, change, change);
     }
   }

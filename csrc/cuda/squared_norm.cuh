@@ -27,7 +27,7 @@ struct SquaredNormSpan {
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
         C value = a[s].get(i) - b[s].get(i);
-        if (weight) value *= w[s].get(i);
+        if (weight) value = times(value, w[s].get(i));
         sum = add_product(sum, value, value);
       }
     }

@@ -19,6 +19,7 @@ from gam_fused.rooms.foreach_lists import (
     add_scaled_,
     batches,
     by_group,
+    change_of,
     commit_,
     difference,
     dot,
@@ -30,6 +31,7 @@ from gam_fused.rooms.foreach_lists import (
     scale_,
     select,
     sum_of_squares,
+    times,
     up,
     workspace,
 )
@@ -53,7 +55,7 @@ def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorLis
             xs, ys, weights = batch.lists
             values = difference(xs, ys)
             if weights:
-                values = torch._foreach_mul(values, up(weights))
+                values = times(values, up(weights))
             partials[row, 0] += sum_of_squares(values)
 
 
@@ -101,8 +103,9 @@ def perturb_(
     if ascent > 0:
         bad = bad | (control[Control.FOUND_INF] != 0)
     control[Control.FOUND_INF] = bad.to(control.dtype)
-    norm = total[0].sqrt() / control[Control.LOSS_SCALE]
-    scale = coefficients[:, Column.RADIUS_0 + ascent] / (norm + control[Control.EPS]) / control[Control.LOSS_SCALE]
+    norm = total[0].sqrt() / control[Control.LOSS_SCALE] + control[Control.EPS]
+    scale = coefficients[:, Column.RADIUS_0 + ascent] / norm / control[Control.LOSS_SCALE]
+    scale = torch.where(norm > 0, scale, 0.0).clamp(-1e30, 1e30)  # along a zero gradient nothing moves, whatever xi
 
     stay, sizes, table = scalars(bad), scalars(scale), scalars(coefficients)
     there = presence(x, y)
@@ -131,12 +134,12 @@ def _ascend_(
     origin = up(base or backup or [t.clone() for t in theta])
     moved = torch._foreach_mul(difference(x, y), size)
     if adaptive:
-        torch._foreach_mul_(moved, torch._foreach_mul(origin, origin))
+        moved = times(moved, torch._foreach_mul(origin, origin))
     torch._foreach_add_(moved, origin)
     if stay is not False:
         moved = select(stay, origin, moved)
     _store_(layout, theta, moved, batch, control, ascent)
-    return sum_of_squares(torch._foreach_sub(up(theta), origin))
+    return sum_of_squares(change_of(up(theta), origin))
 
 
 def combined_update_(
@@ -180,8 +183,9 @@ def combined_update_(
                 sgd_(c, new[0], d, new[1] if len(new) > 1 else [], step)
             else:
                 adam_(c, new[0], d, new[1], new[2], new[3] if len(new) > 3 else [], step)
+            stays = skip if isinstance(skip, bool) else skip | (c[Column.LR] == 0)
             for old, values in zip(targets, new, strict=True):
-                commit_(old, values, skip)
+                commit_(old, values, stays if values is new[0] else skip)
         commit_(raw(steps, rows), list(advanced), skip)
     if skip is not False:
         direction[0] = torch.where(skip, 0, direction[0])

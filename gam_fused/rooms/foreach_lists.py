@@ -121,6 +121,18 @@ def difference(x: Tensors, y: Tensors) -> Tensors:
     return torch._foreach_sub(operand(x, y), operand(y, x)) if y else operand(x)
 
 
+def times(steps: Tensors, factors: Tensors) -> Tensors:
+    """steps * factors; 0 where a step is 0, though its factor (a weight) may be infinite."""
+    return [torch.where(s == 0, s, s * f) for s, f in zip(steps, factors, strict=True)]
+
+
+def change_of(to: Tensors, origin: Tensors) -> Tensors:
+    """to - origin, where infinite weights that stay have not moved: both ends are cut to finite numbers."""
+    most = torch.finfo(to[0].dtype).max
+    ends = (torch._foreach_clamp_max(torch._foreach_clamp_min(values, -most), most) for values in (to, origin))
+    return torch._foreach_sub(*ends)
+
+
 def add_scaled_(targets: Tensors, values: Tensors, c: Scalar) -> None:
     """targets += c * values."""
     if isinstance(c, float):

@@ -54,15 +54,24 @@ def switch(c: Scalar, flag: Flag) -> Scalar:
     return (torch.div(flags, int(flag), rounding_mode="floor") % 2 == 1).to(flags.dtype)
 
 
-def advance_(theta: Tensors, change: Tensors) -> None:
-    """theta <- theta - change. A change of zero, made positive first, leaves the bits alone: -0.0 - 0.0 is -0.0."""
+def advance_(theta: Tensors, change: Tensors, lr: Scalar) -> None:
+    """theta <- theta - change. A change of zero, made positive first, leaves the bits alone: -0.0 - 0.0 is -0.0.
+
+    With lr 0 the change may be 0 * inf: theta then stays, here or, where the host cannot read lr, in `combined_update_`.
+    """
+    if isinstance(lr, float) and lr == 0.0:
+        return
     torch._foreach_add_(change, 0.0)
     torch._foreach_sub_(theta, change)
 
 
 def _decay_(d: Tensors, theta: Tensors, weight: Scalar) -> None:
-    if not isinstance(weight, float) or weight != 0.0:
-        add_scaled_(d, theta, weight)
+    """d += weight * theta; d alone where there is no weight decay, since weights may be infinite."""
+    if isinstance(weight, float):
+        if weight != 0.0:
+            add_scaled_(d, theta, weight)
+    else:
+        add_scaled_(d, [torch.where(weight == 0, 0.0, t) for t in theta], weight)
 
 
 def sgd_(c: Scalar, theta: Tensors, d: Tensors, momentum_buffer: Tensors, step: Tensor) -> None:
@@ -83,7 +92,7 @@ def sgd_(c: Scalar, theta: Tensors, d: Tensors, momentum_buffer: Tensors, step: 
         else:
             add_scaled_(d, momentum_buffer, momentum)
             d = select(nesterov, d, momentum_buffer)
-    advance_(theta, torch._foreach_mul(d, c[Column.LR]))
+    advance_(theta, torch._foreach_mul(d, c[Column.LR]), c[Column.LR])
 
 
 def adam_(
@@ -108,7 +117,7 @@ def adam_(
     torch._foreach_add_(denominator, c[Column.EPS])
     change = torch._foreach_mul(exp_avg, sizes)
     torch._foreach_div_(change, denominator)
-    advance_(theta, change)
+    advance_(theta, change, lr)
 
 
 def _each(values: Tensor) -> list[Scalar]:

@@ -37,10 +37,10 @@ def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorLis
     """
     partials.zero_()
     for i in range(len(x)):
-        difference = _value(x, i) - _value(y, i)
+        difference = torch.as_tensor(_value(x, i) - _value(y, i), device=partials.device)
         if len(weight):
-            difference = difference * _value(weight, i)
-        partials[0 if layout.counted[i] else 1, 0] += torch.as_tensor(difference).square().sum()
+            difference = _times(difference, _value(weight, i))
+        partials[0 if layout.counted[i] else 1, 0] += difference.square().sum()
 
 
 def direction_products(
@@ -108,16 +108,17 @@ def perturb_(
         if len(backup):
             backup.tensors[i].copy_(target)
         radius = coefficients[layout.groups[i], Column.RADIUS_0 + ascent].item()
-        scale = 0.0 if bad or control[Control.FOUND_INF] else radius / (norm + eps) / loss_scale
+        scale = 0.0 if bad or control[Control.FOUND_INF] else _ascent_scale(radius, norm + eps, loss_scale)
         missing = x.tensors[i] is None and (not len(y) or y.tensors[i] is None)
         if scale == 0.0 or missing:
             target.copy_(origin)
         else:
             step = scale * (_value(x, i) - _value(y, i))
             if adaptive:
-                step = step * origin.double().square()
+                step = _times(step, origin.double().square())
             rounding.store_(target, origin.double() + step, key, start)
-        realised[0] += (target.double() - origin.double()).square().sum()
+        change = torch.where(target == origin, 0.0, target.double() - origin.double())
+        realised[0] += change.square().sum()
         if len(acc) and acc.tensors[i] is not None:
             c = coefficients[layout.groups[i]]
             acc.tensors[i].copy_(c[Column.FOLD_0] * _value(acc, i) + c[Column.FOLD_2] * _value(x, i))
@@ -199,7 +200,7 @@ def combine_(
             continue
         d = _direction(coefficients[layout.groups[i]].tolist(), i, x1, x3, acc, u, unscale)
         out.tensors[i].copy_(torch.zeros_like(out.tensors[i], dtype=torch.float64) + d)
-        direction[0] += torch.as_tensor(d).square().sum()
+        direction[0] += torch.as_tensor(d, device=direction.device).square().sum()
 
 
 def restore_(layout: Layout, theta: TensorList, backup: TensorList) -> None:
@@ -212,6 +213,17 @@ def _value(lst: TensorList, i: int) -> Tensor | float:
     if not len(lst) or lst.tensors[i] is None:
         return 0.0
     return lst.tensors[i].double()
+
+
+def _times(step: Any, factor: Any) -> Tensor:
+    """step * factor; 0 where `step` is 0, though the factor (a weight) may be infinite."""
+    return torch.where(step == 0, 0.0, step * factor)
+
+
+def _ascent_scale(radius: float, norm: float, loss_scale: float) -> float:
+    """Along a zero gradient nothing moves, whatever xi: 0 in place of a division by zero, and a bound float32 can hold."""
+    scale = radius / norm / loss_scale if norm > 0 else 0.0
+    return min(max(scale, -1e30), 1e30)
 
 
 def _close_step(partials: Tensor, control: Tensor) -> bool:
@@ -245,9 +257,9 @@ def _direction(
     return (u * plus + c[Column.DIRECTION_ACC] * _value(acc, i)) * unscale
 
 
-def _advance_(theta: Tensor, old: Tensor, step: Tensor) -> None:
-    """theta <- old + step; a step of zero leaves the bits alone (-0.0 + 0.0 would be 0.0)."""
-    theta.copy_(torch.where(step == 0, old, old + step))
+def _advance_(theta: Tensor, old: Tensor, rate: float, step: Tensor) -> None:
+    """theta <- old + step, a step of this rate; one of zero leaves the bits alone (-0.0 + 0.0 would be 0.0)."""
+    theta.copy_(torch.where(step == 0, old, old + step) if rate != 0 else old)
 
 
 def _sgd(c: list[float], theta: Tensor, d: Tensor, momentum_buffer: Tensor | None, step: float) -> None:
@@ -256,14 +268,15 @@ def _sgd(c: list[float], theta: Tensor, d: Tensor, momentum_buffer: Tensor | Non
     old = theta.double()
     if flags & Flag.MAXIMIZE:
         d = -d
-    d = d + c[Column.WEIGHT_DECAY] * old
+    if c[Column.WEIGHT_DECAY] != 0:
+        d = d + c[Column.WEIGHT_DECAY] * old
     if momentum_buffer is not None:
         momentum = c[Column.MOMENTUM]
         moved = momentum * momentum_buffer.double() + (1 - c[Column.DAMPENING]) * d
         moved = d if step == 1 else moved
         momentum_buffer.copy_(moved)
         d = d + momentum * moved if flags & Flag.NESTEROV else moved
-    _advance_(theta, old, -c[Column.LR] * d)
+    _advance_(theta, old, -c[Column.LR], -c[Column.LR] * d)
 
 
 def _adam(c: list[float], theta: Tensor, d: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maximum: Any, step: float) -> None:
@@ -275,7 +288,7 @@ def _adam(c: list[float], theta: Tensor, d: Tensor, exp_avg: Tensor, exp_avg_sq:
         d = -d
     if flags & Flag.DECOUPLED:
         old = old * (1 - lr * c[Column.WEIGHT_DECAY])
-    else:
+    elif c[Column.WEIGHT_DECAY] != 0:
         d = d + c[Column.WEIGHT_DECAY] * old
     m = exp_avg.double() + (1 - beta1) * (d - exp_avg.double())
     v = beta2 * exp_avg_sq.double() + (1 - beta2) * d * d
@@ -285,4 +298,5 @@ def _adam(c: list[float], theta: Tensor, d: Tensor, exp_avg: Tensor, exp_avg_sq:
         v = torch.maximum(maximum.double(), v)
         maximum.copy_(v)
     denominator = v.sqrt() / math.sqrt(1 - beta2**step) + c[Column.EPS]
-    _advance_(theta, old, -lr / (1 - beta1**step) * m / denominator)
+    size = -lr / (1 - beta1**step)
+    _advance_(theta, old, size, size * m / denominator)
