@@ -24,9 +24,18 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 inline std::string describe(const Tensor& t) {
-  std::string text = "shape [";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "], dtype " + torch::headeronly::toString(t.scalar_type());
+  std::string shape, strides;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    shape += (i ? ", " : "") + std::to_string(t.size(i));
+    strides += (i ? ", " : "") + std::to_string(t.stride(i));
+  }
+  const std::string text = "shape [" + shape + "], dtype " + torch::headeronly::toString(t.scalar_type());
+  return t.is_contiguous() ? text : text + ", strides [" + strides + "]";
+}
+
+inline std::string device_of(const Tensor& t) {
+  const std::string index = t.get_device_index() < 0 ? "" : ":" + std::to_string(t.get_device_index());
+  return (t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda" : "another kind of device") + index;
 }
 
 inline bool equal_strides(const Tensor& a, const Tensor& b) {
@@ -86,23 +95,23 @@ class Lists {
     STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
                         table.size(0) == 3 && table.size(1) >= 1 && table.is_contiguous(),
                     "gam_fused: layout must be a contiguous int64 CPU tensor [3, T + 1], got ", describe(table));
-    // Kernels count the elements of a chunk, and the chunks, in 32 bits.
     STD_TORCH_CHECK(chunk > 0 && chunk <= MAX_CHUNK, "gam_fused: chunk must be 1 to ", MAX_CHUNK, ", got ", chunk);
     tensors_ = table.size(1) - 1;
+    STD_TORCH_CHECK(tensors_ <= MAX_TENSORS, "gam_fused: layout has ", tensors_, " tensors, more than ", MAX_TENSORS);
     starts_ = static_cast<const int64_t*>(table.const_data_ptr());
     check_table();
     if (map.numel() == 0) return;
-    STD_TORCH_CHECK(map.is_cpu() == on_cpu && map.scalar_type() == ScalarType::Long &&
-                        map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
-                    "gam_fused: map must be what Layout.on gives for the device of the lists, got ", describe(map));
+    STD_TORCH_CHECK(
+        map.scalar_type() == ScalarType::Long && map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
+        "gam_fused: map must be what Layout.on gives for the device of the lists, got ", describe(map));
+    check_device("map", map);
     map_ = static_cast<const int64_t*>(map.const_data_ptr());
-    is_on(map);
   }
 
   int64_t dtype() const { return dtype_; }
   int64_t tensors() const { return tensors_; }
   int64_t chunk() const { return chunk_; }
-  int64_t chunks() const { return std::max<int64_t>(1, (starts_[tensors_] + chunk_ - 1) / chunk_); }
+  int64_t chunks() const { return chunk_count(starts_[tensors_], chunk_); }
   const int64_t* starts() const { return starts_; }
   const int64_t* groups() const { return starts_ + tensors_ + 1; }
   const int64_t* counted() const { return groups() + tensors_ + 1; }
@@ -143,8 +152,19 @@ class Lists {
                     "] is missing, the layout gives it ", starts_[i + 1] - starts_[i], " elements");
   }
 
+  // All operands but the layout's table lie on one device.
+  void check_device(const std::string& name, const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cpu() == on_cpu_, "gam_fused: ", name, " is on ", device_of(t), ", expected ",
+                    on_cpu_ ? "cpu" : "cuda", "; move it to the device of the other operands");
+    if (!like_) like_ = &t;
+    STD_TORCH_CHECK(t.get_device_index() == like_->get_device_index(), "gam_fused: ", name, " is on ", device_of(t),
+                    ", operands before it on ", device_of(*like_), "; move it there");
+  }
+
  private:
-  static constexpr int64_t MAX_CHUNK = int64_t(1) << 30;
+  // Kernels count elements of a chunk, chunks, tensors and groups in 32 bits, and bytes of the flat vector in 64.
+  static constexpr int64_t MAX_CHUNK = int64_t(1) << 30, MAX_TENSORS = int64_t(1) << 26, MAX_GROUP = 0x7FFFFFFF;
+  static constexpr int64_t MAX_ELEMENTS = int64_t(1) << 59;
 
   // Kernels follow its numbers without looking.
   void check_table() const {
@@ -152,25 +172,23 @@ class Lists {
     for (int64_t i = 0; i < tensors_; ++i) {
       STD_TORCH_CHECK(starts_[i] <= starts_[i + 1], "gam_fused: layout has tensor ", i, " end at ", starts_[i + 1],
                       ", before its begin ", starts_[i]);
-      STD_TORCH_CHECK(groups()[i] >= 0, "gam_fused: layout names group ", groups()[i], " for tensor ", i);
+      STD_TORCH_CHECK(groups()[i] >= 0 && groups()[i] <= MAX_GROUP, "gam_fused: layout names group ", groups()[i],
+                      " for tensor ", i, ", expected 0 to ", MAX_GROUP);
     }
+    STD_TORCH_CHECK(starts_[tensors_] <= MAX_ELEMENTS, "gam_fused: layout has ", starts_[tensors_],
+                    " elements, more than memory can hold");
     STD_TORCH_CHECK(chunks() <= MAX_CHUNK, "gam_fused: a chunk of ", chunk_, " elements makes ", chunks(), " chunks");
-  }
-
-  void is_on(const Tensor& t) {
-    if (!like_) like_ = &t;
   }
 
   Operand take(const char* name, const Tensor& addresses, ScalarType, bool = false) {
     const int64_t count = addresses.numel();
     if (count == 0) return {};
-    STD_TORCH_CHECK(
-        count == tensors_ && (addresses.is_cpu() || !on_cpu_) && addresses.scalar_type() == ScalarType::Long,
-        "gam_fused: ", name, " must be ", tensors_, " int64 addresses on the CPU (or, for a GPU, there), got ",
-        describe(addresses));
+    STD_TORCH_CHECK(count == tensors_ && addresses.scalar_type() == ScalarType::Long && addresses.is_contiguous(),
+                    "gam_fused: ", name, " must be ", tensors_,
+                    " int64 addresses, contiguous, on the CPU (or, for a GPU, there), got ", describe(addresses));
     const int64_t* data = static_cast<const int64_t*>(addresses.const_data_ptr());
     if (addresses.is_cpu()) return {data, nullptr};
-    is_on(addresses);
+    check_device(name, addresses);
     return {nullptr, data};
   }
 
@@ -187,13 +205,12 @@ class Lists {
       check(name, i, t, numel, dtype, scalars ? 1 : starts_[i + 1] - starts_[i]);
       if (!scalars) check_strides(name, i, t);
       owned_.back()[i] = reinterpret_cast<int64_t>(t.mutable_data_ptr());
-      is_on(t);
     }
     return {owned_.back().data(), nullptr};
   }
 
-  void check(const char* name, int64_t i, const Tensor& t, int64_t numel, ScalarType dtype, int64_t expected) const {
-    STD_TORCH_CHECK(t.is_cpu() == on_cpu_, "gam_fused: ", name, "[", i, "] (", describe(t), ") is on another device");
+  void check(const char* name, int64_t i, const Tensor& t, int64_t numel, ScalarType dtype, int64_t expected) {
+    check_device(std::string(name) + "[" + std::to_string(i) + "]", t);
     STD_TORCH_CHECK(t.scalar_type() == dtype, "gam_fused: ", name, "[", i, "] has ", describe(t), ", expected dtype ",
                     torch::headeronly::toString(dtype));
     STD_TORCH_CHECK(numel == expected, "gam_fused: ", name, "[", i, "] has ", describe(t), ": ", numel,
@@ -217,40 +234,42 @@ class Lists {
   std::vector<const Tensor*> strides_;      // the first tensor seen at each index
 };
 
-inline double* float64(const char* name, const Tensor& t, bool on_cpu) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_cpu() == on_cpu, "gam_fused: ", name,
-                  " must be float64 on the device of the lists, got ", describe(t));
+inline double* float64(const char* name, const Tensor& t, Lists& lists) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "gam_fused: ", name, " must be float64, got ", describe(t));
+  lists.check_device(name, t);
   return static_cast<double*>(t.mutable_data_ptr());
 }
 
 // The coefficient table, with a row for every param group of the layout.
-inline const double* coefficients_of(const Tensor& t, const Lists& lists, bool on_cpu) {
-  const double* data = float64("coefficients", t, on_cpu);
+inline const double* coefficients_of(const Tensor& t, Lists& lists) {
+  const double* data = float64("coefficients", t, lists);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == COLUMNS && t.is_contiguous(),
-                  "gam_fused: coefficients must be [groups, ", COLUMNS, "], got ", describe(t));
+                  "gam_fused: coefficients must be [groups, ", COLUMNS, "], contiguous, got ", describe(t));
   int64_t last = 0;
   for (int64_t i = 0; i < lists.tensors(); ++i) last = std::max(last, lists.groups()[i]);
   STD_TORCH_CHECK(last < t.size(0), "gam_fused: coefficients have ", t.size(0), " rows, the layout names group ", last);
   return data;
 }
 
-inline double* control_of(const Tensor& t, bool on_cpu) {
-  double* data = float64("control", t, on_cpu);
+inline double* control_of(const Tensor& t, Lists& lists) {
+  double* data = float64("control", t, lists);
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == CONTROLS && t.is_contiguous(), "gam_fused: control must be [", CONTROLS,
-                  "], got ", describe(t));
+                  "], contiguous, got ", describe(t));
   return data;
 }
 
 // float64 partial sums: [rows, columns], or [columns], with unit stride and at least `columns` columns.
 inline Matrix sums_of(const char* name, const Tensor& t, int64_t columns, std::initializer_list<int64_t> rows,
-                      bool on_cpu) {
-  double* data = float64(name, t, on_cpu);
+                      Lists& lists) {
+  double* data = float64(name, t, lists);
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK((last == 0 || last == 1) && t.size(last) >= columns && (t.size(last) == 1 || t.stride(last) == 1),
                   "gam_fused: ", name, " must have at least ", columns, " columns of unit stride, got ", describe(t));
   const int64_t count = last ? t.size(0) : 1;
   STD_TORCH_CHECK(std::find(rows.begin(), rows.end(), count) != rows.end(), "gam_fused: ", name, " must have ",
                   *rows.begin(), " rows", rows.size() > 1 ? " (or 6, see the verb)" : "", ", got ", describe(t));
+  STD_TORCH_CHECK(count == 1 || t.stride(0) >= t.size(last), "gam_fused: ", name,
+                  " must have rows that do not overlap in memory, got ", describe(t));
   return {data, count, t.size(last), last ? t.stride(0) : 0};
 }
 

@@ -113,7 +113,7 @@ GAM_HOST_DEVICE uint32_t mix32(uint32_t x) {
 
 // The key of one ascent of one step; `seed` and `step` are whole numbers kept in float64.
 GAM_HOST_DEVICE uint32_t noise_key(double seed, double step, int ascent) {
-  return mix32(uint32_t(int64_t(seed)) ^ mix32(uint32_t(int64_t(step) * 4 + ascent)));
+  return mix32(uint32_t(int64_t(seed)) ^ mix32(uint32_t(int64_t(step)) * 4u + uint32_t(ascent)));
 }
 
 // The stream of elements whose positions in the flat vector share their upper 32 bits.

@@ -38,15 +38,15 @@ class Operands : public Lists {
     return self().list(Lists::counters(name, list));
   }
 
-  const double* coefficients(const Tensor& t) const { return coefficients_of(t, *this, Room::ON_CPU); }
-  double* control(const Tensor& t) const { return control_of(t, Room::ON_CPU); }
+  const double* coefficients(const Tensor& t) { return coefficients_of(t, *this); }
+  double* control(const Tensor& t) { return control_of(t, *this); }
   // Partial sums that this verb writes, one column for each of its chunks.
-  Matrix partials(const char* name, const Tensor& t, std::initializer_list<int64_t> rows) const {
-    return sums_of(name, t, chunks(), rows, Room::ON_CPU);
+  Matrix partials(const char* name, const Tensor& t, std::initializer_list<int64_t> rows) {
+    return sums_of(name, t, chunks(), rows, *this);
   }
   // Complete partial sums of all buckets, which this verb adds up.
-  Matrix complete_partials(const Tensor& t, std::initializer_list<int64_t> rows) const {
-    return sums_of("partials", t, 1, rows, Room::ON_CPU);
+  Matrix complete_partials(const Tensor& t, std::initializer_list<int64_t> rows) {
+    return sums_of("partials", t, 1, rows, *this);
   }
 
  private:

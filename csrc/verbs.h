@@ -6,6 +6,11 @@
 
 namespace gam {
 
+// How many chunks N elements make; an empty vector makes one too.
+static inline int64_t chunk_count(int64_t elements, int64_t chunk) {
+  return elements > 0 ? (elements - 1) / chunk + 1 : 1;  // not (elements + chunk - 1) / chunk, which may overflow
+}
+
 // float64 [rows, columns] with unit stride between columns.
 struct Matrix {
   double* data;

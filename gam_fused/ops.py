@@ -10,7 +10,12 @@ Implementations register themselves for their device (`csrc/cpu/bindings.cpp`); 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -34,8 +39,8 @@ _VERBS = {
 }
 
 
-def _schema(verb: str, lists: str, rest: str, *, addresses: bool) -> str:
-    """The schema of one overload, e.g. `restore_(Tensor layout, Tensor map, ..., Tensor(c!)[] theta, ...) -> ()`."""
+def _parameters(lists: str, rest: str, *, addresses: bool) -> list[str]:
+    """The parameters of one overload, as in its schema."""
     parameters = ["Tensor layout", "Tensor map", "int chunk", "int dtype"]
     letters = iter("cdefghijklm")
     for name in lists.split():
@@ -44,12 +49,52 @@ def _schema(verb: str, lists: str, rest: str, *, addresses: bool) -> str:
         else:
             alias = f"({next(letters)}!)" if name.endswith("!") else ""
             parameters.append(f"Tensor{alias}[] {name.rstrip('!')}")
-    parameters += [rest] if rest else []
-    return f"{verb}{'.addresses' if addresses else ''}({', '.join(parameters)}) -> ()"
+    return parameters + (rest.split(", ") if rest else [])
 
 
-def _fake(*_: object) -> None:
-    """No verb returns anything or allocates."""
+def _fake(names: Sequence[str], rows: Sequence[str]) -> Callable[..., None]:
+    """The fake of an operator. No verb returns anything or allocates, so there is nothing to do but to look at devices.
+
+    torch takes it for traced operands, and for real ones too as soon as one of them is on the meta device: nothing would
+    then be computed, and nobody told.
+
+    Args:
+        names: the operator's parameters. rows: those of them that are rows of addresses.
+    """
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        _check_devices(dict(zip(names, args, strict=False)) | kwargs, rows)
+
+    return fake
+
+
+def _check_devices(arguments: dict[str, Any], rows: Sequence[str]) -> None:
+    """Raises RuntimeError for an operand that is on another device than the others; names it and both devices.
+
+    The layout is on the CPU, where rows of addresses, missing tensors and an empty map may be as well.
+    """
+    named = dict(_tensors(arguments))
+    devices = Counter(t.device for t in named.values())
+    if len(devices) == 1:
+        return
+    # Sizes are asked only here, where devices differ: they may be symbols.
+    on_cpu = {n for n, t in named.items() if t.device.type == "cpu" and (n == "layout" or n in rows or t.numel() == 0)}
+    told = Counter(t.device for n, t in named.items() if n not in on_cpu) or devices
+    expected = max(told, key=lambda device: (device.type != "meta", told[device]))
+    if expected.type == "meta" and any(n in rows and named[n].numel() for n in on_cpu):
+        expected = torch.device("cpu")  # addresses are never those of tensors on meta
+    for name, t in named.items():
+        if t.device != expected and name not in on_cpu:
+            raise RuntimeError(f"gam_fused: {name} is on {t.device}, other operands are on {expected}; move it there")
+
+
+def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor among them, those of lists as `x[0]`, `x[1]`, ..."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from ((f"{name}[{i}]", t) for i, t in enumerate(value))
 
 
 _libraries: list[torch.library.Library] = []  # operators last as long as these
@@ -60,8 +105,11 @@ def define(namespace: str) -> None:
     library = torch.library.Library(namespace, "DEF")
     for verb, (lists, rest) in _VERBS.items():
         for addresses in (False, True):
-            library.define(_schema(verb, lists, rest, addresses=addresses))
-            torch.library.register_fake(f"{namespace}::{verb}{'.addresses' if addresses else ''}", _fake, lib=library)
+            name, parameters = verb + ".addresses" * addresses, _parameters(lists, rest, addresses=addresses)
+            library.define(f"{name}({', '.join(parameters)}) -> ()")
+            names = [parameter.split()[-1] for parameter in parameters]
+            rows = lists.replace("!", "").split() if addresses else []
+            torch.library.register_fake(f"{namespace}::{name}", _fake(names, rows), lib=library)
     _libraries.append(library)
 
 

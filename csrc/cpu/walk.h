@@ -21,10 +21,7 @@ struct Span {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline int64_t chunks_of(const Layout& layout) {
-  int64_t chunks = (layout.starts[layout.tensors] + layout.chunk - 1) / layout.chunk;
-  return chunks > 0 ? chunks : 1;
-}
+inline int64_t chunks_of(const Layout& layout) { return chunk_count(layout.starts[layout.tensors], layout.chunk); }
 
 // visit(chunk) for every chunk, in parallel.
 template <class Visit>

@@ -1,0 +1,216 @@
+"""What the operators refuse: operands that lie elsewhere than kernels look, on another device, or beyond what they count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+import torch
+from cases import Problem
+from test_operators import FLOAT32, NO_MAP, OPS, problem, samples
+from torch._subclasses import FakeTensorMode
+
+from gam_fused.ops import _VERBS
+from gam_fused.rooms import cpp
+from gam_fused.tensor_lists import EMPTY, TensorList
+
+pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
+META = torch.device("meta")
+
+
+def parameters(verb: str) -> list[str]:
+    lists, rest = _VERBS[verb]
+    return [
+        "layout",
+        "map",
+        "chunk",
+        "dtype",
+        *lists.replace("!", "").split(),
+        *(p.split()[-1] for p in rest.split(", ") if p),
+    ]
+
+
+def address_samples() -> dict[str, tuple]:
+    """Arguments of the overload `addresses` of every verb; of tensors that are gone, so nothing may follow them."""
+    return {
+        verb: tuple(TensorList(a).addresses if isinstance(a, list) else a for a in arguments)
+        for verb, arguments in samples().items()
+    }
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """Equal to `t`, with other elements between its own."""
+    return torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+
+
+ROWS = [(verb, name) for verb in _VERBS for name in _VERBS[verb][0].replace("!", "").split()]
+TABLES = [("layout", verb) for verb in _VERBS] + [
+    (name, verb)
+    for verb in _VERBS
+    for name in ("coefficients", "partials", "control", "realised", "direction")
+    if name in parameters(verb)
+]
+
+
+@pytest.mark.parametrize(("verb", "name"), ROWS)
+def test_rows_of_addresses_with_gaps_are_refused(verb, name):
+    arguments = list(address_samples()[verb])
+    position = parameters(verb).index(name)
+    if not arguments[position].numel():
+        pytest.skip("not used in this sample")
+    arguments[position] = strided(arguments[position])
+    with pytest.raises(RuntimeError, match=rf"{name} must be \d int64 addresses, contiguous.*strides \[2\]"):
+        getattr(OPS, verb).addresses(*arguments)
+
+
+@pytest.mark.parametrize(("name", "verb"), TABLES)
+def test_tables_with_gaps_are_refused(name, verb):
+    arguments = list(address_samples()[verb])
+    position = parameters(verb).index(name)
+    table = strided(arguments[position])
+    arguments[position] = table if table.shape[-1] > 1 else table.expand(2, 2)
+    with pytest.raises(RuntimeError, match=rf"{name} must .*strides"):
+        getattr(OPS, verb).addresses(*arguments)
+
+
+def test_rows_of_sums_that_share_memory_are_refused():
+    arguments = list(address_samples()["squared_norm"])
+    arguments[-1] = arguments[-1][:1].expand(2, -1)
+    with pytest.raises(RuntimeError, match=r"partials must have rows that do not overlap.*strides \[0, 1\]"):
+        OPS.squared_norm.addresses(*arguments)
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+@pytest.mark.parametrize("overload", ["default", "addresses"])
+def test_one_operand_on_meta_is_refused(verb, overload):
+    """torch then takes the fake, which computes nothing."""
+    whole = samples()[verb] if overload == "default" else address_samples()[verb]
+    for position, name in enumerate(parameters(verb)):
+        value = whole[position] if position < len(whole) else None
+        changed, named = None, name
+        if isinstance(value, torch.Tensor):
+            changed = value.to(META)
+        elif isinstance(value, list) and value:
+            changed, named = [*value[:-1], value[-1].to(META)], rf"{name}\[{len(value) - 1}\]"
+        if changed is None:
+            continue
+        with pytest.raises(RuntimeError, match=f"{named} is on meta, other operands are on cpu"):
+            getattr(getattr(OPS, verb), overload)(*whole[:position], changed, *whole[position + 1 :])
+
+
+def moved(arguments: tuple, device: torch.device | str, *, but: tuple[str, ...] = (), verb: str) -> list:
+    """The arguments on another device, those named in `but` as they are."""
+    result = []
+    for name, value in zip(parameters(verb), arguments, strict=False):
+        if name in but:
+            result.append(value)
+        elif isinstance(value, list):
+            result.append([torch.empty(t.shape, dtype=t.dtype, device=device) for t in value])
+        elif isinstance(value, torch.Tensor):
+            result.append(torch.empty(value.shape, dtype=value.dtype, device=device))
+        else:
+            result.append(value)
+    return result
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+@pytest.mark.parametrize("overload", ["default", "addresses"])
+@pytest.mark.parametrize("but", [(), ("layout",), ("layout", "map")])
+def test_all_on_meta_is_a_trace(verb, overload, but):
+    whole = samples()[verb] if overload == "default" else address_samples()[verb]
+    getattr(getattr(OPS, verb), overload)(*moved(whole, META, but=but, verb=verb))
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_traced_operands_of_two_devices_are_refused(verb):
+    """Only the layout, an empty map, missing tensors and rows of addresses may be on the CPU, and on no second GPU."""
+    rows = address_samples()[verb]
+    with FakeTensorMode():
+        layout, no_map = (torch.empty(3, 7, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        right = moved(samples()[verb], "cuda:0", verb=verb)
+        right[:2] = layout, no_map
+        operator = getattr(OPS, verb).default
+        operator(*right)
+        position = 4  # the first list
+        for device in ("cpu", "cuda:1"):
+            largest = max(range(len(right[position])), key=lambda i: right[position][i].numel())
+            wrong = list(right[position])
+            wrong[largest] = torch.empty_like(wrong[largest], device=device)
+            with pytest.raises(RuntimeError, match=rf"\w+\[{largest}\] is on {device}, other operands are on cuda:0"):
+                operator(*right[:position], wrong, *right[position + 1 :])
+        rows = moved(rows, "cuda:0", verb=verb)
+        rows[:2] = layout, no_map
+        getattr(OPS, verb).addresses(*rows)
+        rows[4] = torch.empty(rows[4].shape, dtype=torch.int64)
+        getattr(OPS, verb).addresses(*rows)
+
+
+LAYOUTS = {
+    "elements near 2^63": ([[0, 2**63 - 1], [0, 0], [1, 0]], "elements, more than memory can hold"),
+    "elements at 2^62": ([[0, 2**62], [0, 0], [1, 0]], "elements, more than memory can hold"),
+    "a start near 2^63": ([[0, 2**63 - 1, 2**63 - 1], [0, 0, 0], [1, 1, 0]], "elements, more than memory can hold"),
+    "a start at -2^63": ([[0, -(2**63), 8], [0, 0, 0], [1, 1, 0]], "end at -9223372036854775808, before its begin 0"),
+    "many chunks": ([[0, 2**58], [0, 0], [1, 0]], "a chunk of 4096 elements makes 70368744177664 chunks"),
+    "a group near 2^63": ([[0, 1], [2**63 - 1, 0], [1, 0]], "names group 9223372036854775807 for tensor 0"),
+    "a group at 2^59": ([[0, 1], [2**59, 0], [1, 0]], "names group 576460752303423488 for tensor 0"),
+}
+
+
+def refuse(ops, verb: str, layout: list, message: str) -> None:
+    arguments = list(address_samples()[verb])
+    arguments[0] = torch.tensor(layout)
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, verb).addresses(*arguments)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("verb", _VERBS)
+def test_numbers_that_64_bits_do_not_hold(verb, kind):
+    refuse(OPS, verb, *LAYOUTS[kind])
+
+
+def test_a_large_chunk_beside_few_elements():
+    p = Problem("0-dim", torch.float32, torch.float32, missing=False)
+    theta, backup = p.values(0), p.values(1)
+    OPS.restore_.addresses(p.layout.table, NO_MAP, 2**30, FLOAT32, theta.addresses, backup.addresses)
+    assert all(torch.equal(a, b) for a, b in zip(theta.tensors, backup.tensors, strict=True))
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
+def test_checks_under_sanitizers():
+    """The same refusals where every overflow of a signed number ends the process."""
+    # With the library that throws, or the sanitizer does not find the exceptions it watches.
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(path).is_absolute() for path in runtimes):
+        pytest.skip("g++ has no address sanitizer runtime")
+    code = (
+        "import cuda_on_cpu, torch, test_operands as t\n"
+        "cuda_on_cpu.room(sanitized=True)\n"
+        "ops = getattr(torch.ops, cuda_on_cpu.NAMESPACE)\n"
+        "for verb in t._VERBS:\n"
+        "    for layout, message in t.LAYOUTS.values():\n"
+        "        t.refuse(ops, verb, layout, message)\n"
+    )
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_keywords_are_looked_at_too():
+    p = problem(missing=False)
+    with pytest.raises(RuntimeError, match=r"weight\[0\] is on meta, other operands are on cpu"):
+        OPS.squared_norm.default(
+            p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, p.values(0).operands, EMPTY.operands,
+            weight=[t.to(META) for t in p.values(0).operands], partials=p.partials[:2],
+        )  # fmt: skip
