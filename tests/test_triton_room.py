@@ -11,6 +11,7 @@ import torch
 
 from gam_fused import FusedGAM, available_backends, rooms
 from gam_fused.rooms import triton as room
+from gam_fused.tensor_lists import EMPTY, Layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -64,3 +65,13 @@ def test_gpu_tensors_get_it_where_nothing_is_compiled(monkeypatch, version):
 def test_importing_the_package_does_not_import_triton():
     code = "import sys, torch, gam_fused; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["coefficients", "partials", "control", "direction"])
+def test_tables_that_kernels_would_misread_are_refused(name):
+    """Kernels get a pointer and, of partial sums, the stride between rows."""
+    shapes = {"coefficients": (1, 16), "partials": (2, 4), "control": (9,), "direction": (4,)}
+    tables = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
+    tables[name] = torch.stack([tables[name]] * 2, -1)[..., 0]
+    with pytest.raises(ValueError, match=rf"{name} must .* strides \(.*2,?\); pass .contiguous"):
+        room.combine_(Layout([8], [0], [True]), EMPTY, EMPTY, EMPTY, EMPTY, *tables.values())

@@ -17,7 +17,7 @@ from gam_fused.ops import DTYPES
 from gam_fused.tensor_lists import Layout, TensorList
 
 _OPS = torch.ops.gam_fused
-_NO_MAP = torch.empty(0, dtype=torch.int64)
+_NO_MAP = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class CompiledRoom:

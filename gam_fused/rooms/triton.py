@@ -52,14 +52,14 @@ def reason() -> str:
 
 def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorList, partials: Tensor) -> None:
     """See `reference.squared_norm`."""
-    _launch("squared_norm", layout, partials.device, (x, y, weight), partials, partials.stride(0))
+    _launch("squared_norm", layout, partials.device, (x, y, weight), *_matrix("partials", partials)[:2])
 
 
 def direction_products(
     layout: Layout, x1: TensorList, x3: TensorList, acc: TensorList, coefficients: Tensor, partials: Tensor
 ) -> None:
     """See `reference.direction_products`."""
-    rest = (coefficients, partials, partials.stride(0))
+    rest = (_dense("coefficients", coefficients), *_matrix("partials", partials)[:2])
     _launch("direction_products", layout, partials.device, (x1, x3, acc), *rest)
 
 
@@ -80,7 +80,7 @@ def perturb_(
 ) -> None:
     """See `reference.perturb_`."""
     lists = (theta, base, x, y, acc, backup)
-    rest = (coefficients, *_matrix(partials), control, realised, ascent)
+    rest = (*_tables(coefficients, partials, control), _dense("realised", realised), ascent)
     _launch("perturb", layout, control.device, lists, *rest, ADAPTIVE=bool(adaptive))
     theta.written()
 
@@ -104,7 +104,7 @@ def combined_update_(
 ) -> None:
     """See `reference.combined_update_`."""
     lists = (theta, backup, x1, x3, acc, first, second, third, steps)
-    rest = (coefficients, *_matrix(partials), control, direction)
+    rest = (*_tables(coefficients, partials, control), _dense("direction", direction))
     constants = {"ALGORITHM": int(algorithm), "ROWS": len(partials)}
     _launch("combined_update", layout, control.device, lists, *rest, **constants)
     theta.written()
@@ -122,7 +122,7 @@ def combine_(
     direction: Tensor,
 ) -> None:
     """See `reference.combine_`."""
-    rest = (coefficients, *_matrix(partials), control, direction)
+    rest = (*_tables(coefficients, partials, control), _dense("direction", direction))
     _launch("combine", layout, control.device, (out, x1, x3, acc), *rest, ROWS=len(partials))
 
 
@@ -139,9 +139,29 @@ def copy_(layout: Layout, target: TensorList, source: TensorList) -> None:
         _launch("restore", layout, target.tensors[0].device, (target, source))
 
 
-def _matrix(partials: Tensor) -> tuple[Tensor, int, int]:
+def _tables(coefficients: Tensor, partials: Tensor, control: Tensor) -> tuple[Any, ...]:
+    """What verbs that end a reduction read, as kernels take it."""
+    return _dense("coefficients", coefficients), *_matrix("partials", partials), _dense("control", control)
+
+
+def _matrix(name: str, sums: Tensor) -> tuple[Tensor, int, int]:
     """Partial sums as kernels take them: data, stride between rows, columns (of unit stride)."""
-    return partials, partials.stride(0), partials.shape[1]
+    (rows, columns), (stride, step) = sums.shape, sums.stride()
+    if (columns > 1 and step != 1) or (rows > 1 and stride < columns):
+        raise ValueError(
+            f"{name} must have columns of unit stride and rows that do not overlap in memory, but has shape "
+            f"{tuple(sums.shape)} and strides {sums.stride()}; pass .contiguous()"
+        )
+    return sums, stride, columns
+
+
+def _dense(name: str, table: Tensor) -> Tensor:
+    """`table`, through which kernels go without asking for strides."""
+    if not table.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, but has shape {tuple(table.shape)} and strides {table.stride()}; pass .contiguous()"
+        )
+    return table
 
 
 @cache

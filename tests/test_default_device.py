@@ -1,0 +1,77 @@
+"""torch.set_default_device is the user's: what rooms make for themselves lies where they need it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import ROOMS, Problem, assert_same_bits, get_room
+from test_verbs import VERBS
+from torch.utils._device import _device_constructors
+
+from gam_fused.tensor_lists import EMPTY, TensorList
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*(ROOT / "gam_fused" / "rooms").glob("*.py"), ROOT / "gam_fused" / "rounding.py", ROOT / "gam_fused" / "ops.py"]
+SOURCES += (ROOT / "triton_kernels").glob("*.py")
+# What torch.utils._device makes on the default device where no device is named.
+MAKERS = {f.__name__ for f in _device_constructors()}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_every_new_tensor_names_its_device(source):
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS:
+            called_on_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            named = any(keyword.arg == "device" for keyword in node.keywords)
+            assert named or not called_on_torch, f"{source.name}:{node.lineno}: {ast.unparse(node)}"
+
+
+class Recorder:
+    """A room that only notes the call."""
+
+    def __getattr__(self, verb):
+        return lambda *arguments: self.calls.append((verb, arguments))
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+
+def written(arguments: tuple) -> dict:
+    """Every list and table of a call."""
+    named = {str(i): a for i, a in enumerate(arguments) if isinstance(a, (TensorList, torch.Tensor))}
+    return {
+        n: TensorList([t for t in a.tensors if t is not None]) if isinstance(a, TensorList) else a for n, a in named.items()
+    }
+
+
+@pytest.mark.parametrize("room_name", [*ROOMS, "reference"])
+@pytest.mark.parametrize("device", ["meta", "cuda:99"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_do_not_ask_for_it(room_name, device, verb):
+    results = []
+    for context in (torch.device("cpu"), torch.device(device)):
+        recorder = Recorder()
+        VERBS[verb](recorder, Problem("empty tensors", torch.bfloat16, torch.bfloat16))
+        ((name, arguments),) = recorder.calls
+        # not the room's: made before, and kept
+        arguments[0].on(torch.device("cpu"))
+        for lst in (EMPTY, *(a for a in arguments if isinstance(a, TensorList))):
+            assert lst.addresses.device.type == "cpu"
+        with context:
+            getattr(get_room(room_name), name)(*arguments)
+        results.append(written(arguments))
+    assert_same_bits(*results)
+
+
+def test_imported_under_another_default_device():
+    code = (
+        "import torch; torch.set_default_device('meta')\n"
+        "from gam_fused.rooms import compiled, cpp\n"
+        "assert compiled._NO_MAP.device.type == 'cpu'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
