@@ -112,19 +112,11 @@ class Step:
                     part.replay()
         watched = self._model.first_pass() if first and self._model else nullcontext()
         with torch.enable_grad(), watched:
-            result = self.optimizer._amp.run(lambda: self._users(self.closure))
-            self._users(lambda: differentiate(result))
+            result = self.optimizer._amp.run(lambda: self.interrupts.let_through(self.closure))
+            self.interrupts.let_through(lambda: differentiate(result))
         self.losses[point] = _loss_of(result)
         if first:
             self._first_pass_done(result)
-
-    def _users(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns, which runs users' code: only here may an interrupt come through."""
-        self.interrupts.open()
-        try:
-            return call()
-        finally:
-            self.interrupts.close()
 
     def _first_pass_done(self, result: Any) -> None:
         self.optimizer._amp.publish(self.optimizer, self.buckets)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gam_fused.hyperparameters import number
+from gam_fused.interrupts import Interrupts
 from gam_fused.randomness import Generators
 from gam_fused.tensor_lists import TensorList
 
@@ -83,6 +84,7 @@ def finite_difference_hvp(
     rho_prime: float = 0.05,
     *,
     preserve_rng_state: bool = True,
+    generators: Sequence[Any] = (),
 ) -> list[Tensor]:
     """Hessian . vector ~ |vector| (grad L(theta + rho' vector/|vector|) - grad L(theta)) / rho', Appendix D.
 
@@ -97,6 +99,7 @@ def finite_difference_hvp(
         rho_prime: length of the probing step, in the units of the weights. Small ones drown in rounding, large ones in
             higher derivatives.
         preserve_rng_state: replay dropout masks in the second pass.
+        generators: generators of your own that `loss_fn` draws from, as for `FusedGAM`.
 
     Returns:
         One tensor per parameter, of its shape and dtype.
@@ -115,25 +118,26 @@ def finite_difference_hvp(
     norm = torch.stack([torch.linalg.vector_norm(v.detach().double()) for v in vector]).square().sum().sqrt()
     if norm == 0:
         return [torch.zeros_like(p) for p in params]
-    random = Generators({p.device for p in params}).begin() if preserve_rng_state else None
-    backup = [p.detach().clone() for p in params]
-    try:
-        at_theta = _gradient(loss_fn, params)
+    random = Generators({p.device for p in params}, generators).begin() if preserve_rng_state else None
+    with Interrupts() as interrupts:
+        backup = [p.detach().clone() for p in params]
+        try:
+            at_theta = interrupts.let_through(lambda: _gradient(loss_fn, params))
+            if random:
+                random.first_pass_done()
+                random.replay()
+            with torch.no_grad():
+                torch._foreach_add_(params, torch._foreach_mul(vector, (rho_prime / norm).item()))
+            at_probe = interrupts.let_through(lambda: _gradient(loss_fn, params))
+        except BaseException:
+            if random:
+                random.abort()
+            raise
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, backup)
         if random:
-            random.first_pass_done()
-            random.replay()
-        with torch.no_grad():
-            torch._foreach_add_(params, torch._foreach_mul(vector, (rho_prime / norm).item()))
-        at_probe = _gradient(loss_fn, params)
-    except BaseException:
-        if random:
-            random.abort()
-        raise
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, backup)
-    if random:
-        random.finish()
+            random.finish()
     difference = torch._foreach_sub(at_probe, at_theta)
     return list(torch._foreach_mul(difference, (norm / rho_prime).item()))
 

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 try:  # what `signal` is made of: without making enums of what they return, which takes longer than the call
     from _signal import getsignal as _get  # type: ignore[import-not-found]
@@ -20,6 +20,7 @@ except ImportError:  # not CPython
     from signal import getsignal as _get
     from signal import signal as _set
 
+Result = TypeVar("Result")
 _SIGNALS = sorted(int(s) for s in signal.valid_signals())
 
 
@@ -63,6 +64,14 @@ class Interrupts:
         self._open = False
         if self._installed and list(map(_get, _SIGNALS)) != self._installed:  # the user's code has set some
             self._take_over()
+
+    def let_through(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns, which runs users' code: handlers run at once while it does."""
+        self.open()
+        try:
+            return call()
+        finally:
+            self.close()
 
     def _take_over(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -58,16 +58,17 @@ class FusedGAM(Optimizer):
     with g0 = grad L(theta), g1 at theta1 = theta + rho' g0/\|g0\|, g2 at theta2 = theta + rho (g1 - g0)/\|g1 - g0\|, g3 at
     theta3 = theta2 + rho' g2/\|g2\|, h+ = alpha g1 + (1 - alpha) g3, h- = beta g0 + (1 - beta) g2, s = <h-, h+>/\|h+\|^2.
 
-    A step is a transaction: weights return bit for bit before the update, all passes see the same random numbers, buffers
-    of `model` move once, an exception in any pass leaves everything as it was, and a gradient that is not finite in any
-    pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
+    A step is a transaction: weights return bit for bit before the update, all passes see the same random numbers and start
+    from the same buffers, which end as the first pass left them, an exception in any pass leaves everything as it was, and a
+    gradient that is not finite in any pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as torch.optim takes them. Dense float32, float64, bfloat16
             or float16, of any shapes, on any devices; or DTensors, sharded or replicated over any meshes.
-        base_optimizer: class or factory, called with `params` and `base_kwargs`; or an instance (then `params` may be
-            None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer gets d in `p.grad`
-            and is stepped; it is the one case where the host waits for the device, to know whether to skip.
+        base_optimizer: class or factory, called with `params` and the base's keywords; or an instance (then `params` may be
+            None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer, and one with step
+            hooks of its own, gets d in `p.grad` and is stepped; it is the one case where the host waits for the device, to
+            know whether to skip. Where that step fails half-way, weights and state are as it left them.
         method: see above.
         rho: radius of the neighbourhood, in the units of the weights; default and schedule per param group ("rho").
         rho_prime: length of the finite difference's probe. Too small, and it drowns in the rounding of the weights.
@@ -82,11 +83,18 @@ class FusedGAM(Optimizer):
             (``finite_difference`` and ``exact``).
         sam_rho: radius of that ascent; None means rho_prime, which costs ``finite_difference`` no further pass.
         interval: run the method on every interval-th step (the first one included) and plain steps between.
-        model: the module, or modules, whose buffers (batch norm, ...) shall move once per step. Buffers of a model that is
-            not given cannot be seen: they move with every pass. Give the DistributedDataParallel wrapper itself, with which
-            ``exact`` and ``perturb_sync="local"`` work, or the root that `fully_shard` was applied to.
-        preserve_rng_state: replay the random numbers of pass 1 in the others. Without, the finite difference follows the
-            noise of different dropout masks.
+        model: the module, or modules, whose buffers (batch norm, spectral norm, a memory queue, ...) and frozen parameters
+            (a momentum encoder) shall move once per step. What a model that is not given moves cannot be seen: it moves with
+            every pass. Which frozen parameters move is learnt in the first step: by a copy of them, where they take at most
+            twice the memory of the trained ones, otherwise by their versions and addresses, and then passes 2 to 4 of that
+            one step start from where pass 1 left them. Give the DistributedDataParallel wrapper itself, with which ``exact``
+            and ``perturb_sync="local"`` work, or the root that `fully_shard` was applied to.
+        preserve_rng_state: replay the random numbers of pass 1 in the others: torch's on the CPU and on the devices in use,
+            Python's `random`, numpy's global ones. Without, the finite difference follows the noise of different dropout
+            masks. These generators belong to the whole process: what another thread draws from them during a step, such as
+            augmentation, comes twice. Give such a thread a generator of its own, or use a DataLoader's worker processes.
+        generators: generators of your own that the closure draws from, to be replayed too: torch.Generator,
+            numpy.random.Generator, numpy.random.RandomState or random.Random.
         max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
         grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward; one that calls backward
             itself must do so on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or

@@ -22,6 +22,8 @@ STYLES = {
     "finite_difference": ("#D55E00", "^"),
     "exact": ("#009E73", "v"),
     "sam_gam": ("#CC79A7", "P"),
+    "sam_tuned": ("#B07000", "X"),
+    "finite_difference_tuned": ("#8C3B00", "*"),
 }
 
 

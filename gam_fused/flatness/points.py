@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gam_fused.interrupts import Interrupts
+
 LossFunction = Callable[[], Tensor]
 
 
@@ -82,13 +84,16 @@ def random_direction(params: Sequence[Tensor], random: torch.Generator) -> list[
 @contextmanager
 def weights_restored(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yields copies of the weights and writes them back at the end, whatever happens in between."""
-    saved = [p.detach().clone() for p in params]
-    try:
-        yield saved
-    finally:
-        with torch.no_grad():
-            for p, s in zip(params, saved, strict=True):
-                p.copy_(s)
+    with Interrupts() as interrupts:
+        saved = [p.detach().clone() for p in params]
+        interrupts.open()
+        try:
+            yield saved
+        finally:
+            interrupts.close()
+            with torch.no_grad():
+                for p, s in zip(params, saved, strict=True):
+                    p.copy_(s)
 
 
 def move_to(params: Sequence[Tensor], base: Sequence[Tensor], *steps: tuple[float, Sequence[Tensor]]) -> None:
