@@ -6,7 +6,6 @@ It holds no formula (these are the rooms') and no coefficient (these are `coeffi
 
 from __future__ import annotations
 
-import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gam_fused import distributed, gradients, hooks, sharding
+from gam_fused import closures, distributed, gradients, hooks, sharding
 from gam_fused.constants import GUARD, Control
 from gam_fused.interrupts import Interrupts
 from gam_fused.randomness import RandomState
@@ -82,7 +81,7 @@ class Step:
         """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
         raw: list[Tensor | None] = []
         with distributed.no_unseen_ddp(self.plan.replicas):
-            self._run(point, lambda loss: raw.extend(self._differentiate(loss)))
+            self._run(point, lambda result: raw.extend(self._differentiate(result)))
         return raw, self._received(self.as_lists(raw))
 
     def as_lists(self, tensors: Sequence[Tensor | None]) -> Lists:
@@ -114,14 +113,14 @@ class Step:
         with torch.enable_grad(), watched:
             result = self.optimizer._amp.run(lambda: self.interrupts.let_through(self.closure))
             self.interrupts.let_through(lambda: differentiate(result))
-        self.losses[point] = _loss_of(result)
+        self.losses[point] = closures.number_in(result)
         if first:
             self._first_pass_done(result)
 
     def _first_pass_done(self, result: Any) -> None:
         self.optimizer._amp.publish(self.optimizer, self.buckets)
-        self.optimizer._precision_watch.see(result)
-        self.loss = result.detach() if isinstance(result, Tensor) else result
+        self.optimizer._precision_watch.see(closures.loss_in(result))
+        self.loss = closures.detached(result)
         for part in (self._random, self._model):
             if part:
                 part.first_pass_done()
@@ -131,12 +130,12 @@ class Step:
         for module in self.plan.fsdp_modules:
             module.reshard()
 
-    def _backward(self, loss: Any) -> None:
+    def _backward(self, result: Any) -> None:
         """Gradients into `p.grad`, where the closure has not done so."""
         if any(p.grad is not None for p in self.plan.params):
             self.optimizer._amp.check_scaled()
             return
-        self.optimizer._amp.scale(self._differentiable(loss)).backward()
+        self.optimizer._amp.scale(closures.differentiable_in(result)).backward()
         if all(p.grad is None for p in self.plan.params):
             self._unreached()
 
@@ -144,31 +143,18 @@ class Step:
         self.plan.check_in_place(self.optimizer.param_groups)  # of parameters that are not the model's any more
         raise RuntimeError(_UNREACHED)
 
-    def _differentiate(self, loss: Any) -> list[Tensor | None]:
+    def _differentiate(self, result: Any) -> list[Tensor | None]:
         """Gradients as autograd makes them, with the graph to differentiate them again."""
         if any(p.grad is not None for p in self.plan.params):
             raise RuntimeError(
                 "the closure called backward(), which leaves nothing to differentiate again: with method='exact' it must "
                 "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
             )
-        scaled = self.optimizer._amp.scale(self._differentiable(loss))
+        scaled = self.optimizer._amp.scale(closures.differentiable_in(result))
         raw = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
         if all(g is None for g in raw):
             self._unreached()
         return raw
-
-    def _differentiable(self, loss: Any) -> Tensor:
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            what = "a tensor without a graph" if isinstance(loss, Tensor) else reprlib.repr(loss)
-            raise RuntimeError(
-                f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return the "
-                "loss as a 0-d tensor that can be differentiated"
-            )
-        if loss.numel() != 1:
-            raise RuntimeError(
-                f"the closure returned a loss of shape {tuple(loss.shape)} without calling backward(): reduce it to a number"
-            )
-        return loss
 
     def _received(self, lists: Lists) -> Lists:
         """The gradients of a pass as the method sees them; notes which parameters have one."""
@@ -399,12 +385,3 @@ class Step:
                         part.abort()
         gradients.clear(self.plan.params)
         self._reshard()
-
-
-def _loss_of(result: Any) -> Any:
-    """The loss in what a closure returned, or None: a number or a tensor of one element, by itself or first of several."""
-    if isinstance(result, (tuple, list)) and result:
-        result = result[0]
-    if isinstance(result, Tensor):
-        return result.detach() if result.numel() == 1 else None
-    return result if isinstance(result, (int, float)) else None

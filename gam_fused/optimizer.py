@@ -63,8 +63,9 @@ class FusedGAM(Optimizer):
     gradient that is not finite in any pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
 
     Args:
-        params: tensors, (name, tensor) pairs or param groups, as torch.optim takes them. Dense float32, float64, bfloat16
-            or float16, of any shapes, on any devices; or DTensors, sharded or replicated over any meshes.
+        params: a module, for its parameters and `model` at once; or tensors, (name, tensor) pairs or param groups, as
+            torch.optim takes them. Dense float32, float64, bfloat16 or float16, of any shapes, on any devices; or DTensors,
+            sharded or replicated over any meshes.
         base_optimizer: class or factory, called with `params` and the base's keywords; or an instance (then `params` may be
             None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer, and one with step
             hooks of its own, gets d in `p.grad` and is stepped; it is the one case where the host waits for the device, to
@@ -124,7 +125,7 @@ class FusedGAM(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any] | None,
+        params: nn.Module | Iterable[Any] | None,
         base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
         *,
         method: str = "finite_difference",
@@ -169,6 +170,9 @@ class FusedGAM(Optimizer):
         for generator in self.generators:
             source_of(generator)  # raises
         self._modules = _as_modules(model)
+        if isinstance(params, nn.Module):
+            self._modules = self._modules or [params]
+            params = params.parameters()
         self._in_step = threading.Lock()
         self._flat_buffers: list[Tensor] = []
         self._amp = LossScaling()
@@ -201,13 +205,14 @@ class FusedGAM(Optimizer):
 
         Args:
             closure: computes the loss of one mini-batch at the current weights. It returns the loss, either after calling
-                backward on it (any method but ``exact``), or without (any method; the optimizer then does). It is called
-                once per pass and may call `zero_grad`. Without a closure there is nothing to do but to create the
+                backward on it (any method but ``exact``), or without (any method; the optimizer then does); alone, or as
+                ``(loss, ...)`` or ``{"loss": loss, ...}`` with whatever else shall be seen of the unperturbed pass. It is
+                called once per pass and may call `zero_grad`. Without a closure there is nothing to do but to create the
                 optimizer state, which is what happens when every lr and every gradient is zero
                 (torch.distributed.checkpoint asks for it so); otherwise that is an error.
 
         Returns:
-            What the closure returned in pass 1, at the unperturbed weights; a tensor is detached.
+            What the closure returned in pass 1, at the unperturbed weights, every tensor in it detached.
 
         Raises:
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients.
@@ -462,7 +467,7 @@ class FusedSAM(FusedGAM):
 
     def __init__(
         self,
-        params: Iterable[Any] | None,
+        params: nn.Module | Iterable[Any] | None,
         base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
         *,
         rho: float | None = None,

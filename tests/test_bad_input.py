@@ -262,7 +262,7 @@ CLOSURES = {
     "returns_a_number": (lambda model, x, y: lambda: 0.5, "0.5"),
     "returns_a_vector": (lambda model, x, y: lambda: vector(model, x, y), r"\(2,\)"),
     "returns_a_detached_loss": (lambda model, x, y: lambda: regression(model, x, y)().detach(), "backward"),
-    "returns_a_pair": (lambda model, x, y: lambda: (regression(model, x, y)(), torch.zeros(1000)), r"returned \(tensor"),
+    "returns_others_first": (lambda model, x, y: lambda: ("x", regression(model, x, y)()), r"returned \('x', tensor"),
     "a_loss": (lambda model, x, y: regression(model, x, y)(), "function that computes the loss.*Tensor"),
     "of_another_model": (lambda model, x, y: lambda: regression(mlp(seed=9), x, y)(), "parameters"),
 }

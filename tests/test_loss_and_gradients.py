@@ -6,6 +6,8 @@ import pytest
 import torch
 from gam_helpers import METHODS, PASSES, batch, closure_of, make, mlp, regression, same, snapshot, trainer, weights
 
+from gam_fused import FusedGAM
+
 FIRST_ORDER = [m for m in METHODS if m != "exact"]
 BASES = {"sgd": torch.optim.SGD, "foreign": torch.optim.RMSprop}
 
@@ -270,3 +272,51 @@ def test_an_expanded_gradient_that_the_user_sets():
 
     optimizer.step(closure)
     torch.testing.assert_close(a.detach(), torch.full((3, 4), 0.9))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "mapping"])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_closure_may_return_more_than_the_loss(method, backward, kind):
+    """What it returned at the unperturbed weights comes back, detached: accuracies logged from it are those of pass 1."""
+    if method == "exact" and backward:
+        pytest.skip("exact differentiates twice: its closure leaves backward to the optimizer")
+    model, (x, y) = mlp(), batch()
+    optimizer = make(model.parameters(), method=method)
+    expected = model(x).detach()
+
+    def closure():
+        out = model(x)
+        loss = (out - y).square().mean()
+        if backward:
+            loss.backward()
+        return {"tuple": (loss, {"out": out}), "list": [loss, out], "mapping": {"loss": loss, "out": out}}[kind]
+
+    result = optimizer.step(closure)
+    out = {"tuple": lambda: result[1]["out"], "list": lambda: result[1], "mapping": lambda: result["out"]}[kind]()
+    loss = result["loss"] if kind == "mapping" else result[0]
+    assert torch.equal(out, expected)
+    assert not out.requires_grad
+    assert not loss.requires_grad
+    assert optimizer.diagnostics()["loss"].item() == pytest.approx(loss.item())
+    assert type(result) is {"tuple": tuple, "list": list, "mapping": dict}[kind]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_computed_outside_of_the_closure_is_explained(method):
+    model = mlp()
+    optimizer = make(model.parameters(), method=method)
+    loss = regression(model, *batch())().detach()
+    with pytest.raises(RuntimeError, match="outside of the closure"):
+        optimizer.step(lambda: loss)
+
+
+def test_a_module_gives_its_parameters_and_itself():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2))
+    optimizer = FusedGAM(model, torch.optim.SGD, lr=0.1)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    optimizer.step(regression(model, *batch()))
+    assert int(model[1].num_batches_tracked) == 1
+    instance = FusedGAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    instance.step(regression(model, *batch()))
+    assert int(model[1].num_batches_tracked) == 2

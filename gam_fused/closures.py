@@ -1,0 +1,55 @@
+"""What closures return: a loss, alone or in front of other things (outputs, metrics)."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+def loss_in(result: Any) -> Any:
+    """The loss in `result`: itself, the first of a tuple or list, or the entry "loss" of a mapping."""
+    if isinstance(result, Mapping):
+        return result.get("loss")
+    if isinstance(result, (tuple, list)) and result:
+        return result[0]
+    return result
+
+
+def number_in(result: Any) -> Any:
+    """The loss in `result` where it is one number: a float, or a detached tensor of one element; otherwise None."""
+    loss = loss_in(result)
+    if isinstance(loss, Tensor):
+        return loss.detach() if loss.numel() == 1 else None
+    return loss if isinstance(loss, (int, float)) else None
+
+
+def differentiable_in(result: Any) -> Tensor:
+    """The loss in `result`, to be differentiated.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    loss = loss_in(result)
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        what = "a tensor without a graph" if isinstance(loss, Tensor) else reprlib.repr(result)
+        raise RuntimeError(
+            f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return the loss as "
+            "a 0-d tensor that can be differentiated, alone or as (loss, ...). One that was computed outside of the closure, "
+            "or under no_grad, cannot be"
+        )
+    if loss.numel() != 1:
+        raise RuntimeError(
+            f"the closure returned a loss of shape {tuple(loss.shape)} without calling backward(): reduce it to a number"
+        )
+    return loss
+
+
+def detached(result: Any) -> Any:
+    """`result` with every tensor in it detached: nobody shall differentiate it at weights that are not its own."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    return tree_map_only(Tensor, Tensor.detach, result)
