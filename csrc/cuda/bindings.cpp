@@ -17,7 +17,7 @@ struct Device {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
   explicit Device(int32_t index) : guard(index) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
 };
 #else
