@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gam_fused import hooks, hyperparameters
 from gam_fused.base_state import BaseState, check_state
 from gam_fused.constants import Control
+from gam_fused.interrupts import Interrupts
 from gam_fused.sharding import local
 
 if TYPE_CHECKING:
@@ -120,18 +121,19 @@ def load(optimizer: FusedGAM, state_dict: dict[str, Any]) -> None:
     own_method = not extra or _is_of(optimizer, extra)
     groups = _with_entries(optimizer, saved, present, own_method)
     state_of_gam = {name: getattr(optimizer, name) for name in values}
-    try:
-        check_state(base, optimizer._fused, optimizer.param_groups, state_dict, saved)
-        base.load_state_dict({**state_dict, "param_groups": groups})
-        _enter(optimizer, groups)
-        for name, value in values.items():
-            setattr(optimizer, name, value)
-        optimizer._tables()  # raises for numbers that cannot be
-    except BaseException:
-        before.put_back()
-        for name, value in state_of_gam.items():
-            setattr(optimizer, name, value)
-        raise
+    with Interrupts():
+        try:
+            check_state(base, optimizer._fused, optimizer.param_groups, state_dict, saved)
+            base.load_state_dict({**state_dict, "param_groups": groups})
+            _enter(optimizer, groups)
+            for name, value in values.items():
+                setattr(optimizer, name, value)
+            optimizer._tables()  # raises for numbers that cannot be
+        except BaseException:
+            before.put_back()
+            for name, value in state_of_gam.items():
+                setattr(optimizer, name, value)
+            raise
     if extra:
         optimizer._plan = None
     hooks.after_load(optimizer)

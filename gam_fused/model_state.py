@@ -26,9 +26,9 @@ from gam_fused.tensor_lists import is_capturing, moved
 
 Owner = dict[str, Any]  # the `_buffers` of a module
 BEFORE, AFTER = 0, 1  # numbers of the copies
-# Frozen parameters of up to this many times the trained ones' memory are copied once, to see which of them move: a momentum
-# encoder is as large as what it follows, a frozen backbone much larger than what is trained on top of it.
-_COPIED_ONCE = 2
+# Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied once, to see which of
+# them move: a momentum encoder is as large as what it follows, a frozen backbone much larger than what is trained on top.
+_COPIED_ONCE, _TIMES_TRAINED = 16 << 20, 2
 _version_of = attrgetter("_version")
 
 
@@ -55,7 +55,8 @@ class ModelState:
             self._tree = _Tree(self._modules, self._trained)
         frozen = self._tree.frozen
         if not self._frozen.are(frozen):
-            self._frozen = _Frozen(frozen, _COPIED_ONCE * sum(end - start for _, start, end in self._extents))
+            trained = sum(end - start for _, start, end in self._extents)
+            self._frozen = _Frozen(frozen, max(_COPIED_ONCE, _TIMES_TRAINED * trained))
         if self._layout is None or not self._layout.fits(self._tree.owners, self._frozen.copied):
             self._layout = _Layout(self._tree.owners, self._frozen.copied, self._extents, self._backend)
         return StepState(self, self._layout, self._frozen)

@@ -9,7 +9,7 @@ import torch
 from gam_helpers import METHODS, backend_params, batch, freeze, make, same, weights
 from torch import nn
 
-from gam_fused import FusedGAM, FusedSAM
+from gam_fused import FusedGAM, FusedSAM, model_state
 
 
 class Queue(nn.Module):
@@ -228,6 +228,7 @@ def test_a_skipped_step_leaves_all_of_it_as_before():
 
 def test_a_large_frozen_part_is_neither_copied_nor_looked_for_in_vain(monkeypatch):
     """A frozen backbone under a small head: its memory is never read."""
+    monkeypatch.setattr(model_state, "_COPIED_ONCE", 0)
     model = nn.Sequential(nn.Linear(6, 300).requires_grad_(False), nn.ReLU(), nn.Linear(300, 2))
     optimizer = FusedGAM(model[2].parameters(), torch.optim.SGD, lr=0.1, model=model)
     x, _ = batch(features=(6,))
