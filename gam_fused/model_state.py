@@ -26,8 +26,8 @@ from gam_fused.tensor_lists import is_capturing, moved
 
 Owner = dict[str, Any]  # the `_buffers` of a module
 BEFORE, AFTER = 0, 1  # numbers of the copies
-# Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied once, to see which of
-# them move: a momentum encoder is as large as what it follows, a frozen backbone much larger than what is trained on top.
+# Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied once, to see which
+# of them move: a momentum encoder is as large as what it follows, a frozen backbone much larger than what is trained on top.
 _COPIED_ONCE, _TIMES_TRAINED = 16 << 20, 2
 _version_of = attrgetter("_version")
 
