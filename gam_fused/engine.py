@@ -52,6 +52,7 @@ class Step:
         # Hooks of the base's own expect to find the direction in `p.grad`.
         self.fused = None if hooks.has_step_hooks(optimizer.base_optimizer) else optimizer._fused
         self._seen = [[False] * len(b.params) for b in self.buckets]
+        self._reshard()
         self._model = self.plan.model_state.begin() if self.plan.model_state else None
         if random is None and optimizer.preserve_rng_state:
             random = self.plan.generators_of(self._model.devices if self._model else set(), optimizer.generators).begin()

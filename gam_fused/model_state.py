@@ -7,29 +7,24 @@ left them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 
+from gam_fused.frozen import FrozenParameters
+from gam_fused.late_buffers import LateBuffers
+from gam_fused.module_tree import ModuleTree, Owner, names_of, same_objects, values_of
 from gam_fused.parameters import is_dtensor
 from gam_fused.sharding import local
-from gam_fused.snapshots import Snapshots
-from gam_fused.tensor_lists import is_capturing, moved
+from gam_fused.snapshots import AFTER, BEFORE, Snapshots
+from gam_fused.tensor_lists import moved
 
-Owner = dict[str, Any]  # the `_buffers` of a module
-BEFORE, AFTER = 0, 1  # numbers of the copies
 # Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied once, to see which
 # of them move: a momentum encoder is as large as what it follows, a frozen backbone much larger than what is trained on top.
 _COPIED_ONCE, _TIMES_TRAINED = 16 << 20, 2
-_version_of = attrgetter("_version")
 
 
 class ModelState:
@@ -45,84 +40,44 @@ class ModelState:
         self._modules, self._backend = list(modules), backend
         self._trained = {id(p) for p in trained}
         self._extents = sorted(_extent(local(p)) for p in trained if p.numel() and p.device.type != "meta")
-        self._frozen = _Frozen([], 0)
-        self._layout: _Layout | None = None
-        self._tree: _Tree | None = None
+        self._frozen = FrozenParameters([], 0)
+        self._layout: BufferLayout | None = None
+        self._tree: ModuleTree | None = None
 
     def begin(self) -> StepState:
         """Take note of what they hold now, before the passes of a step."""
         if self._tree is None or not self._tree.is_current():
-            self._tree = _Tree(self._modules, self._trained)
+            self._tree = ModuleTree(self._modules, self._trained)
         frozen = self._tree.frozen
         if not self._frozen.are(frozen):
             trained = sum(end - start for _, start, end in self._extents)
-            self._frozen = _Frozen(frozen, max(_COPIED_ONCE, _TIMES_TRAINED * trained))
+            self._frozen = FrozenParameters(frozen, max(_COPIED_ONCE, _TIMES_TRAINED * trained))
         if self._layout is None or not self._layout.fits(self._tree.owners, self._frozen.copied):
-            self._layout = _Layout(self._tree.owners, self._frozen.copied, self._extents, self._backend)
+            self._layout = BufferLayout(self._tree.owners, self._frozen.copied, self._extents, self._backend)
         return StepState(self, self._layout, self._frozen)
 
-    def layout_now(self, frozen: Sequence[Tensor]) -> _Layout:
+    def layout_now(self, frozen: Sequence[Tensor]) -> BufferLayout:
         """The layout of what is there now."""
-        return _Layout(_Tree(self._modules, self._trained).owners, frozen, self._extents, self._backend)
-
-
-class _Tree:
-    """All modules below some roots, each once.
-
-    Attributes:
-        owners: their `_buffers`.
-        frozen: their parameters that are not trained.
-    """
-
-    def __init__(self, roots: Sequence[nn.Module], trained: set[int]):
-        modules: dict[int, nn.Module] = {}
-        waiting: list[nn.Module | None] = list(roots)
-        self._names_others = False  # whether a class names other modules than its own: then nothing tells of a change
-        while waiting:
-            module = waiting.pop()
-            if module is None or id(module) in modules:
-                continue
-            modules[id(module)] = module
-            waiting += module._modules.values()
-            kind: Any = type(module)
-            if _names_others(kind):
-                self._names_others = True
-                waiting += module.modules()
-        self._children = [m._modules for m in modules.values()]
-        self.owners: list[Owner] = [m._buffers for m in modules.values()]
-        self._parameters = [m._parameters for m in modules.values()]
-        self._known_children, self._known_parameters = _values(self._children), _values(self._parameters)
-        others = (p for p in self._known_parameters if p is not None and id(p) not in trained and not is_lazy(p))
-        self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
-
-    def is_current(self) -> bool:
-        """Whether the same modules hold the same modules and parameters."""
-        return (
-            not self._names_others
-            and _same(_values(self._children), self._known_children)
-            and _same(_values(self._parameters), self._known_parameters)
-        )
+        return BufferLayout(ModuleTree(self._modules, self._trained).owners, frozen, self._extents, self._backend)
 
 
 class StepState:
     """One step's view: what buffers and frozen parameters held before it, and after its first pass."""
 
-    def __init__(self, model: ModelState, layout: _Layout, frozen: _Frozen):
+    def __init__(self, model: ModelState, layout: BufferLayout, frozen: FrozenParameters):
         self._model, self._layout, self._frozen = model, layout, frozen
         self._layout.snapshots.take(BEFORE)
         self._frozen.begin()
-        self._after: _Layout | None = None  # the same, but where the first pass has replaced or added something
-        self._late = _Late()
+        self._after: BufferLayout | None = None  # the same, but where the first pass has replaced or added something
+        self._late = LateBuffers()
 
     @property
     def devices(self) -> set[torch.device]:
         return self._layout.devices
 
-    @contextmanager
-    def first_pass(self) -> Iterator[None]:
+    def first_pass(self) -> AbstractContextManager[None]:
         """For the time of the first pass: buffers that it registers are copied as they come."""
-        with self._late.watching():
-            yield
+        return self._late.watching()
 
     def first_pass_done(self) -> None:
         if self._late.any or not self._layout.is_in_place():
@@ -163,7 +118,7 @@ class StepState:
         self.replay()
 
 
-class _Layout:
+class BufferLayout:
     """Which tensors stand under which names, and memory for copies of them.
 
     Attributes:
@@ -172,7 +127,7 @@ class _Layout:
 
     def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple], backend: str):
         self._owners, self._wanted = owners, list(frozen)
-        self._names, self._values, self._counts = _names(owners), _values(owners), list(map(len, owners))
+        self._names, self._values, self._counts = names_of(owners), values_of(owners), list(map(len, owners))
         buffers = [t for t in self._values if t is not None and not is_lazy(t)]
         self._has_lazy = len(buffers) + sum(t is None for t in self._values) < len(self._values)
         tensors = list({id(t): t for t in [*buffers, *frozen]}.values())
@@ -185,10 +140,10 @@ class _Layout:
     def fits(self, owners: list[Owner], frozen: Sequence[Tensor]) -> bool:
         """Whether the same tensors stand under the same names and lie where and as they did."""
         return (
-            _same(owners, self._owners)
-            and _same(frozen, self._wanted)
-            and self._names == _names(owners)
-            and _same(_values(owners), self._values)
+            same_objects(owners, self._owners)
+            and same_objects(frozen, self._wanted)
+            and self._names == names_of(owners)
+            and same_objects(values_of(owners), self._values)
             and not self._has_lazy
             and self.snapshots.still_fit()
         )
@@ -198,7 +153,7 @@ class _Layout:
         return self._names_are_in_place() and not self._has_lazy and self.snapshots.in_place()
 
     def _names_are_in_place(self) -> bool:
-        return self._names == _names(self._owners) and _same(_values(self._owners), self._values)
+        return self._names == names_of(self._owners) and same_objects(values_of(self._owners), self._values)
 
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
         """The same tensors under the same names, holding what copy `number` says. Names that came later stay."""
@@ -210,161 +165,6 @@ class _Layout:
                     if owner.get(name, owner) is not value:
                         owner[name] = value
         self.snapshots.put_back(number, reshaped=reshaped)
-
-
-class _Frozen:
-    """Parameters that the optimizer does not write to: most never move, some are moved by the forward.
-
-    Which do is learnt: from copies around the first pass of the first step, where they are not large, and from then on from
-    their versions and addresses. Those that have moved are copied before every later step.
-
-    Attributes:
-        copied: those to be copied before a step. late: those that moved although no copy had been made of them.
-    """
-
-    def __init__(self, params: list[Tensor], budget: int):
-        self._params = [p for p in params if p.device.type != "meta"]
-        self._all = params
-        self._watched = [p for p in self._params if not is_dtensor(p)]
-        self._learning = (
-            bool(self._params) and _bytes_of(self._params) <= budget and not is_capturing(self._params[0].device)
-        )
-        self.copied = list(self._params) if self._learning else []
-        self.late: list[_Moved] = []
-        self._versions: list[int] = []
-        self._addresses: list[int] = []
-        self._homes: list[Tensor] = []
-
-    def are(self, params: list[Tensor]) -> bool:
-        return _same(params, self._all)
-
-    def begin(self) -> None:
-        """Before a step: where they lie, and how often they have been written to."""
-        self.late = []
-        if not self._watched:
-            return
-        self._versions = list(map(_version_of, self._watched))
-        addresses = list(map(Tensor.data_ptr, self._watched))
-        if addresses != self._addresses:
-            self._addresses, self._homes = addresses, [p.detach() for p in self._watched]
-
-    def first_pass_done(self, before: _Layout, after: _Layout) -> None:
-        """Learn which the first pass has moved, and keep what it has made of those that no copy was made of."""
-        if not self._params:
-            return
-        moving = {id(p) for p in self.copied}
-        if self._learning:
-            changed = lambda p: not before.snapshots.copy_of(p, BEFORE).equal(after.snapshots.copy_of(p, AFTER))  # noqa: E731
-            moving = {id(p) for p in before.frozen if changed(p)}
-        copied = {id(p) for p in before.frozen}
-        versions, addresses = list(map(_version_of, self._watched)), list(map(Tensor.data_ptr, self._watched))
-        if self._learning or versions != self._versions or addresses != self._addresses:
-            now, then = zip(versions, addresses, strict=True), zip(self._versions, self._addresses, strict=True)
-            for p, home, a, b in zip(self._watched, self._homes, now, then, strict=True):
-                if a != b:
-                    moving.add(id(p))
-                    if id(p) not in copied:
-                        self.late.append(_Moved(p, home))
-            self.copied, self._learning = [p for p in self._params if id(p) in moving], False
-
-    def replay(self) -> None:
-        """Before each further pass, and after a failure: those without a copy start from where the first pass started, if it
-        has put them into other memory, otherwise from where it left them."""
-        for moved_ in self.late:
-            moved_.replay()
-
-    def finish(self) -> None:
-        """As the first pass left them."""
-        for moved_ in self.late:
-            moved_.finish()
-
-
-class _Moved:
-    """A frozen parameter that the first pass moved, of which there is no copy from before."""
-
-    def __init__(self, p: Tensor, home: Tensor):
-        self._p, self._home = p, home
-        self._left, self._copy = p.detach(), p.detach().clone()
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        if self._left.data_ptr() != self._home.data_ptr():
-            self._p.data = self._home
-        else:
-            self._p.copy_(self._copy)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        self._p.data = self._left
-        self._p.copy_(self._copy)
-
-
-class _Late:
-    """Buffers that the first pass registers, and what they held when it did.
-
-    Attributes:
-        any: whether there are such, or modules that may hold some.
-    """
-
-    def __init__(self) -> None:
-        self.any = False
-        self._initial: list[tuple[Owner, str, Tensor]] = []
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        hooks = (
-            register_module_buffer_registration_hook(self._buffer),
-            register_module_module_registration_hook(self._module),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _buffer(self, module: nn.Module, name: str, buffer: Tensor | None) -> None:
-        if name in module._buffers:  # one that is replaced
-            return
-        self.any = True
-        if buffer is not None and not is_lazy(buffer):
-            self._initial.append((module._buffers, name, buffer.detach().clone()))
-
-    def _module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
-        self.any = True
-        for m in child.modules() if child is not None else ():
-            for key, buffer in m._buffers.items():
-                if buffer is not None and not is_lazy(buffer):
-                    self._initial.append((m._buffers, key, buffer.detach().clone()))
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        for owner, name, initial in self._initial:
-            t = owner.get(name)
-            if t is not None and t.shape == initial.shape:
-                t.copy_(initial)
-
-
-@cache
-def _names_others(kind: Any) -> bool:
-    """Whether modules of a class may name other modules than their own."""
-    return any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("modules", "named_modules"))
-
-
-def _values(owners: list[Owner]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, owners)))
-
-
-def _names(owners: list[Owner]) -> list[str]:
-    return list(chain.from_iterable(owners))
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two sequences hold the same objects."""
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in map(local, tensors))
 
 
 def _extent(t: Tensor) -> tuple[str, int, int]:

@@ -15,11 +15,15 @@ from gam_fused.rooms import copying_room
 from gam_fused.sharding import local
 from gam_fused.tensor_lists import Layout, TensorList, flat_views, is_dense, moved
 
+BEFORE, AFTER = 0, 1  # numbers of copies: before a step, and after its first pass
 _shape_of: Callable[[Tensor], Any] = attrgetter("shape")
 _dtype_of: Callable[[Tensor], Any] = attrgetter("dtype")
 # What elements of these many bytes are copied as: kernels copy bits, whatever they stand for.
 _WORDS = {16: torch.float64, 8: torch.float64, 4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
+
+
+_OWN_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # subclasses may keep their elements elsewhere
 
 
 class Snapshots:
@@ -33,7 +37,7 @@ class Snapshots:
     def __init__(self, tensors: Sequence[Tensor], backend: str = "auto"):
         plain = [t for t in tensors if _is_plain(t)]
         self._others = [t for t in tensors if not _is_plain(t)]
-        self._placed = plain + [t for t in self._others if t.layout is torch.strided and not is_dtensor(t)]
+        self._placed = plain + [t for t in self._others if t.layout is torch.strided and type(t) in _OWN_MEMORY]
         self._home = [t.detach() for t in self._placed]  # where they lie: keeps that memory, should they be moved
         self._where = self._lie()
         by_kind: dict[tuple, list[Tensor]] = defaultdict(list)
@@ -54,14 +58,14 @@ class Snapshots:
 
     def moved(self) -> bool:
         """Whether one lies elsewhere."""
-        return list(map(Tensor.data_ptr, self._placed)) != self._where[0]
+        try:
+            return list(map(Tensor.data_ptr, self._placed)) != self._where[0]
+        except RuntimeError:
+            return True
 
     def in_place(self) -> bool:
         """Whether all lie where they did, in the same shapes."""
-        return (
-            list(map(Tensor.data_ptr, self._placed)) == self._where[0]
-            and list(map(_shape_of, self._placed)) == self._where[2]
-        )
+        return not self.moved() and list(map(_shape_of, self._placed)) == self._where[2]
 
     @torch.no_grad()
     def take(self, number: int) -> None:
@@ -158,7 +162,7 @@ def _is_plain(t: Tensor) -> bool:
         and t.layout is torch.strided
         and not t.is_quantized
         and t.device.type != "meta"
-        and type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and type(t) in _OWN_MEMORY
         and is_dense(t)
         and t.element_size() in _WORDS
     )
