@@ -41,7 +41,8 @@ def device_counters(optimizer: FusedGAM) -> tuple[float, float]:
 def picklable(optimizer: FusedGAM) -> dict[str, Any]:
     """What pickle and deepcopy carry: everything but hooks, as torch.optim has it, and what is built anew from the rest."""
     kept = {k: v for k, v in optimizer.__dict__.items() if k not in _NOT_PICKLED and not k.startswith("_optimizer_")}
-    return kept | {"_counters": device_counters(optimizer), "_flat_buffers": []}
+    # Copies of the user's generators would not be the ones that the closure draws from.
+    return kept | {"_counters": device_counters(optimizer), "_flat_buffers": [], "generators": ()}
 
 
 def counters(optimizer: FusedGAM) -> dict[str, Any]:

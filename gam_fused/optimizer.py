@@ -95,7 +95,8 @@ class FusedGAM(Optimizer):
             masks. These generators belong to the whole process: what another thread draws from them during a step, such as
             augmentation, comes twice. Give such a thread a generator of its own, or use a DataLoader's worker processes.
         generators: generators of your own that the closure draws from, to be replayed too: torch.Generator,
-            numpy.random.Generator, numpy.random.RandomState or random.Random.
+            numpy.random.Generator, numpy.random.RandomState or random.Random. A copy or unpickled optimizer has none; they
+            can be set, as an attribute.
         max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
         grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward; one that calls backward
             itself must do so on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or

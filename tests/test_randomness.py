@@ -237,3 +237,21 @@ def test_a_base_that_draws_gets_new_numbers_in_every_step(method):
             o.step(closure) if o is optimizer else (closure(), o.step())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_generators_can_be_set_and_are_not_copied():
+    model, generator = mlp(), torch.Generator()
+    optimizer = make(model.parameters(), generators=[generator])
+    assert copy.deepcopy(optimizer).generators == ()
+    draws = []
+
+    def closure():
+        draws.append(torch.rand(3, generator=generator))
+        return regression(model, *batch())()
+
+    optimizer.generators = ()
+    optimizer.step(closure)
+    assert not torch.equal(draws[0], draws[1])
+    optimizer.generators = (generator,)
+    optimizer.step(closure)
+    assert torch.equal(draws[-1], draws[-2])
