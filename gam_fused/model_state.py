@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ from gam_fused.sharding import local
 from gam_fused.snapshots import AFTER, BEFORE, Snapshots
 from gam_fused.tensor_lists import moved
 
-# Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied once, to see which
-# of them move: a momentum encoder is as large as what it follows, a frozen backbone much larger than what is trained on top.
-_COPIED_ONCE, _TIMES_TRAINED = 16 << 20, 2
+# Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied now and then, to see
+# which of them move: a momentum encoder is as large as what it follows, a frozen backbone much larger than what is trained
+# on top of it.
+_COPIED_TO_LEARN, _TIMES_TRAINED = 16 << 20, 2
 
 
 class ModelState:
@@ -51,14 +53,18 @@ class ModelState:
         frozen = self._tree.frozen
         if not self._frozen.are(frozen):
             trained = sum(end - start for _, start, end in self._extents)
-            self._frozen = FrozenParameters(frozen, max(_COPIED_ONCE, _TIMES_TRAINED * trained))
-        if self._layout is None or not self._layout.fits(self._tree.owners, self._frozen.copied):
-            self._layout = BufferLayout(self._tree.owners, self._frozen.copied, self._extents, self._backend)
+            self._frozen = FrozenParameters(frozen, max(_COPIED_TO_LEARN, _TIMES_TRAINED * trained))
+        copied = self._frozen.begin()
+        if self._layout is None or not self._layout.fits(self._tree.owners, copied):
+            self._layout = BufferLayout(self._tree.owners, copied, self._extents, self._backend)
         return StepState(self, self._layout, self._frozen)
 
     def layout_now(self, frozen: Sequence[Tensor]) -> BufferLayout:
-        """The layout of what is there now."""
-        return BufferLayout(ModuleTree(self._modules, self._trained).owners, frozen, self._extents, self._backend)
+        """The layout of what is there now: of buffers, of `frozen`, and of frozen parameters that came since `begin`."""
+        tree, before = ModuleTree(self._modules, self._trained), self._tree
+        known = set(map(id, chain(frozen, before.frozen if before else ())))
+        frozen = [*frozen, *(p for p in tree.frozen if id(p) not in known)]
+        return BufferLayout(tree.owners, frozen, self._extents, self._backend)
 
 
 class StepState:
@@ -67,16 +73,15 @@ class StepState:
     def __init__(self, model: ModelState, layout: BufferLayout, frozen: FrozenParameters):
         self._model, self._layout, self._frozen = model, layout, frozen
         self._layout.snapshots.take(BEFORE)
-        self._frozen.begin()
         self._after: BufferLayout | None = None  # the same, but where the first pass has replaced or added something
-        self._late = LateBuffers()
+        self._late = LateBuffers(layout)
 
     @property
     def devices(self) -> set[torch.device]:
         return self._layout.devices
 
     def first_pass(self) -> AbstractContextManager[None]:
-        """For the time of the first pass: buffers that it registers are copied as they come."""
+        """For the time of the first pass: buffers and parameters that it registers are copied as they come."""
         return self._late.watching()
 
     def first_pass_done(self) -> None:
@@ -128,8 +133,8 @@ class BufferLayout:
     def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple], backend: str):
         self._owners, self._wanted = owners, list(frozen)
         self._names, self._values, self._counts = names_of(owners), values_of(owners), list(map(len, owners))
-        buffers = [t for t in self._values if t is not None and not is_lazy(t)]
-        self._has_lazy = len(buffers) + sum(t is None for t in self._values) < len(self._values)
+        self._has_lazy = any(t is not None and is_lazy(t) for t in self._values)
+        buffers = [t for t in self._values if t is not None and not is_lazy(t) and not isinstance(t, nn.Parameter)]
         tensors = list({id(t): t for t in [*buffers, *frozen]}.values())
         tensors = [t for t in tensors if not _overlaps(t, extents)]
         tracked = set(map(id, tensors))
@@ -151,6 +156,15 @@ class BufferLayout:
     def is_in_place(self) -> bool:
         """The same in short, for the time of a step."""
         return self._names_are_in_place() and not self._has_lazy and self.snapshots.in_place()
+
+    def has(self, owner: Owner, name: str) -> bool:
+        """Whether something stands under a name."""
+        end = 0
+        for known, count in zip(self._owners, self._counts, strict=True):
+            end += count
+            if known is owner:
+                return name in self._names[end - count : end]
+        return False
 
     def _names_are_in_place(self) -> bool:
         return self._names == names_of(self._owners) and same_objects(values_of(self._owners), self._values)

@@ -18,7 +18,7 @@ class ModuleTree:
     """All modules below some roots, each once.
 
     Attributes:
-        owners: their `_buffers`.
+        owners: their `_buffers`, and those of their `_parameters` that hold frozen ones.
         frozen: their parameters that are not trained.
     """
 
@@ -37,11 +37,13 @@ class ModuleTree:
                 self._names_others = True
                 waiting += module.modules()
         self._children = [m._modules for m in modules.values()]
-        self.owners: list[Owner] = [m._buffers for m in modules.values()]
         self._parameters = [m._parameters for m in modules.values()]
         self._known_children, self._known_parameters = values_of(self._children), values_of(self._parameters)
         others = (p for p in self._known_parameters if p is not None and id(p) not in trained and not is_lazy(p))
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
+        ids = set(map(id, self.frozen))
+        of_frozen = [owner for owner in self._parameters if not ids.isdisjoint(map(id, owner.values()))]
+        self.owners: list[Owner] = [*(m._buffers for m in modules.values()), *of_frozen]
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""

@@ -86,10 +86,11 @@ class FusedGAM(Optimizer):
         interval: run the method on every interval-th step (the first one included) and plain steps between.
         model: the module, or modules, whose buffers (batch norm, spectral norm, a memory queue, ...) and frozen parameters
             (a momentum encoder) shall move once per step. What a model that is not given moves cannot be seen: it moves with
-            every pass. Which frozen parameters move is learnt in the first step: by a copy of them, where they take at most
-            16 MiB or twice the memory of the trained ones; otherwise by their versions and addresses, and then passes 2 to 4
-            of that one step start from where pass 1 left them. Give the DistributedDataParallel wrapper itself, with which
-            ``exact`` and ``perturb_sync="local"`` work, or the root that `fully_shard` was applied to.
+            every pass. Which frozen parameters move is learnt from their versions and addresses and, where they take at most
+            16 MiB or twice the memory of the trained ones, from copies of them in the first steps and some later ones; of
+            larger ones that begin to move, passes 2 to 4 of that one step start from where pass 1 left them. Give the
+            DistributedDataParallel wrapper itself, with which ``exact`` and ``perturb_sync="local"`` work, or the root that
+            `fully_shard` was applied to.
         preserve_rng_state: replay the random numbers of pass 1 in the others: torch's on the CPU and on the devices in use,
             Python's `random`, numpy's global ones. Without, the finite difference follows the noise of different dropout
             masks. These generators belong to the whole process: what another thread draws from them during a step, such as

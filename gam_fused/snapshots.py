@@ -44,7 +44,8 @@ class Snapshots:
         for t in plain:
             by_kind[t.device, _WORDS[t.element_size()]].append(t)
         self._kinds = [_Kind(members, word, backend) for (_, word), members in by_kind.items()]
-        self._other_copies: dict[int, list[tuple[Tensor, int]]] = {}
+        self._other_copies: dict[int, list[tuple[Tensor, Any]]] = {}
+        self._places: dict[int, tuple[_Kind, int]] | None = None  # of the tensors, by id; made when asked for
 
     def _lie(self) -> list[list[Any]]:
         try:
@@ -73,7 +74,7 @@ class Snapshots:
         for kind in self._kinds:
             kind.copy(kind.memory(number), kind.live)
         if self._others:
-            self._other_copies[number] = [(_part(t).clone(), t._version) for t in self._others]
+            self._other_copies[number] = [(_clone(t), _mark(t)) for t in self._others]
 
     @torch.no_grad()
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
@@ -87,12 +88,12 @@ class Snapshots:
                     _move_home(t, home)
             if not self.in_place():  # resized memory may have gone elsewhere
                 self._where = self._lie()
-                self._kinds = [kind.anew() for kind in self._kinds]
+                self._kinds, self._places = [kind.anew() for kind in self._kinds], None
         for kind in self._kinds:
             kind.copy(kind.live, kind.memory(number))
-        for t, (copy, version) in zip(self._others, self._other_copies.get(number, []), strict=False):
-            if t.layout is torch.strided or t._version != version:
-                _part(t).copy_(copy)
+        for t, (copy, mark) in zip(self._others, self._other_copies.get(number, []), strict=False):
+            if t.layout is torch.strided or _mark(t) != mark:
+                part(t).copy_(copy)
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
         """Copy `number` becomes copy `other` where `flag` (0-d, on any device) is not 0. Waits for nothing on a device."""
@@ -105,13 +106,14 @@ class Snapshots:
             elif a[1] != b[1] and flag:
                 mine[i] = b
 
-    def copy_of(self, t: Tensor, number: int) -> Tensor:
-        """Copy `number` of one of the tensors: its bits."""
-        for kind in self._kinds:
-            for i, member in enumerate(kind.tensors):
-                if member is t:
-                    return kind.memory(number).tensors[i].view(_BITS[kind.word])
-        return next(c[0] for o, c in zip(self._others, self._other_copies[number], strict=True) if o is t)
+    def copy_of(self, t: Tensor, number: int) -> Tensor | None:
+        """Copy `number` of one of the tensors: its bits. None where there is none."""
+        if self._places is None:
+            self._places = {id(m): (kind, i) for kind in self._kinds for i, m in enumerate(kind.tensors)}
+        if id(t) in self._places:
+            kind, i = self._places[id(t)]
+            return kind.memory(number).tensors[i].view(_BITS[kind.word])
+        return next((c[0] for o, c in zip(self._others, self._other_copies[number], strict=True) if o is t), None)
 
 
 class _Kind:
@@ -152,7 +154,7 @@ class _Kind:
 def _row(t: Tensor, word: torch.dtype) -> Tensor:
     """The elements of a dense tensor, in the order of memory, as words."""
     row = t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
-    return row.resolve_conj().view(word) if row.numel() else row.to(word)
+    return row.view(word) if row.numel() else row.to(word)
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -161,6 +163,8 @@ def _is_plain(t: Tensor) -> bool:
         not is_dtensor(t)
         and t.layout is torch.strided
         and not t.is_quantized
+        and not t.is_conj()
+        and not t.is_neg()
         and t.device.type != "meta"
         and type(t) in _OWN_MEMORY
         and is_dense(t)
@@ -168,14 +172,26 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
-def _part(t: Tensor) -> Tensor:
+def _mark(t: Tensor) -> Any:
+    """What differs where one that is not strided has been written to, or been given other memory."""
+    if t.layout is torch.strided:
+        return None if t.is_inference() else t._version
+    return t._version, (t._values() if t.layout is torch.sparse_coo else t.values()).data_ptr()
+
+
+def _clone(t: Tensor) -> Tensor:
+    """A copy of a tensor's elements, itself without the conjugate and negative bits."""
+    return part(t).clone().resolve_conj().resolve_neg()
+
+
+def part(t: Tensor) -> Tensor:
     """The elements of `t` that this rank holds, each once: what an expanded tensor repeats cannot be written to."""
-    part = local(t) if is_dtensor(t) else t
-    if part.layout is torch.strided:
-        for dim, (stride, size) in enumerate(zip(part.stride(), part.shape, strict=True)):
+    mine = local(t) if is_dtensor(t) else t
+    if mine.layout is torch.strided:
+        for dim, (stride, size) in enumerate(zip(mine.stride(), mine.shape, strict=True)):
             if stride == 0 and size > 1:
-                part = part.narrow(dim, 0, 1)
-    return part
+                mine = mine.narrow(dim, 0, 1)
+    return mine
 
 
 def _move_home(t: Tensor, home: Tensor) -> None:
