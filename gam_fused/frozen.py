@@ -60,11 +60,11 @@ class FrozenParameters:
             addresses = list(map(Tensor.data_ptr, self._watched))
             if addresses != self._addresses:
                 self._addresses, self._homes = addresses, [p.detach() for p in self._watched]
-        self._learn()
         self._learning = False
-        if self._affordable and not self._untold and not is_capturing(self._params[0].device):
+        if self._affordable and not is_capturing(self._params[0].device):  # then nothing may be asked of a device
+            self._learn()
             self._steps += 1
-            self._learning = self._steps <= _ALL_LEARNT or self._steps & (self._steps - 1) == 0
+            self._learning = not self._untold and (self._steps <= _ALL_LEARNT or self._steps & (self._steps - 1) == 0)
         return self._params if self._learning or self._untold or self._lesson else self._moving
 
     def first_pass_done(self, before: BufferLayout, after: BufferLayout) -> None:
