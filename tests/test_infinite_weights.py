@@ -181,7 +181,7 @@ def masked_loss(theta: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", ["auto", *ROOMS, "reference"])
-@pytest.mark.parametrize("options", [{}, {"eps": 0.0}, {"max_grad_norm": 0.05}], ids=["plain", "eps-0", "clipped"])
+@pytest.mark.parametrize("options", [{}, {"xi": 0.0}, {"max_grad_norm": 0.05}], ids=["plain", "xi-0", "clipped"])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("base", [SGD, ADAM, ADAMW, torch.optim.RMSprop])
 @pytest.mark.parametrize("method", METHODS)

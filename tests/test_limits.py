@@ -30,7 +30,7 @@ FUSED = {
     "adamw": functools.partial(torch.optim.AdamW, lr=0.01),
 }
 FOREIGN = {
-    "rmsprop": functools.partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
+    "rmsprop": functools.partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, alpha=0.99),
     "nadam": functools.partial(torch.optim.NAdam, lr=0.01),
     "adagrad": functools.partial(torch.optim.Adagrad, lr=0.1),
     "adamax": functools.partial(torch.optim.Adamax, lr=0.01),
