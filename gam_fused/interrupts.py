@@ -33,7 +33,7 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
+        self._held: dict[int, _Receiver] = {}
         self._pending: list[tuple[int, FrameType | None]] = []
         self._installed: list[Any] = []  # the handlers of all signals, with ours in place
         self._open = False
@@ -48,15 +48,17 @@ class Interrupts:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open = False
-        self._give_back()
-        self._deliver(_get)
+        try:
+            self._give_back()
+        finally:
+            self._deliver_all()
 
     def open(self) -> None:
         """From here on handlers run at once; those that waited run now."""
         self._open = True
         if self._pending:
             self._open = False
-            self._deliver(self._handlers.get)
+            self._deliver(lambda number: self._held[number].handler)
             self._open = True
 
     def close(self) -> None:
@@ -73,25 +75,42 @@ class Interrupts:
         finally:
             self.close()
 
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """A signal has arrived whose handler is held."""
+        if not self._open:
+            self._pending.append((number, frame))
+            return
+        self._open = False  # it may raise
+        self._held[number].handler(number, frame)
+        self.open()  # others may have arrived while it ran
+
+    def holds(self, number: int, receiver: _Receiver) -> bool:
+        """Whether `receiver` is what stands in the place of the handler of a signal now."""
+        return self._held.get(number) is receiver
+
     def _take_over(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        receive = self._receive
         for number, handler in zip(_SIGNALS, map(_get, _SIGNALS), strict=True):
-            if callable(handler) and handler != receive:
-                self._handlers[number] = handler
-                _set(number, receive)
+            if isinstance(handler, _Receiver) and handler.owner is self:
+                if self.holds(number, handler):
+                    continue
+                handler = handler.handler  # one from before, which the user's code has put back
+            if callable(handler):
+                self._held[number] = receiver = _Receiver(self, handler)
+                _set(number, receiver)
         self._installed = list(map(_get, _SIGNALS))
 
     def _give_back(self) -> None:
         """Handlers as they were, but those that have been replaced since."""
         raised: BaseException | None = None
-        while self._handlers:
+        self._installed = []  # no circle of references is left
+        while self._held:
             try:
-                number, handler = next(iter(self._handlers.items()))
-                if _get(number) == self._receive:
-                    _set(number, handler)
-                del self._handlers[number]
+                number, receiver = next(iter(self._held.items()))
+                if _get(number) is receiver:
+                    _set(number, receiver.handler)
+                del self._held[number]
             except BaseException as error:  # a handler that is back already; the others go back all the same
                 raised = error
         if raised is not None:
@@ -104,10 +123,27 @@ class Interrupts:
             if callable(handler):
                 handler(number, frame)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._open:
-            self._pending.append((number, frame))
-            return
-        self._open = False  # it may raise
-        self._handlers[number](number, frame)
-        self._open = True
+    def _deliver_all(self) -> None:
+        """At the end: also those behind one that raises."""
+        try:
+            self._deliver(_get)
+        finally:
+            if self._pending:
+                self._deliver_all()
+
+
+class _Receiver:
+    """What stands in the place of a handler during a step.
+
+    Code that asks for a signal's handler in a closure gets this one, and may call it from a handler of its own or set it
+    again, then or after the step: wherever it is not the one that holds the signal, it is the handler that it stands for.
+    """
+
+    def __init__(self, owner: Interrupts, handler: Callable[[int, FrameType | None], Any]):
+        self.owner, self.handler = owner, handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.owner.holds(number, self):
+            self.owner.receive(number, frame)
+        else:
+            self.handler(number, frame)

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -165,6 +166,153 @@ def test_handlers_are_held_delivered_and_given_back():
             seen.append("end")
         assert seen == ["held", "handler", "open", "handler", "end", "handler"]
         assert signal.getsignal(signal.SIGUSR1) is installed
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_set_in_a_closure_may_call_the_one_before():
+    """In the step and after it: what it got for the handler before is that handler, wherever it calls it from."""
+    seen, old = [], []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("first"))
+
+    def chained(number, frame):
+        seen.append("second")
+        assert len(seen) < 20, "it goes round in circles"
+        old[0](number, frame)
+
+    def send():
+        seen.clear()
+        signal.raise_signal(signal.SIGUSR1)
+        return seen == ["second", "first"]
+
+    try:
+        with Interrupts() as interrupts:
+            interrupts.let_through(lambda: old.append(signal.signal(signal.SIGUSR1, chained)))
+            assert interrupts.let_through(send)
+            assert not send(), "held"
+            interrupts.open()
+            assert seen == ["second", "first"]
+            interrupts.close()
+            interrupts.let_through(lambda: signal.signal(signal.SIGUSR1, old[0]))
+            assert not send(), "held"
+            assert interrupts.let_through(lambda: list(seen)) == ["first"]
+            interrupts.let_through(lambda: signal.signal(signal.SIGUSR1, chained))
+        assert send()
+        signal.signal(signal.SIGUSR1, old[0])
+        seen.clear()
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == ["first"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_set_in_a_closure_is_held_from_then_on():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with Interrupts() as interrupts:
+            interrupts.let_through(lambda: signal.signal(signal.SIGUSR1, raise_stopped))
+            signal.raise_signal(signal.SIGUSR1)
+            with pytest.raises(Stopped):
+                interrupts.open()
+        assert signal.getsignal(signal.SIGUSR1) is raise_stopped
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_no_signal_is_lost_behind_one_that_raises():
+    """And none waits longer than for the handler that runs."""
+    seen = []
+
+    def second(number, frame):
+        assert frame is not None
+        seen.append(number)
+
+    def first(*_):
+        signal.raise_signal(signal.SIGUSR2)
+        seen.append(signal.SIGUSR1)
+
+    before = [(s, signal.getsignal(s)) for s in (signal.SIGUSR1, signal.SIGUSR2)]
+    try:
+        signal.signal(signal.SIGUSR1, raise_stopped)
+        signal.signal(signal.SIGUSR2, second)
+        with pytest.raises(Stopped), Interrupts():  # noqa: PT012
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR2)
+        assert seen == [signal.SIGUSR2]
+        with pytest.raises(Stopped), Interrupts() as interrupts:
+            interrupts.let_through(lambda: (signal.raise_signal(signal.SIGUSR2), signal.raise_signal(signal.SIGUSR1)))
+        with pytest.raises(ValueError, match="bad"), Interrupts() as interrupts:  # noqa: PT012
+            interrupts.open()
+            with pytest.raises(Stopped):
+                signal.raise_signal(signal.SIGUSR1)
+            seen.clear()
+            signal.raise_signal(signal.SIGUSR2)
+            assert seen == [], "after one that raises, others wait"
+            raise ValueError("bad")
+        assert seen == [signal.SIGUSR2]
+        seen.clear()
+        signal.signal(signal.SIGUSR1, first)
+        with Interrupts() as interrupts:
+            interrupts.let_through(lambda: (signal.raise_signal(signal.SIGUSR1), seen.append("closure")))
+        assert seen == [signal.SIGUSR1, signal.SIGUSR2, "closure"]
+    finally:
+        for s, handler in before:
+            signal.signal(s, handler)
+
+
+def test_the_end_leaves_no_circle_of_references():
+    held = weakref.ref(interrupts := Interrupts())
+    with interrupts:
+        pass
+    del interrupts
+    assert held() is None
+
+
+def test_a_handler_runs_in_backward_at_once():
+    """Backward is the user's time too: hooks of autograd, and all the minutes it may take."""
+    model, order = mlp(), []
+    before = signal.signal(signal.SIGUSR1, lambda *_: order.append("handler"))
+
+    class Sends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            signal.raise_signal(signal.SIGUSR1)
+            order.append("backward")
+            return g
+
+    try:
+        make(model.parameters(), method="sam").step(lambda: Sends.apply(regression(model, *batch())()))
+        assert order == ["handler", "backward"] * 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_step_in_another_thread_leaves_signals_alone():
+    """Only the main thread may set handlers, and handlers only run there."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    model, errors, seen = mlp(), [], []
+    installed = signal.getsignal(signal.SIGUSR1)
+
+    def closure():
+        seen.append(signal.getsignal(signal.SIGUSR1) is installed)
+        return regression(model, *batch())()
+
+    def train():
+        try:
+            make(model.parameters()).step(closure)
+        except BaseException as error:
+            errors.append(error)
+
+    try:
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        assert not errors
+        assert seen == [True] * 4
     finally:
         signal.signal(signal.SIGUSR1, before)
 
