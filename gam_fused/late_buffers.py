@@ -26,12 +26,13 @@ class LateBuffers:
     """What the first pass registers, and what it held when it was.
 
     Attributes:
-        any: whether there is such, or modules that may hold some.
+        any: whether there may be such, in the model or in modules that a closure makes for its own use.
     """
 
     def __init__(self, layout: BufferLayout) -> None:
         self.any = False
         self._layout = layout
+        self._known: set[int] = set()  # ids of the dicts of the model's modules; made when asked for
         self._initial: list[tuple[Owner, str, Tensor]] = []
 
     @contextmanager
@@ -55,10 +56,17 @@ class LateBuffers:
 
     def _module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         self.any = True
+        self._known = self._known or set(map(id, self._layout.owners))
         for m in child.modules() if child is not None else ():
+            if id(m._buffers) in self._known:  # the closure has put a part of the model into another module
+                continue
             for owner in (m._buffers, m._parameters):
                 for key, t in owner.items():
                     self._keep(owner, key, t)
+
+    def keep(self, after: BufferLayout) -> None:
+        """After the first pass: those only that are the model's."""
+        self._initial = [entry for entry in self._initial if after.tracks(*entry[:2])]
 
     def _note(self, owner: Owner, name: str, t: Tensor | None) -> None:
         if name in owner or self._layout.has(owner, name):  # one that is replaced, or taken out and put in again

@@ -59,6 +59,13 @@ class ModelState:
             self._layout = BufferLayout(self._tree.owners, copied, self._extents, self._backend)
         return StepState(self, self._layout, self._frozen)
 
+    def modules_have_changed(self) -> bool:
+        """Whether other modules than at the beginning of the step belong to them."""
+        tree = self._tree
+        if tree is None or tree.is_current():
+            return tree is None
+        return not same_objects(ModuleTree(self._modules, self._trained).owners, tree.owners)
+
     def layout_now(self, frozen: Sequence[Tensor]) -> BufferLayout:
         """The layout of what is there now: of buffers, of `frozen`, and of frozen parameters that came since `begin`."""
         tree, before = ModuleTree(self._modules, self._trained), self._tree
@@ -85,12 +92,12 @@ class StepState:
         return self._late.watching()
 
     def first_pass_done(self) -> None:
-        if self._late.any or not self._layout.is_in_place():
+        self._after = self._layout
+        # Closures may make modules for their own use, such as `nn.CrossEntropyLoss()`, that are not the model's.
+        if not self._layout.is_in_place() or (self._late.any and self._model.modules_have_changed()):
             self._after = self._model.layout_now(self._layout.frozen)
-            self._after.snapshots.take(AFTER)
-        else:
-            self._after = self._layout
-            self._layout.snapshots.take(AFTER)
+        self._after.snapshots.take(AFTER)
+        self._late.keep(self._after)
         self._frozen.first_pass_done(self._layout, self._after)
 
     def replay(self) -> None:
@@ -127,25 +134,25 @@ class BufferLayout:
     """Which tensors stand under which names, and memory for copies of them.
 
     Attributes:
-        frozen: the frozen parameters among the tensors.
+        owners: the dicts that the names are in. frozen: the frozen parameters among the tensors.
     """
 
     def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple], backend: str):
-        self._owners, self._wanted = owners, list(frozen)
+        self.owners, self._wanted = owners, list(frozen)
         self._names, self._values, self._counts = names_of(owners), values_of(owners), list(map(len, owners))
         self._has_lazy = any(t is not None and is_lazy(t) for t in self._values)
         buffers = [t for t in self._values if t is not None and not is_lazy(t) and not isinstance(t, nn.Parameter)]
         tensors = list({id(t): t for t in [*buffers, *frozen]}.values())
         tensors = [t for t in tensors if not _overlaps(t, extents)]
-        tracked = set(map(id, tensors))
-        self.frozen = [p for p in frozen if id(p) in tracked]
+        self._tracked = set(map(id, tensors))
+        self.frozen = [p for p in frozen if id(p) in self._tracked]
         self.devices = {t.device for t in tensors}
         self.snapshots = Snapshots(tensors, backend)
 
     def fits(self, owners: list[Owner], frozen: Sequence[Tensor]) -> bool:
         """Whether the same tensors stand under the same names and lie where and as they did."""
         return (
-            same_objects(owners, self._owners)
+            same_objects(owners, self.owners)
             and same_objects(frozen, self._wanted)
             and self._names == names_of(owners)
             and same_objects(values_of(owners), self._values)
@@ -157,23 +164,27 @@ class BufferLayout:
         """The same in short, for the time of a step."""
         return self._names_are_in_place() and not self._has_lazy and self.snapshots.in_place()
 
+    def tracks(self, owner: Owner, name: str) -> bool:
+        """Whether there are copies of what stands under a name."""
+        return id(owner.get(name)) in self._tracked and any(owner is mine for mine in self.owners)
+
     def has(self, owner: Owner, name: str) -> bool:
         """Whether something stands under a name."""
         end = 0
-        for known, count in zip(self._owners, self._counts, strict=True):
+        for known, count in zip(self.owners, self._counts, strict=True):
             end += count
             if known is owner:
                 return name in self._names[end - count : end]
         return False
 
     def _names_are_in_place(self) -> bool:
-        return self._names == names_of(self._owners) and same_objects(values_of(self._owners), self._values)
+        return self._names == names_of(self.owners) and same_objects(values_of(self.owners), self._values)
 
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
         """The same tensors under the same names, holding what copy `number` says. Names that came later stay."""
         if not self._names_are_in_place():
             names, values = iter(self._names), iter(self._values)
-            for owner, count in zip(self._owners, self._counts, strict=True):
+            for owner, count in zip(self.owners, self._counts, strict=True):
                 for _ in range(count):
                     name, value = next(names), next(values)
                     if owner.get(name, owner) is not value:

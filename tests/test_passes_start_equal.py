@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -357,3 +358,74 @@ def test_a_parameter_moved_by_the_closure_is_named_and_restored(move, k, backend
     assert not optimizer.state
     optimizer.step(lambda: model(x).square().mean())
     assert not torch.equal(freeze(model.weight), before[0])
+
+
+class Holds(nn.Module):
+    """Something with a buffer."""
+
+    def __init__(self, t):
+        super().__init__()
+        self.register_buffer("t", t)
+
+
+@pytest.mark.parametrize("kind", ["loss", "container", "weighted loss"])
+def test_modules_that_the_closure_makes_for_itself_are_not_the_models(kind):
+    """On a GPU the host would wait in every step, and nothing of it could be captured."""
+    model, made = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), []
+    x, y = batch(features=(6,))[0], torch.arange(8) % 6
+
+    def closure():
+        if kind == "container":
+            return nn.Sequential(model, nn.CrossEntropyLoss(torch.ones(6)))[0](x[:8]).square().mean()
+        loss_fn = nn.CrossEntropyLoss(torch.ones(6) if kind == "weighted loss" else None)
+        made.append(weakref.ref(loss_fn))
+        return loss_fn(model(x[:8]), y)
+
+    optimizer = FusedGAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    for _ in range(2):
+        optimizer.step(closure)
+        state = optimizer._last._model
+        assert state._after is state._layout, "the quick way"
+        assert not state._late._initial
+    assert all(m() is None for m in made)
+
+
+def test_a_module_made_by_the_closure_around_a_weight_moves_none():
+    model, seen = nn.Linear(6, 6), []
+    x, _ = batch(features=(6,))
+
+    def closure():
+        Holds(model.weight.detach())
+        seen.append(model.weight.detach().clone())
+        return model(x).square().mean()
+
+    FusedGAM(model.parameters(), torch.optim.SGD, lr=0.0, model=model).step(closure)
+    assert all(not torch.equal(w, seen[0]) for w in seen[1:]), "passes 2 to 4 are at perturbed weights"
+
+
+def test_a_buffer_that_comes_late_around_a_weight_moves_none():
+    class Net(nn.Linear):
+        def forward(self, x):
+            if "t" not in self._buffers:
+                self.register_buffer("t", self.weight.detach())
+            seen.append(self.weight.detach().clone())
+            return super().forward(x)
+
+    model, seen = Net(6, 6), []
+    x, _ = batch(features=(6,))
+    FusedGAM(model.parameters(), torch.optim.SGD, lr=0.0, model=model).step(lambda: model(x).square().mean())
+    assert all(not torch.equal(w, seen[0]) for w in seen[1:])
+
+
+def test_a_part_of_the_model_in_a_module_of_the_closures_starts_where_pass_1_did():
+    """With two micro-batches, the second module is made when the first batch has moved the buffers."""
+    model, seen = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), []
+    x, _ = batch(features=(6,))
+
+    def closure():
+        seen.append(freeze(model[1].running_mean))
+        return sum(nn.Sequential(model, nn.Tanh())(part).square().mean() for part in x.chunk(2))
+
+    FusedGAM(model.parameters(), torch.optim.SGD, lr=0.0, model=model).step(closure)
+    for mean in seen[1:]:
+        same(mean, seen[0])
