@@ -67,6 +67,7 @@ def complete_groups(optimizer: FusedGAM) -> None:
 
 def link(optimizer: FusedGAM) -> None:
     """Groups keep GAM's entries when the base optimizer loads a state dict by itself."""
+    hooks.complete(optimizer.base_optimizer)
     reference = weakref.ref(optimizer)
 
     def before(base: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,22 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+_OWN = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
 _GLOBAL = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+
+def complete(base: Optimizer) -> None:
+    """Give the tables of hooks to an optimizer that lacks them: a wrapper that does not call torch's constructor."""
+    for name in _OWN:
+        if not hasattr(base, name):
+            setattr(base, name, OrderedDict())
 
 
 def has_step_hooks(base: Optimizer) -> bool:

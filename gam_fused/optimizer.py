@@ -414,6 +414,14 @@ class FusedGAM(Optimizer):
             del self.param_groups[number:]
             raise
 
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's."""
+        if set_to_none:
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
+
     def __repr__(self) -> str:
         names = [
             "method",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -215,3 +216,123 @@ def test_a_momentum_encoder_that_starts_as_a_copy(size):
         plain(x).backward()
         sgd.step()
         torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+# Handlers of signals that the closure sets.
+
+
+def signalled(closure_of_step):
+    """What a handler's closure and the signals of its own tell: (in the step, after it, in the next step)."""
+    p, got, told = nn.Parameter(torch.ones(1)), [], []
+    before = signal.signal(signal.SIGUSR1, lambda *_: got.append("user"))
+    try:
+        optimizer = FusedGAM([p], torch.optim.SGD, lr=0.1, method="sam")
+        closure, end = closure_of_step(got)
+        for step in range(2):
+            optimizer.step(lambda: (closure(), p.sum())[1])
+            if step == 0:
+                told.append(list(got))
+                end()
+            got.clear()
+            signal.raise_signal(signal.SIGUSR1)
+            told.append(list(got))
+            got.clear()
+        return told
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_that_calls_the_one_before():
+    """As libraries do that are first used inside the closure."""
+
+    def closure_of_step(got):
+        old = []
+
+        def closure():
+            if not old:
+                old.append(signal.getsignal(signal.SIGUSR1))
+                signal.signal(signal.SIGUSR1, lambda n, f: (got.append("library"), old[0](n, f)))
+            signal.raise_signal(signal.SIGUSR1)
+
+        return closure, lambda: None
+
+    both = ["library", "user"]
+    assert signalled(closure_of_step) == [both * 2, both, both]
+
+
+def test_a_handler_over_a_handler():
+    def closure_of_step(got):
+        libraries = iter(["first", "second"])
+
+        def closure():
+            name = next(libraries, None)
+            if name:
+                old = signal.getsignal(signal.SIGUSR1)
+                signal.signal(signal.SIGUSR1, lambda n, f: (got.append(name), old(n, f)))
+
+        return closure, lambda: None
+
+    assert signalled(closure_of_step) == [[], ["second", "first", "user"], ["second", "first", "user"]]
+
+
+def test_a_handler_that_is_set_again_after_the_step():
+    def closure_of_step(got):
+        old = []
+
+        def closure():
+            if not old:
+                old.append(signal.signal(signal.SIGUSR1, lambda *_: got.append("for a while")))
+            elif old[0] is not None:
+                signal.raise_signal(signal.SIGUSR1)
+
+        def end():
+            signal.signal(signal.SIGUSR1, old[0])
+            old[0] = None
+
+        return closure, end
+
+    assert signalled(closure_of_step) == [["for a while"], ["user"], ["user"]]
+
+
+# Base optimizers of other people's.
+
+
+def test_the_bases_own_zero_grad_is_called():
+    class Base(torch.optim.SGD):
+        cleared = 0
+
+        def zero_grad(self):
+            self.cleared += 1
+            super().zero_grad()
+
+    p = nn.Parameter(torch.ones(1))
+    optimizer = FusedGAM([p], Base, lr=0.1)
+    p.grad = torch.ones(1)
+    optimizer.zero_grad()
+    assert optimizer.base_optimizer.cleared == 1
+    assert p.grad is None
+    p.grad = torch.ones(1)
+    FusedGAM([p], torch.optim.SGD, lr=0.1).zero_grad(set_to_none=False)
+    assert p.grad == 0
+
+
+def test_a_wrapper_that_does_not_call_torchs_constructor():
+    """As published lookahead optimizers are: torch alone steps, saves and copies it."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            self.inner = torch.optim.AdamW(params, lr=lr)
+            self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, self.inner.defaults
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    p, q = nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer, plain = FusedGAM([p], Lookahead, lr=0.1, rho=0.0), torch.optim.AdamW([q], lr=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: p.square().sum())
+        plain.zero_grad()
+        q.square().sum().backward()
+        plain.step()
+    torch.testing.assert_close(p, q)
+    assert len(optimizer.state_dict()["state"]) == 1
