@@ -179,6 +179,7 @@ class Plan:
             bucket.columns = slice(start, start + bucket.layout.chunks)
             start += bucket.layout.chunks
         self.params = [p for bucket in self.buckets for p in bucket.params]
+        self.frozen = [p for group in param_groups for p in group["params"] if not p.requires_grad]
         self.shards = sharding.ShardSums(self.buckets)
         self.replicas: Replicas | None = None  # what the optimizer averages over ranks itself
         self.fsdp_modules: list[Any] = []
@@ -225,7 +226,7 @@ class Plan:
         )
 
     def check_in_place(self, param_groups: Groups) -> None:
-        """After a pass: the closure has neither moved parameters nor put others in their place.
+        """After the passes: the closure has neither moved parameters, nor put others in their place, nor unfrozen any.
 
         Raises:
             RuntimeError: it has. Names the parameter.
@@ -235,6 +236,12 @@ class Plan:
         for bucket in self.buckets:
             if bucket.addresses_now() != bucket.memory[0]:
                 raise RuntimeError(bucket.tell_moved(param_groups))
+        for p in self.frozen:
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"the closure made {describe(p, param_groups)} require a gradient, which it did not before the step: "
+                    "unfreeze parameters before the step, and freeze them after it"
+                )
 
     def put_in_place(self) -> None:
         """Parameters that a closure has given other memory lie in their own again."""

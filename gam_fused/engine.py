@@ -105,7 +105,7 @@ class Step:
         self._reshard()
         first = not self.losses
         if first:
-            gradients.clear(self.plan.params)  # what was left there is not of this step; later passes find it taken
+            self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
             for part in (self._random, self._model):
                 if part:
@@ -384,5 +384,9 @@ class Step:
                 for part in (self._random, self._model):
                     if part:
                         part.abort()
-        gradients.clear(self.plan.params)
+        self._clear_gradients()
         self._reshard()
+
+    def _clear_gradients(self) -> None:
+        gradients.clear(self.plan.params)
+        gradients.clear(self.plan.frozen)

@@ -336,3 +336,35 @@ def test_a_wrapper_that_does_not_call_torchs_constructor():
         plain.step()
     torch.testing.assert_close(p, q)
     assert len(optimizer.state_dict()["state"]) == 1
+
+
+# Frozen parameters of the optimizer's own groups.
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_a_parameter_that_the_closure_unfreezes_is_named(base):
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)
+    optimizer = FusedGAM([p, q], base, lr=0.1)
+
+    def closure():
+        q.requires_grad_(True)
+        loss = (p * q).square().sum()
+        loss.backward()
+        q.requires_grad_(False)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 .*unfreeze"):
+        optimizer.step(closure)
+    assert p == q == 1
+    assert p.grad is None
+    assert q.grad is None
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+def test_what_was_left_in_a_frozen_parameters_grad_moves_nothing(base):
+    p, q = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    q.grad = torch.ones(1)
+    q.requires_grad_(False)
+    FusedGAM([p, q], base, lr=0.1).step(lambda: p.sum())
+    assert q == 1
+    assert p != 1
