@@ -126,7 +126,7 @@ class LossScaling:
             )
         if self.scaler or self._published:
             for bucket in buckets:
-                bucket.control[Control.LOSS_SCALE] = self.current_scale(bucket.control.device)
+                bucket.set(Control.LOSS_SCALE, self.current_scale(bucket.control.device))
         self._published = self.scaler is not None
 
     def report(self, skipped: Tensor) -> None:

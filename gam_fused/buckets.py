@@ -147,6 +147,10 @@ class Bucket:
             "Do that before the step"
         )
 
+    def set(self, slot: Control, value: float | Tensor) -> None:
+        """A slot of the control block <- `value`. Assigning by index copies a number from the host, and waits for that."""
+        self.control[slot].fill_(value)
+
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
         """This bucket's columns of what the buckets of its device share; see `Device.part`."""
         return self.shared.part(name, slot, rows, self.columns)
@@ -208,7 +212,8 @@ class Plan:
         if self._scalars != (eps, max_norm):
             self._scalars = (eps, max_norm)
             for bucket in self.buckets:
-                bucket.control[Control.EPS], bucket.control[Control.MAX_NORM] = eps, max_norm
+                bucket.set(Control.EPS, eps)
+                bucket.set(Control.MAX_NORM, max_norm)
 
     def is_current(self, param_groups: Groups) -> bool:
         """Whether groups, their parameters and the memory behind them are what the plan was built from."""

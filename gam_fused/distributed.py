@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gam_fused.constants import GUARD, Control
 from gam_fused.parameters import Groups, describe, is_dtensor
 from gam_fused.sharding import refuse_fsdp1
-from gam_fused.tensor_lists import EMPTY, TensorList, flat_views
+from gam_fused.tensor_lists import EMPTY, TensorList, flat_views, upload
 
 if TYPE_CHECKING:
     from gam_fused.buckets import Bucket
@@ -154,7 +154,8 @@ class Replicas:
             if b.exchange is None:
                 b.exchange = _Exchange(b)
             control = b.control.clone()
-            control[Control.LOSS_SCALE], control[Control.MAX_NORM] = 1.0, 0.0
+            control[Control.LOSS_SCALE].fill_(1.0)
+            control[Control.MAX_NORM].fill_(0.0)
             b.verbs.combine_(
                 b.layout,
                 b.exchange.views,
@@ -167,7 +168,7 @@ class Replicas:
                 b.part("direction"),
             )
             b.exchange.all_reduce(self._group, seen[i], skipped=control[Control.LAST_SKIPPED])
-            b.control[Control.FOUND_INF] = (b.exchange.skipped != 0).to(b.control.dtype)
+            b.set(Control.FOUND_INF, (b.exchange.skipped != 0).to(b.control.dtype))
             directions.append(b.exchange.present())
             seen[i] = [t is not None for t in directions[i].tensors]
         return directions
@@ -187,16 +188,19 @@ class _Exchange:
         if not bucket.dense:
             tensors = [t.new_empty(t.shape) for t in tensors]
         self.buffer, views = flat_views([*tensors, notes])
-        self._notes = views.pop()
+        self.skipped, self._had_one = (notes := views.pop())[0], notes[1:]
         self.views = TensorList(views, lasting=True)
-        self.skipped = self._notes[0]
         self._had: list[bool] = []
 
     def all_reduce(self, group: dist.ProcessGroup, had: list[bool], skipped: Any = 0.0) -> None:
         """Average over ranks. `had`: which tensors this rank has something for; `skipped`: not 0 if it skips the step."""
         self._had = list(had)
-        self._notes[1:] = 1.0 if all(had) else torch.tensor(had, dtype=self._notes.dtype, device="cpu")
-        self._notes[0] = skipped
+        if all(had):
+            self._had_one.fill_(1.0)
+        else:
+            notes = torch.tensor(had, dtype=self._had_one.dtype, device="cpu")
+            self._had_one.copy_(upload(notes, self._had_one.device))
+        self.skipped.fill_(skipped)
         self.buffer.div_(dist.get_world_size(group))  # before the sum, as DDP does: no overflow that the mean has not
         dist.all_reduce(self.buffer, group=group)
 
@@ -204,5 +208,5 @@ class _Exchange:
         """The averaged tensors, None where no rank had one. Asks the device only where this rank had none."""
         if all(self._had):
             return self.views
-        anywhere = (self._notes[1:] != 0).tolist()
+        anywhere = (self._had_one != 0).tolist()
         return TensorList([t if has else None for t, has in zip(self.views.tensors, anywhere, strict=True)])

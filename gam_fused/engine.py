@@ -235,7 +235,7 @@ class Step:
         self.plan.check_in_place(self.optimizer.param_groups)  # once, after all passes: it takes a while
         if not self.ascents and not self.buckets[0].backed_up:
             for b in self.buckets:
-                b.control[Control.FOUND_INF] = 0.0
+                b.set(Control.FOUND_INF, 0.0)
         rows = 6 if x1 else 2
         if x1 or (acc and (guard_direction or self.optimizer.max_grad_norm)):
             self._reduce_direction(x1, x3, acc, table, rows)

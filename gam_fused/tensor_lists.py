@@ -166,6 +166,8 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 def moved(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`t` on `device`. Waits only for copies to the host, whose memory would else be read before it is written."""
+    if t.device.type == "cpu":
+        return upload(t if dtype is None else t.to(dtype), device)
     return t.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 

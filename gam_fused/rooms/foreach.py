@@ -56,7 +56,7 @@ def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorLis
             values = difference(xs, ys)
             if weights:
                 values = times(values, up(weights))
-            partials[row, 0] += sum_of_squares(values)
+            partials[row, 0].add_(sum_of_squares(values))
 
 
 def direction_products(
@@ -72,14 +72,14 @@ def direction_products(
             for batch in batches(layout, rows, x1, x3, acc):
                 b1, b3, minus = batch.lists
                 if not len(x1):
-                    partials[row, 0] += sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0))
+                    partials[row, 0].add_(sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0)))
                     continue
                 plus = h_plus(c, b1, b3, minus)
-                partials[row, 0] += sum_of_squares(plus)
+                partials[row, 0].add_(sum_of_squares(plus))
                 if minus:
                     minus = operand(minus, b1, b3)
-                    partials[2 + row, 0] += dot(minus, plus)
-                    partials[4 + row, 0] += sum_of_squares(minus)
+                    partials[2 + row, 0].add_(dot(minus, plus))
+                    partials[4 + row, 0].add_(sum_of_squares(minus))
 
 
 def perturb_(
@@ -116,7 +116,7 @@ def perturb_(
             for batch in batches(layout, some, theta, base, x, y, acc, backup):
                 squares = _ascend_(layout, batch, stay, sizes[group], control, ascent, adaptive, moves)
                 if squares is not None:
-                    realised[0] += squares
+                    realised[0].add_(squares)
                 _fold_(batch, table[group])
 
 
@@ -177,8 +177,8 @@ def combined_update_(
             new = [workspace(lst) for lst in targets]
             b1, b3, minus = batch.lists[1:4]
             d = direction_of(c, b1, b3, minus, u, unscale)
-            direction[0] += sum_of_squares(d)
-            step = advanced[[step_of[i] for i in batch.rows]]
+            direction[0].add_(sum_of_squares(d))
+            step = advanced if batch.rows is rows else advanced[[step_of[i] for i in batch.rows]]
             if algorithm == Algorithm.SGD:
                 sgd_(c, new[0], d, new[1] if len(new) > 1 else [], step)
             else:
@@ -211,7 +211,7 @@ def combine_(
         for batch in batches(layout, rows, out, x1, x3, acc):
             targets, b1, b3, minus = batch.lists
             d = direction_of(table[group], b1, b3, minus, u, unscale, like=targets)
-            direction[0] += sum_of_squares(d)
+            direction[0].add_(sum_of_squares(d))
             torch._foreach_copy_(targets, d)
 
 
@@ -238,6 +238,6 @@ def _store_(layout: Layout, targets: Tensors, values: Tensors, batch: Batch, con
 def _close_step(partials: Tensor, control: Tensor) -> Tensor:
     skip = (control[Control.FOUND_INF] != 0) | ~torch.isfinite(partials.sum(1)).all()
     control[Control.LAST_SKIPPED] = skip.to(control.dtype)
-    control[Control.SKIPPED] += skip
-    control[Control.NOISE_STEP] += 1
+    control[Control.SKIPPED].add_(skip)
+    control[Control.NOISE_STEP].add_(1)
     return skip

@@ -141,6 +141,13 @@ def add_scaled_(targets: Tensors, values: Tensors, c: Scalar) -> None:
         torch._foreach_add_(targets, torch._foreach_mul(values, c))
 
 
+def add_scalar_(targets: Tensors, c: Scalar) -> None:
+    if isinstance(c, float):
+        torch._foreach_add_(targets, c)
+    else:  # given to `torch._foreach_add_`, a 0-d tensor is asked for its number
+        torch.ops.aten._foreach_add_.Tensor(targets, c)
+
+
 def scale_(targets: Tensors, c: Scalar) -> None:
     if not isinstance(c, float) or c != 1.0:
         torch._foreach_mul_(targets, c)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.constants import Column, Control, Flag
-from gam_fused.rooms.foreach_lists import Scalar, Tensors, add_scaled_, operand, scalars, scale_, select
+from gam_fused.rooms.foreach_lists import Scalar, Tensors, add_scalar_, add_scaled_, operand, scalars, scale_, select
 
 
 def h_plus(c: Scalar, x1: Tensors, x3: Tensors, *like: Tensors) -> Tensors:
@@ -114,7 +114,7 @@ def adam_(
     roots, sizes = (_each(values) for values in ((1 - beta2**count).sqrt(), lr / (1 - beta1**count)))
     denominator = torch._foreach_sqrt(maximum or exp_avg_sq)
     torch._foreach_div_(denominator, roots)
-    torch._foreach_add_(denominator, c[Column.EPS])
+    add_scalar_(denominator, c[Column.EPS])
     change = torch._foreach_mul(exp_avg, sizes)
     torch._foreach_div_(change, denominator)
     advance_(theta, change, lr)
