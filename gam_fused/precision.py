@@ -82,7 +82,7 @@ class Watch:
                 host = torch.empty((), dtype=ratio.dtype, pin_memory=True, device="cpu")
                 host.copy_(ratio, non_blocking=True)
                 event = torch.cuda.Event()
-                event.record()
+                event.record(torch.cuda.current_stream(ratio.device))  # the copy's: the current device may be another
                 self._pending = (host, event.query)
                 return
             self._pending = (ratio, lambda: True)
@@ -132,9 +132,13 @@ def _forward_eps(optimizer: FusedGAM, device: torch.device) -> float:
     plan = optimizer._plan
     dtypes = {b.dtype for b in plan.buckets} | forward_dtypes(plan.fsdp_modules)
     eps = max(optimizer._precision_watch.autocast_eps, *(torch.finfo(dtype).eps for dtype in dtypes))
-    if device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
-        eps = max(eps, TF32_EPS)
-    return eps
+    return max(eps, TF32_EPS) if device.type == "cuda" and _tf32_is_allowed() else eps
+
+
+def _tf32_is_allowed() -> bool:
+    """By these switches, which show what the older `allow_tf32` was set to as well; the other way round torch raises."""
+    cudnn: Any = torch.backends.cudnn
+    return any(kind.fp32_precision == "tf32" for kind in (torch.backends.cuda.matmul, cudnn.conv))
 
 
 def _theta_norm(step: Step) -> Tensor:

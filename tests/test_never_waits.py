@@ -272,6 +272,13 @@ def test_two_devices(watched, backend):
         steps(optimizer, closure_for(optimizer), watched)
 
 
+def test_the_estimate_of_noise_is_awaited_where_it_is_computed(watched):
+    """The current device is another than the parameters'."""
+    optimizer = make(parameters(device="cuda:1"), backend="cuda")
+    steps(optimizer, closure_for(optimizer), watched)
+    assert Event.recorded_on == [1]
+
+
 def test_a_foreign_base_asks_once_a_step_whether_to_skip(watched, monkeypatch):
     optimizer = make(parameters(), torch.optim.RMSprop, "sam", backend="cuda", capturable=True)
     monkeypatch.setattr(optimizer.base_optimizer, "step", lambda: None)

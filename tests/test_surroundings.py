@@ -10,7 +10,7 @@ import torch
 from gam_helpers import METHODS, backend_params, batch, make, mlp, regression, same, trainer, weights
 from torch.optim import SGD, AdamW
 
-from gam_fused import FusedGAM, flatness
+from gam_fused import FusedGAM, flatness, precision
 
 
 @pytest.fixture
@@ -151,3 +151,35 @@ def test_flatten_after_channels_last():
             optimizer.step(lambda m=m: m(x).square().mean())
         ends.append(weights(optimizer))
     same(ends[0], ends[1])
+
+
+@pytest.fixture
+def switches():
+    """The switches of TF32 as they are now: those of one backend, and of one kind of operator, follow the general one."""
+    every = [torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [switch.fp32_precision for switch in every]
+    yield dict(zip(("all", "cudnn", "matmul", "conv"), every, strict=True))
+    for switch, value in zip(every, before, strict=True):
+        switch.fp32_precision = value
+
+
+@pytest.mark.parametrize(
+    ("settings", "eps"),
+    [
+        ({}, precision.TF32_EPS),  # convolutions
+        ({"matmul": "tf32", "conv": "ieee"}, precision.TF32_EPS),
+        ({"matmul": "ieee", "conv": "tf32"}, precision.TF32_EPS),
+        ({"matmul": "ieee", "conv": "ieee"}, torch.finfo(torch.float32).eps),
+        ({"matmul": "none", "conv": "none", "all": "tf32"}, precision.TF32_EPS),
+        ({"matmul": "none", "conv": "none", "all": "ieee"}, torch.finfo(torch.float32).eps),
+    ],
+    ids=str,
+)
+def test_either_way_of_setting_tf32(switches, settings, eps):
+    """torch raises where one is read by the old switches after it was set by the new ones."""
+    model = mlp()
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()))
+    optimizer.step(closure)
+    for name, value in settings.items():
+        switches[name].fp32_precision = value
+    assert precision._forward_eps(optimizer, torch.device("cuda")) == eps
