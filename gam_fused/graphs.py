@@ -112,7 +112,9 @@ class CapturedStep:
             graph = torch.cuda.CUDAGraph()
             self._random = GraphRandom(self.device, graph) if optimizer.preserve_rng_state else None
             try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+                # "thread_local": calls that cannot be captured, such as allocations, are errors in this thread only; a
+                # thread that pins batches or fetches them ahead goes on.
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                     self._step = self._run(self._random)
             finally:
                 preserved.put_back()  # nothing ran on the device, but the host's generator did

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
-from gam_fused import rooms
+from gam_fused import graphs, rooms
 from gam_fused.rooms import triton
 from gam_fused.rooms.compiled import CompiledRoom
 
@@ -277,6 +278,44 @@ def test_the_estimate_of_noise_is_awaited_where_it_is_computed(watched):
     optimizer = make(parameters(device="cuda:1"), backend="cuda")
     steps(optimizer, closure_for(optimizer), watched)
     assert Event.recorded_on == [1]
+
+
+class Capture:
+    """`torch.cuda.graph`."""
+
+    modes: list[str] = []  # noqa: RUF012
+    running = False
+
+    def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        self.modes.append(capture_error_mode)
+
+    def __enter__(self):
+        Capture.running = True
+
+    def __exit__(self, *_):
+        Capture.running = False
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("backend", ["torch", "cuda"])
+def test_captured_steps(watched, monkeypatch, backend, base):
+    """Other threads, such as one that pins batches, may use the device while a step is captured."""
+    Capture.modes = []
+    for name in ("CUDAGraph", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(graphs, "_check_optimizer", lambda optimizer: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Capture.running)
+    for method in FIRST_ORDER:
+        optimizer = make(parameters(), base, method, backend=backend, preserve_rng_state=False)
+        closure = closure_for(optimizer)
+        step = graphs.capture_step(optimizer, lambda x, c=closure: c(), [torch.zeros(2, device="cuda:0")])
+        for i in range(3):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
+            step(torch.zeros(2).pin_memory())
+            optimizer.diagnostics()
+    assert not watched.waits, "\n".join(sorted(set(watched.waits)))
+    assert Capture.modes == ["thread_local"] * 3
 
 
 def test_a_foreign_base_asks_once_a_step_whether_to_skip(watched, monkeypatch):
