@@ -1,4 +1,13 @@
-"""Taking gradients: `p.grad` becomes ours without a copy wherever that is safe, and with one where it is not."""
+"""Taking gradients: `p.grad` becomes ours without a copy wherever that is safe, and with one where it is not.
+
+Streams: gradients are read on the stream that is current in `step`. `backward` makes the stream that it is called on wait
+for all others it has used, so there is nothing to wait for here; a closure that calls it on a stream of its own has to let
+the current one wait for that, as before the step of any optimizer. Nor is memory marked by `record_stream`, which would keep
+it from being used again for a while in every pass. A gradient that lies in the memory of another stream goes back to that
+stream when it is dropped, perhaps before our kernels have read it; but a pass that runs there reads weights which these
+kernels write, so it must have waited for them first. What does not wait, such as fetching the next batch, needs a stream
+that no backward runs on, as it does with torch's optimizers and `zero_grad`.
+"""
 
 from __future__ import annotations
 
