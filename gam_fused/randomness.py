@@ -146,21 +146,23 @@ class _Plain:
 class _Numpy(_Plain):
     """numpy's global generator. Its state takes long to read, so it is read again only where it can have changed.
 
-    That is, where the words of the Mersenne Twister differ from those of the last reading, or where one number of a pair of
-    normal ones is in stock, which is taken out without a change of the words.
+    That is, where the words of the Mersenne Twister differ from those of the last reading; and always, once one number of a
+    pair of normal ones has been in stock, which goes and (by a seed or a state that is set) comes without a change of words.
     """
 
     def __init__(self, module: Any):
         super().__init__(lambda: module.get_state(legacy=False), module.set_state)
         self._module = module
         self._last: tuple[bytes, Any] | None = None
+        self._pairs = False  # whether there ever was one in stock
         self._read_whole = self.read
         self.read = self._read
 
     def _read(self) -> Any:
         words = self._words()
-        if self._last is None or not words or self._last[0] != words or self._last[1].get("has_gauss"):
+        if self._last is None or not words or self._last[0] != words or self._pairs:
             self._last = words, self._read_whole()
+            self._pairs = self._pairs or bool(self._last[1].get("has_gauss"))
         return self._last[1]
 
     def _words(self) -> bytes:

@@ -132,6 +132,8 @@ GLOBAL = {
     "random.gauss": lambda: torch.tensor([random.gauss(0, 1) for _ in range(3)]),
     "numpy": lambda: torch.from_numpy(numpy.random.rand(3)),
     "numpy normal": _numpy_normal,
+    "random.gauss, one of a pair": lambda: torch.tensor([random.gauss(0, 1)]),
+    "numpy normal, one of a pair": lambda: torch.from_numpy(numpy.random.randn(1)),
 }
 OWN = {
     "torch.Generator": lambda: (g := torch.Generator().manual_seed(0), lambda: torch.rand(3, generator=g)),
@@ -183,6 +185,41 @@ def test_generators_of_the_users_own_are_replayed_where_given(name, method):
     expected = [draw() for _ in range(4)]
     generator, draw = OWN[name]()
     check_draws(*draws_of_steps(draw, method, generators=[generator]), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_second_of_a_pair_of_normal_numbers_is_replayed_after_the_same_seed(method):
+    """numpy's words are then the same as in the step before, and only the number in stock is not."""
+    model, seen = mlp(), []
+
+    def loss_fn():
+        seen.append(numpy.random.randn(1)[0])
+        return regression(model, *batch())()
+
+    optimizer, closure = trainer(method, model, loss_fn, lr=0.0)
+    for _ in range(3):
+        numpy.random.seed(0)
+        numpy.random.randn(1)
+        optimizer.step(closure)
+    assert len(set(seen)) == 1
+
+
+def test_a_global_generator_of_another_kind():
+    model, seen = mlp(), []
+    before = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(0))
+
+    def closure():
+        seen.append(numpy.random.rand())
+        return regression(model, *batch())()
+
+    try:
+        for _ in range(2):
+            make(model.parameters()).step(closure)
+    finally:
+        numpy.random.set_bit_generator(before)
+    assert [len(set(seen[i : i + 4])) for i in (0, 4)] == [1, 1]
+    assert len(set(seen)) == 2
 
 
 def test_what_is_no_generator_is_refused():
