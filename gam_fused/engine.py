@@ -361,7 +361,8 @@ class Step:
         """Hand over generators and buffers as pass 1 left them."""
         self._settle()
         self._reshard()
-        del self.closure  # `diagnostics` keeps the step, which shall not keep the batch
+        self._model = self._random = None  # `diagnostics` keeps the step, which shall keep neither copies nor the batch
+        del self.closure
 
     def _settle(self) -> None:
         if self._settled:

@@ -126,7 +126,8 @@ class StepState:
             self._layout.put_back(AFTER, reshaped=False)
 
     def abort(self) -> None:
-        """After a failure: as before the step."""
+        """After a failure: as before the step, whatever pass has changed it."""
+        self._after = None
         self.replay()
 
 
