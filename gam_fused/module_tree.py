@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -54,7 +53,6 @@ class ModuleTree:
         )
 
 
-@cache
 def _names_others(kind: Any) -> bool:
     """Whether modules of a class may name other modules than their own."""
     return any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("modules", "named_modules"))
