@@ -31,7 +31,9 @@ class Preserved:
         tensors: list[Tensor] = [*plan.params, *self._state_tensors()]
         tensors += [t for b in plan.buckets for t in (b.control, b.state.counts)]
         self._saved = [(t, t.detach().clone()) for t in tensors]
-        self._buffers = ModelState(optimizer._modules, plan.params).begin() if optimizer._modules else None
+        self._buffers = (
+            ModelState(optimizer._modules, plan.params, optimizer.backend).begin() if optimizer._modules else None
+        )
         self._random = plan.generators_of(self._buffers.devices if self._buffers else set(), optimizer.generators).begin()
 
     def _state_tensors(self) -> list[Tensor]:
