@@ -36,7 +36,7 @@ class BaseState:
         self._base.__dict__.clear()
         self._base.__dict__.update(self._attributes)
         for entry, kept in [*self._groups, *self._state]:
-            if entry != kept if len(entry) != len(kept) else any(entry.get(k) is not v for k, v in kept.items()):
+            if len(entry) != len(kept) or any(entry.get(k) is not v for k, v in kept.items()):
                 entry.clear()
                 entry.update(kept)
         self._base.param_groups[:] = [group for group, _ in self._groups]

@@ -77,9 +77,8 @@ def _check_movable(params: list[Tensor], param_groups: list[dict[str, Any]], our
             storages[p.untyped_storage().data_ptr()].append(p)
     for together in storages.values():
         together.sort(key=lambda p: p.data_ptr())
-        if together[0].untyped_storage().data_ptr() in ours or is_flat(
-            together
-        ):  # an earlier `flatten` of fewer parameters, or in another order
+        # An earlier `flatten` of fewer parameters, or in another order.
+        if together[0].untyped_storage().data_ptr() in ours or is_flat(together):
             continue
         for p in together:
             if not is_dense(p):

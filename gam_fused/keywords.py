@@ -43,7 +43,7 @@ def split(
         return Keywords(of_base, frozenset())
     bound = base_optimizer.keywords if isinstance(base_optimizer, functools.partial) else {}
     both = {k: v for k, v in given.items() if k in _known(base_optimizer) and k not in of_base and k not in bound}
-    for name in both.keys() - unused:
+    for name in sorted(both.keys() - unused):
         raise TypeError(
             f"{name}={both[name]!r}: FusedGAM and its base optimizer {name_of(base_optimizer)} both have a keyword {name}. "
             f"Give the base optimizer's as base_kwargs={{{name!r}: ...}}; then {name}= is FusedGAM's"
