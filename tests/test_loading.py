@@ -72,6 +72,7 @@ BROKEN = {
     "no exp_avg_sq": (AdamW, ("state", 1, "exp_avg_sq", del_), "exp_avg_sq"),
     "no step": (AdamW, ("state", 1, "step", del_), "step"),
     "step is NaN": (AdamW, ("state", 1, "step", torch.tensor(NAN)), "step"),
+    "step is infinite": (AdamW, ("state", 1, "step", float("inf")), "step"),
     "step is negative": (AdamW, ("state", 1, "step", -3), "step"),
     "step is a vector": (AdamW, ("state", 1, "step", torch.ones(2)), "step"),
     "foreign 0-d": (torch.optim.RMSprop, ("state", 0, "square_avg", torch.tensor(1.0)), "square_avg"),
@@ -221,3 +222,31 @@ def test_loading_leaves_the_given_dict_alone():
     optimizer = make(model.parameters())
     optimizer.load_state_dict(saved)
     same(freeze(saved), kept)
+
+
+def test_what_a_failing_load_has_put_into_the_base_is_taken_out():
+    """Attributes, groups and entries of the state that a base of one's own adds or changes in place while it loads."""
+
+    class Adds(SGD):
+        def __setstate__(self, state):
+            entries = list(self.state.values()) if "state" in self.__dict__ else []
+            super().__setstate__(state)
+            if "fails" in self.defaults:
+                self.loaded = True
+                kept.append(self.param_groups)
+                for entry in entries:
+                    entry["more"] = 1
+                raise ValueError("no")
+
+    model, kept = mlp(), []
+    optimizer = FusedGAM(model.parameters(), Adds, lr=0.1, momentum=0.9)
+    optimizer.step(regression(model, *batch()))
+    base = optimizer.base_optimizer
+    saved, groups, before = copy.deepcopy(optimizer.state_dict()), base.param_groups, everything(optimizer)
+    base.defaults["fails"] = True
+    with pytest.raises(ValueError, match="no"):
+        optimizer.load_state_dict(saved)
+    del base.defaults["fails"]
+    assert not hasattr(base, "loaded")
+    assert base.param_groups is groups
+    same(everything(optimizer), before)
