@@ -369,7 +369,7 @@ class Holds(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["loss", "container", "weighted loss"])
-def test_modules_that_the_closure_makes_for_itself_are_not_the_models(kind):
+def test_modules_that_the_closure_makes_for_itself_are_not_the_models(kind, monkeypatch):
     """On a GPU the host would wait in every step, and nothing of it could be captured."""
     model, made = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), []
     x, y = batch(features=(6,))[0], torch.arange(8) % 6
@@ -381,10 +381,12 @@ def test_modules_that_the_closure_makes_for_itself_are_not_the_models(kind):
         made.append(weakref.ref(loss_fn))
         return loss_fn(model(x[:8]), y)
 
-    optimizer = FusedGAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    optimizer, states = FusedGAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model), []
+    finish = model_state.StepState.finish
+    monkeypatch.setattr(model_state.StepState, "finish", lambda state, flag: (states.append(state), finish(state, flag)))
     for _ in range(2):
         optimizer.step(closure)
-        state = optimizer._last._model
+        state = states.pop()
         assert state._after is state._layout, "the quick way"
         assert not state._late._initial
     assert all(m() is None for m in made)
