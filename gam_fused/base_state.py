@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,21 +15,28 @@ from gam_fused.parameters import Groups, describe
 if TYPE_CHECKING:
     from gam_fused.base_optimizers import FusedBase
 
-# Entries of torch's own optimizers that are one number per parameter. All other tensors are shaped as the parameter is.
-_NUMBERS = {"step", "mu_product", "eta", "mu"}
+# Entries of torch's own optimizers that are shaped as the parameter is. What others have put beside them is theirs.
+_SHAPED_AS_THE_PARAMETER = {
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "prev", "step_size", "ax"),
+}
 _SHAPED_OTHERWISE = {"Adafactor", "LBFGS"}
 
 
 class BaseState:
-    """Groups, state and attributes of an optimizer as they are now. Tensors are not copied: loading replaces them."""
+    """Groups, state and attributes of an optimizer as they are now.
+
+    Tensors are not copied, since torch's loading replaces them; but those of an optimizer that loads in its own way are.
+    """
 
     def __init__(self, base: Optimizer):
         self._base = base
         self._attributes = dict(base.__dict__)
         self._groups = [(group, dict(group)) for group in base.param_groups]
         self._state = [(entry, dict(entry)) for entry in base.state.values() if isinstance(entry, dict)]
-        # One that keeps them elsewhere is the only one who can put them back.
-        self._saved = base.state_dict() if type(base).load_state_dict is not Optimizer.load_state_dict else None
+        # One that keeps them elsewhere is the only one who can put them back; it may write to the tensors that are there.
+        own = type(base).load_state_dict is not Optimizer.load_state_dict
+        self._saved = copy.deepcopy(base.state_dict()) if own else None
 
     def put_back(self) -> None:
         if self._saved is not None:
@@ -45,7 +53,7 @@ class BaseState:
 def check_state(
     base: Optimizer, fused: FusedBase | None, groups: Groups, state_dict: dict[str, Any], saved: Sequence[dict[str, Any]]
 ) -> None:
-    """Whether every state tensor has its parameter's shape, and a fused base finds all it needs.
+    """Whether state tensors have their parameter's shape, and a fused base finds all it needs.
 
     Raises:
         ValueError: one that does not fit. torch would broadcast it in silence.
@@ -68,11 +76,11 @@ def check_state(
 
 
 def _check_entry(key: str, value: Any, p: Tensor, groups: Groups) -> None:
-    if key in _NUMBERS:
+    if key == "step":
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta" else value
-        if key == "step" and not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
+        if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
             raise ValueError(f"the state dict's {key!r} of {describe(p, groups)} must be a number, but is {value!r}")
-    elif isinstance(value, Tensor) and value.shape != p.shape:
+    elif key in _SHAPED_AS_THE_PARAMETER and isinstance(value, Tensor) and value.shape != p.shape:
         raise ValueError(
             f"the state dict's {key!r} of {describe(p, groups)} has shape {tuple(value.shape)}: it is of another parameter"
         )

@@ -122,7 +122,7 @@ def load(optimizer: FusedGAM, state_dict: dict[str, Any]) -> None:
     present = [{name: group[name] for name in optimizer._gam_defaults} for group in optimizer.param_groups]
     own_method = not extra or _is_of(optimizer, extra)
     groups = _with_entries(optimizer, saved, present, own_method)
-    state_of_gam = {name: getattr(optimizer, name) for name in values}
+    state_of_gam = {name: getattr(optimizer, name) for name in (*values, "_plan")}
     with Interrupts():
         try:
             check_state(base, optimizer._fused, optimizer.param_groups, state_dict, saved)
@@ -131,14 +131,14 @@ def load(optimizer: FusedGAM, state_dict: dict[str, Any]) -> None:
             for name, value in values.items():
                 setattr(optimizer, name, value)
             optimizer._tables()  # raises for numbers that cannot be
+            if extra:
+                optimizer._plan = None
+            hooks.after_load(optimizer)
         except BaseException:
             before.put_back()
             for name, value in state_of_gam.items():
                 setattr(optimizer, name, value)
             raise
-    if extra:
-        optimizer._plan = None
-    hooks.after_load(optimizer)
 
 
 def _groups_of(state_dict: Any) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from gam_helpers import freeze, same
 from torch import nn
 
 from gam_fused import FusedGAM
@@ -368,3 +369,53 @@ def test_what_was_left_in_a_frozen_parameters_grad_moves_nothing(base):
     FusedGAM([p, q], base, lr=0.1).step(lambda: p.sum())
     assert q == 1
     assert p != 1
+
+
+# Loading.
+
+
+def test_entries_of_the_users_own_in_the_state_may_have_any_shape():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = FusedGAM([p], torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.step(lambda: p.sum())
+    optimizer.state[p]["mine"] = torch.arange(2.0)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[p]["mine"].tolist() == [0, 1]
+
+
+def trained(base, **options):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = FusedGAM([p], base, lr=0.1, **options)
+    optimizer.step(lambda: p.sum())
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(lambda: p.square().sum())
+    return p, optimizer, saved
+
+
+def test_a_hook_that_fails_after_loading_changes_nothing():
+    _, optimizer, saved = trained(torch.optim.SGD, momentum=0.9)
+    before = freeze(copy.deepcopy(optimizer.state_dict()))
+
+    def hook(_):
+        raise ValueError("not this one")
+
+    optimizer.register_load_state_dict_post_hook(hook)
+    with pytest.raises(ValueError, match="not this one"):
+        optimizer.load_state_dict(saved)
+    same(freeze(optimizer.state_dict()), before)
+
+
+def test_a_base_that_loads_into_its_own_tensors_and_fails():
+    class Base(torch.optim.RMSprop):
+        def load_state_dict(self, state_dict):
+            for p, entry in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
+                for name, value in entry.items():
+                    self.state[p][name].copy_(value)
+            if "bad" in state_dict:
+                raise ValueError("not this one")
+
+    _, optimizer, saved = trained(Base)
+    before = freeze(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match="not this one"):
+        optimizer.load_state_dict({**saved, "bad": True})
+    same(freeze(optimizer.state_dict()), before)
