@@ -40,6 +40,7 @@ class FrozenParameters:
         self._watched = [p for p in self._params if not is_dtensor(p) and not p.is_inference()]
         self._affordable = bool(self._params) and _bytes_of(self._params) <= budget
         self._moving: list[Tensor] = []
+        self._copied: list[Tensor] = []
         self._steps, self._learning, self._untold = 0, False, False
         self._lesson: Lesson | None = None
         self.late: list[MovedParameter] = []
@@ -61,11 +62,14 @@ class FrozenParameters:
             if addresses != self._addresses:
                 self._addresses, self._homes = addresses, [p.detach() for p in self._watched]
         self._learning = False
-        if self._affordable and not is_capturing(self._params[0].device):  # then nothing may be asked of a device
+        if is_capturing(self._params[0].device):  # nothing may be asked of it; memory is there for what was copied before
+            return self._copied
+        if self._affordable:
             self._learn()
             self._steps += 1
             self._learning = not self._untold and (self._steps <= _ALL_LEARNT or self._steps & (self._steps - 1) == 0)
-        return self._params if self._learning or self._untold or self._lesson else self._moving
+        self._copied = self._params if self._learning or self._untold or self._lesson else self._moving
+        return self._copied
 
     def first_pass_done(self, before: BufferLayout, after: BufferLayout) -> None:
         """Keep what the first pass has made of those that no copy was made of, and learn which it has moved."""
