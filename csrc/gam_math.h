@@ -90,7 +90,7 @@ GAM_HOST_DEVICE C change_of(C to, C from) {
 // radius / (|x| + eps) for gradients that are `loss_scale` times too large, `total` the sum of their squares. Along
 // x = 0 nothing moves, whatever eps: 0 in place of a division by zero, and a bound that float can hold.
 GAM_HOST_DEVICE double ascent_scale(double radius, double total, double loss_scale, double eps) {
-  constexpr double BOUND = 1e30;
+  constexpr double BOUND = 3e38;
   double norm = sqrt(total) / loss_scale + eps;
   double scale = norm > 0.0 ? radius / norm / loss_scale : 0.0;
   return scale > BOUND ? BOUND : scale < -BOUND ? -BOUND : scale;

@@ -191,7 +191,7 @@ def ascent_scale(radius, total, loss_scale, eps):
     """
     norm = square_root(total) / loss_scale + eps
     scale = tl.where(norm > 0.0, radius / norm / loss_scale, 0.0)
-    return tl.minimum(tl.maximum(scale, -1e30), 1e30)
+    return tl.minimum(tl.maximum(scale, -3e38), 3e38)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def perturb_(
     control[Control.FOUND_INF] = bad.to(control.dtype)
     norm = total[0].sqrt() / control[Control.LOSS_SCALE] + control[Control.EPS]
     scale = coefficients[:, Column.RADIUS_0 + ascent] / norm / control[Control.LOSS_SCALE]
-    scale = torch.where(norm > 0, scale, 0.0).clamp(-1e30, 1e30)  # along a zero gradient nothing moves, whatever xi
+    scale = torch.where(norm > 0, scale, 0.0).clamp(-3e38, 3e38)  # along a zero gradient nothing moves, whatever xi
 
     stay, sizes, table = scalars(bad), scalars(scale), scalars(coefficients)
     there = presence(x, y)

@@ -223,7 +223,7 @@ def _times(step: Any, factor: Any) -> Tensor:
 def _ascent_scale(radius: float, norm: float, loss_scale: float) -> float:
     """Along a zero gradient nothing moves, whatever xi: 0 in place of a division by zero, and a bound float32 can hold."""
     scale = radius / norm / loss_scale if norm > 0 else 0.0
-    return min(max(scale, -1e30), 1e30)
+    return min(max(scale, -3e38), 3e38)
 
 
 def _close_step(partials: Tensor, control: Tensor) -> bool:
