@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 def loss_in(result: Any) -> Any:
     """The loss in `result`: itself, the first of a tuple or list, or the entry "loss" of a mapping."""
+    if isinstance(result, (Tensor, float)):  # nearly always
+        return result
     if isinstance(result, Mapping):
         return result.get("loss")
     if isinstance(result, (tuple, list)) and result:
@@ -52,4 +54,6 @@ def detached(result: Any) -> Any:
     """`result` with every tensor in it detached: nobody shall differentiate it at weights that are not its own."""
     if isinstance(result, Tensor):
         return result.detach()
+    if result is None or isinstance(result, (int, float)):  # walking through nests takes a while
+        return result
     return tree_map_only(Tensor, Tensor.detach, result)

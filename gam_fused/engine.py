@@ -161,7 +161,9 @@ class Step:
         """The gradients of a pass as the method sees them; notes which parameters have one."""
         lists = self.averaged(lists)
         for seen, lst in zip(self._seen, lists, strict=True):
-            if not all(seen):
+            if not any(seen):
+                seen[:] = map(is_not, lst.tensors, repeat(None))
+            elif not all(seen):
                 seen[:] = map(or_, seen, map(is_not, lst.tensors, repeat(None)))
         return lists
 

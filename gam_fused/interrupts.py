@@ -92,6 +92,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         for number, handler in zip(_SIGNALS, map(_get, _SIGNALS), strict=True):
+            if handler is None or type(handler) is int:  # the system's own, as nearly all are
+                continue
             if isinstance(handler, _Receiver) and handler.owner is self:
                 if self.holds(number, handler):
                     continue
