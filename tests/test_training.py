@@ -21,7 +21,7 @@ from examples.digits.data import POOL, load  # noqa: E402
 from examples.digits.methods import BASES, METHODS, Method  # noqa: E402
 from examples.digits.net import conv_net  # noqa: E402
 from examples.digits.plot import spread  # noqa: E402
-from examples.digits.report import diverged, summary, table  # noqa: E402
+from examples.digits.report import diverged, summary, table, without_folder  # noqa: E402
 from examples.digits.training import Settings, run, train_step  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +102,11 @@ def test_a_diverged_run_is_reported_not_raised():
     result = run(Method("base", base_options={"lr": 1e20}), 0, Settings(epochs=1, validation=True))
     assert math.isnan(result["eigenvalue"])
     assert diverged(result)
+
+
+def test_a_document_tells_no_folder():
+    assert without_folder(["--seeds", "3", "--out", "/somewhere", "--quick"]) == ["--seeds", "3", "--quick"]
+    assert without_folder(["--out=/somewhere"]) == without_folder(["--out", "/somewhere"]) == []
 
 
 def test_labels_of_the_picture_do_not_overlap():

@@ -92,9 +92,26 @@ def table(rows: Sequence[dict[str, Any]], judged_on: str = "test") -> str:
 
 def document(runs: Sequence[Run], rows: Sequence[dict[str, Any]], settings: Settings, **facts: Any) -> dict[str, Any]:
     """Everything about a comparison, ready for `json.dump`; NaN is written as null."""
-    result = {"arguments": sys.argv[1:], **facts, "settings": asdict(settings), "rows": list(rows), "runs": list(runs)}
+    result = {
+        "arguments": without_folder(sys.argv[1:]),
+        **facts,
+        "settings": asdict(settings),
+        "rows": list(rows),
+        "runs": list(runs),
+    }
     versions = {package: metadata.version(package) for package in ("numpy", "scikit-learn")}
     return without_nan({"machine": {**machine(), **versions}, **result})
+
+
+def without_folder(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a program without `--out` and its folder, which tells of somebody's machine and of no result."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return kept
 
 
 def without_nan(value: Any) -> Any:
