@@ -24,7 +24,7 @@ from benchmarks.report.files import write
 from benchmarks.suites import run_suite
 
 RESULTS = Path(__file__).parent / "results"
-SHARES = {"training": 0.42, "optimizer": 0.28, "verbs": 0.15, "scaling": 0.1, "communication": 0.05}  # of the time
+SHARES = {"training": 0.42, "optimizer": 0.28, "kernels": 0.15, "scaling": 0.1, "communication": 0.05}  # of the time
 
 
 def main() -> int:

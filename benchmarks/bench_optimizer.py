@@ -1,4 +1,4 @@
-"""Whole steps of an optimizer alone, gradients prepared: torch's own, the baselines, and FusedGAM in every room.
+"""Whole steps of an optimizer alone, gradients prepared: torch's own, the baselines, and FusedGAM in every backend.
 
 A step is timed until its work is done. From a million elements on the last-level cache is overwritten before each; smaller
 ones run warm. On a GPU host time, and time with the host ahead, are told beside it.
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Case, Plan, blocks_of
-from benchmarks.clock import Clock, launches, rooms_on
+from benchmarks.clock import Clock, backends_on, launches
 from benchmarks.contestants import AUTHORS, PASSES, Gradients, Implementation, elements, main_methods, parameters, triad
 from benchmarks.networks import Shapes, shapes
 
@@ -24,16 +24,16 @@ SMALL, LARGE = ("resnet18", "efficientnet_b0", "swin_t"), ("vit_b_32", "transfor
 
 def cases(plan: Plan) -> list[Case]:
     """The important cells first, and of those the ones that are soon measured."""
-    rooms = rooms_on(plan.device)
+    backends = backends_on(plan.device)
     main = [(network, "SGD") for network in ("tiny", "resnet50", *SMALL)] + [("resnet50", "AdamW")]
-    groups = {f"{network}, {base}": [*main_methods(base, rooms)] for network, base in main}
+    groups = {f"{network}, {base}": [*main_methods(base, backends)] for network, base in main}
     groups["resnet50, SGD"].append(Implementation("SGD", "accelerated", AUTHORS, zeroing=True))
-    both = [Implementation("SGD", method, rooms[0], flatten) for method in METHODS for flatten in (False, True)]
-    every = [Implementation("SGD", method, room) for room in rooms for method in METHODS]
+    both = [Implementation("SGD", method, backends[0], flatten) for method in METHODS for flatten in (False, True)]
+    every = [Implementation("SGD", method, backend) for backend in backends for method in METHODS]
     groups |= {f"{network}, SGD, flatten": both for network in ("tiny", "efficientnet_b0", "resnet50")}
-    groups |= {f"{network}, SGD, rooms": every for network in ("tiny", "resnet50")}
+    groups |= {f"{network}, SGD, backends": every for network in ("tiny", "resnet50")}
     rest = [(network, "SGD") for network in LARGE] + [(network, "AdamW") for network in ("tiny", *SMALL, *LARGE)]
-    groups |= {f"{network}, {base}": [*main_methods(base, rooms)] for network, base in rest}
+    groups |= {f"{network}, {base}": [*main_methods(base, backends)] for network, base in rest}
     result = []
     for cell, implementations in groups.items():
         network = cell.split(", ")[0]

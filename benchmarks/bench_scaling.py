@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.bench_optimizer import measure_step
 from benchmarks.cases import Case, Plan, blocks_of
-from benchmarks.clock import Clock, rooms_on
+from benchmarks.clock import Clock, backends_on
 from benchmarks.contestants import FOREACH, TORCH_FUSED, Implementation
 
 PARAMETERS = [(10**exponent, 100) for exponent in (5, 6, 7, 8, 9)]
@@ -15,9 +15,11 @@ TENSORS = [(10**6, 10), (10**6, 1000), (10**6, 5000)]  # with (10^6, 100) of the
 
 def cases(plan: Plan) -> list[Case]:
     """Small ones first."""
-    room = rooms_on(plan.device)[0]
+    backend = backends_on(plan.device)[0]
     contestants = [Implementation("SGD", "base", TORCH_FUSED)]
-    contestants += [Implementation("SGD", method, by) for method in ("sam", "finite_difference") for by in (FOREACH, room)]
+    contestants += [
+        Implementation("SGD", method, by) for method in ("sam", "finite_difference") for by in (FOREACH, backend)
+    ]
     sizes = [(10**4, 10)] if plan.rehearse else sorted(PARAMETERS + TENSORS)
     result = []
     for elements, tensors in sizes:

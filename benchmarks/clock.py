@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 HEAD_START = 40_000_000  # cycles, some 20 ms, that the GPU waits while the host launches a step
-SHORT_START = 4_000_000  # some 2 ms, for a verb
+SHORT_START = 4_000_000  # some 2 ms, for a kernel
 FLUSHED = 256 << 20  # bytes, more than most last-level caches hold
 
 
@@ -151,8 +151,8 @@ def launches(run: Callable[[], object]) -> dict[str, int]:
     return counts
 
 
-def rooms_on(device: torch.device) -> tuple[str, ...]:
-    """Rooms to measure there, the compiled ones first."""
+def backends_on(device: torch.device) -> tuple[str, ...]:
+    """Backends to measure there, the compiled ones first."""
     from gam_fused import available_backends
 
     names = ("cuda", "triton", "torch") if device.type == "cuda" else ("cpp", "torch")

@@ -70,7 +70,7 @@ def _rank(rank: int, world: int, network: str, folder: str) -> None:
     for name, options in CONTESTANTS.items():
         model = DistributedDataParallel(classifier(network, torch.device("cpu")))
         step = _step(model, options, *batch(network, IMAGES, torch.device("cpu")))
-        for _ in range(2):  # DDP arranges its buckets after the first pass
+        for _ in range(2):  # DDP arranges its blocks after the first pass
             step()
         dist.barrier()
         start = time.perf_counter()

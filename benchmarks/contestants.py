@@ -30,7 +30,7 @@ class Implementation:
     Attributes:
         base: "SGD" or "AdamW".
         method: "base" (no perturbation), "sam", "finite_difference" or "accelerated".
-        by: who computes it: one of `AUTHORS`, `FOREACH`, `TORCH_FUSED`, or a room of gam_fused.
+        by: who computes it: one of `AUTHORS`, `FOREACH`, `TORCH_FUSED`, or a backend of gam_fused.
         flatten: of FusedGAM.
         zeroing: the authors' order with gradients that are zeroed and added to.
     """
@@ -133,11 +133,11 @@ def triad(size: int, device: torch.device) -> Callable[[], object]:
     return lambda: torch.add(b, c, alpha=0.5, out=a)
 
 
-def main_methods(base: str, rooms: Sequence[str]) -> Iterator[Implementation]:
-    """The base alone, and every method by the baselines and by the first (the fastest) of `rooms`."""
+def main_methods(base: str, backends: Sequence[str]) -> Iterator[Implementation]:
+    """The base alone, and every method by the baselines and by the first (the fastest) of `backends`."""
     yield Implementation(base, "base", TORCH_FUSED)
     for method in ("sam", "finite_difference", "accelerated"):
         if method != "finite_difference":  # the authors published no code for it
             yield Implementation(base, method, AUTHORS)
         yield Implementation(base, method, FOREACH)
-        yield Implementation(base, method, rooms[0])
+        yield Implementation(base, method, backends[0])

@@ -1,6 +1,6 @@
 """Runs a suite under pytest-benchmark and reduces what it measured: per cell and contestant quantiles, blocks and facts.
 
-python -m benchmarks.suites verbs --out verbs.json [--device cuda] [--seconds 90] [--grace 120] [--blocks 3] [--rehearse]
+python -m benchmarks.suites kernels --out kernels.json [--device cuda] [--seconds 90] [--grace 120] [--blocks 3] [--rehearse]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.measure import quantiles
 
 HERE = Path(__file__).parent
-SUITES = {"verbs": "on_device", "optimizer": "wall", "training": "wall", "scaling": "wall"}  # and the timer of each
+SUITES = {"kernels": "on_device", "optimizer": "wall", "training": "wall", "scaling": "wall"}  # and the timer of each
 MEASURED_ONCE = ("operators", "kernels", "copies", "peak_bytes")  # in the first block
 WITHIN = "over_passes"  # ratios, of each timed step: median, 20 and 80 % quantile over all
 MEDIANS = ("host_ms", "queued_ms")  # over the blocks

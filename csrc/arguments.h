@@ -72,7 +72,7 @@ inline ScalarType storage_dtype(int64_t dtype) {
     case DType::FLOAT16:
       return ScalarType::Half;
   }
-  STD_TORCH_CHECK(false, "gam_fused: dtype code ", dtype, " is not one of 0 (float32), 1, 2, 3; see gam_fused/ops.py");
+  STD_TORCH_CHECK(false, "gam_fused: dtype code ", dtype, " is not one of 0 (float32), 1, 2, 3; see gam_fused/backends/operators.py");
 }
 
 // One operand: an address per tensor, 0 where a tensor is missing. Host addresses, or a table that a GPU reads; neither

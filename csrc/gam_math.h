@@ -2,7 +2,7 @@
 //
 // Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves Generalization", CVPR 2023,
 // arXiv 2303.03108: Algorithm 1, appendix D (Hessian-vector products from gradients), Algorithm 2 (appendix).
-// The executable specification is gam_fused/rooms/reference.py. C is the compute type: float for float, bfloat16 and
+// The executable specification is gam_fused/backends/reference.py. C is the compute type: float for float, bfloat16 and
 // float16 storage, double for double.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace gam {
 
-// The numbers below repeat gam_fused/constants.py and gam_fused/ops.py; tests/test_verbs.py compares them.
+// The numbers below repeat gam_fused/constants.py and gam_fused/backends/operators.py; tests/test_verbs.py compares them.
 
 struct Column {
   enum : int {

@@ -1,4 +1,4 @@
-// The operators of a compiled room: schemas are in gam_fused/ops.py, kernels in the room's own folder.
+// The operators of a compiled room: schemas are in gam_fused/backends/operators.py, kernels in the room's own folder.
 //
 // Each verb is one template: it checks the arguments, brings them into the room's form and runs the room's kernel. Room
 // is an `Operands<Room>` with

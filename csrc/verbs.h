@@ -1,4 +1,4 @@
-// The verbs' operands as raw pointers, for every compiled room; no torch. gam_fused/rooms/reference.py specifies each
+// The verbs' operands as raw pointers, for every compiled room; no torch. gam_fused/backends/reference.py specifies each
 // verb.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""`python -m gam_fused`: what is installed, which rooms are there, and a self-check of each against `reference`."""
+"""`python -m gam_fused`: what is installed, which backends are there, and a self-check of each against `reference`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import torch
 
 import gam_fused
-from gam_fused.selfcheck import check_room
+from gam_fused.selfcheck import compare_with_reference
 
 
 def main() -> int:
-    """Print the report. Returns the exit status: 1 if a room that is there disagrees with the reference."""
+    """Print the report. Returns the exit status: 1 if a backend that is there disagrees with the reference."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     print(f"gam_fused {gam_fused.__version__}, {versions}")
     print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
@@ -28,7 +28,7 @@ def main() -> int:
             print(f"  {name:<10} not there: {why}")
             continue
         for device in devices:
-            result = check_room(name, torch.device(device))
+            result = compare_with_reference(name, torch.device(device))
             failed |= result.startswith("FAILED")
             if result:
                 print(f"  {name:<10} {device}: {result}")

@@ -11,30 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gam_fused import (
-    base_optimizers,
-    checkpoint,
-    coefficients,
-    distributed,
-    flattening,
-    hyperparameters,
-    integrations,
-    keywords,
-    methods,
-    precision,
-    sharding,
-)
-from gam_fused.amp import LossScaling
-from gam_fused.buckets import Plan
+from gam_fused import checks, integrations, methods, settings
+from gam_fused.backends import base_optimizers, check_backend
+from gam_fused.backends.tensor_lists import upload
+from gam_fused.base import keywords
 from gam_fused.constants import Control
-from gam_fused.diagnostics import diagnose
-from gam_fused.engine import Step
-from gam_fused.interrupts import Interrupts
-from gam_fused.model_state import ModelState
-from gam_fused.parameters import check_groups, check_materialized, check_parameters
-from gam_fused.randomness import source_of
-from gam_fused.rooms import check_backend
-from gam_fused.tensor_lists import upload
+from gam_fused.memory import flattening
+from gam_fused.memory.parameters import check_groups, check_materialized, check_parameters
+from gam_fused.memory.plan import Plan
+from gam_fused.parallel import ddp, dtensor
+from gam_fused.step import checkpoint, coefficients, precision
+from gam_fused.step.diagnostics import diagnose
+from gam_fused.step.loss_scaling import LossScaling
+from gam_fused.step.step import Step
+from gam_fused.transaction.interrupts import Interrupts
+from gam_fused.transaction.model_state import ModelState
+from gam_fused.transaction.randomness import source_of
 
 _NO_SETTINGS = ("params", "param_names", "gam")  # entries of a param group that no coefficient depends on
 
@@ -133,8 +125,8 @@ class FusedGAM(Optimizer):
         method: str = "finite_difference",
         rho: float | None = None,
         rho_prime: float | None = None,
-        alpha: hyperparameters.Weight | None = None,
-        beta: hyperparameters.Weight | None = None,
+        alpha: settings.Weight | None = None,
+        beta: settings.Weight | None = None,
         gamma: float | None = None,
         xi: float = 1e-12,
         adaptive: bool = False,
@@ -153,20 +145,20 @@ class FusedGAM(Optimizer):
         **more_base_kwargs: Any,
     ):
         given = {name: value for name, value in locals().items() if value is not _DEFAULTS.get(name, value)}
-        hyperparameters.one_of("method", method, hyperparameters.METHODS)
-        unused = hyperparameters.NAMES - hyperparameters.used_by(method)
+        checks.one_of("method", method, settings.METHODS)
+        unused = settings.NAMES - settings.used_by(method)
         split = keywords.split(base_optimizer, given, unused, more_base_kwargs, base_kwargs)
         own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
-        values = hyperparameters.resolve(method, **{k: v for k, v in own.items() if k not in split.taken})
-        hyperparameters.check_oracle(method, oracle, sam_rho)
-        hyperparameters.check_perturb_sync(perturb_sync)
+        values = settings.resolve(method, **{k: v for k, v in own.items() if k not in split.taken})
+        settings.check_oracle(method, oracle, sam_rho)
+        settings.check_perturb_sync(perturb_sync)
         check_backend(backend)
         self.method, self.oracle, self.sam_rho = method, oracle, sam_rho
         self.rho_prime, self.alpha, self.beta, self.gamma = values.rho_prime, values.alpha, values.beta, values.gamma
-        self.xi = hyperparameters.number("xi", xi, minimum=0.0)
+        self.xi = checks.number("xi", xi, minimum=0.0)
         self.adaptive, self.preserve_rng_state = bool(adaptive), bool(preserve_rng_state)
-        self.interval = hyperparameters.whole("interval", interval, minimum=1)
-        self.max_grad_norm = hyperparameters.optional("max_grad_norm", max_grad_norm, above=0.0)
+        self.interval = checks.whole("interval", interval, minimum=1)
+        self.max_grad_norm = checks.optional("max_grad_norm", max_grad_norm, above=0.0)
         self.perturb_sync, self.flatten, self.backend = perturb_sync, bool(flatten), backend
         self.generators = tuple(generators)
         for generator in self.generators:
@@ -194,7 +186,7 @@ class FusedGAM(Optimizer):
         checkpoint.complete_groups(self)
         checkpoint.link(self)
         check_groups(self.param_groups, self.rho_key)
-        distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
+        ddp.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
         self.grad_scaler = grad_scaler
         if self.flatten:
             self._flat_buffers = flattening.flatten(self.param_groups, self._modules, self._flat_buffers)
@@ -269,19 +261,19 @@ class FusedGAM(Optimizer):
         self._plan.settings = None
         checkpoint.complete_groups(self)
         tables = self._tables()
-        max_norm = hyperparameters.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0
+        max_norm = checks.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0
         self._plan.upload(tables, self.xi, max_norm)
         self._plan.state_keys = [self._fused.state_keys(group) for group in self.param_groups] if self._fused else []
         self._plan.settings = self._settings()
 
     def _tables(self) -> dict[str, Any]:
         """The coefficient tables of all hyperparameters as they stand now, each of them checked."""
-        hyperparameters.one_of("method", self.method, hyperparameters.METHODS)
-        values = hyperparameters.check(self.method, self._values())
-        hyperparameters.check_oracle(self.method, self.oracle, self.sam_rho)
-        hyperparameters.check_perturb_sync(self.perturb_sync)
-        hyperparameters.number("xi", self.xi, minimum=0.0)
-        hyperparameters.whole("interval", self.interval, minimum=1)
+        checks.one_of("method", self.method, settings.METHODS)
+        values = settings.check(self.method, self._values())
+        settings.check_oracle(self.method, self.oracle, self.sam_rho)
+        settings.check_perturb_sync(self.perturb_sync)
+        checks.number("xi", self.xi, minimum=0.0)
+        checks.whole("interval", self.interval, minimum=1)
         check_groups(self.param_groups, self.rho_key)
         return coefficients.tables(self.method, values, self._sam_rho, self.param_groups, self._fused, self.rho_key)
 
@@ -304,7 +296,7 @@ class FusedGAM(Optimizer):
             for name, value in group.items():
                 if name not in _NO_SETTINGS:
                     values += (name, value)
-        return [*values, *map(type, values)] if hyperparameters.are_constants(values) else None  # True == 1.0
+        return [*values, *map(type, values)] if checks.are_constants(values) else None  # True == 1.0
 
     def _rebuild_plan(self) -> None:
         checkpoint.drop_unstarted(self)
@@ -319,21 +311,19 @@ class FusedGAM(Optimizer):
         control = torch.zeros(len(Control), dtype=torch.float64, device="cpu")
         control[Control.LOSS_SCALE] = 1.0
         if self._plan is not None:
-            control.copy_(self._plan.buckets[0].control)
+            control.copy_(self._plan.blocks[0].control)
         else:
             control[Control.SKIPPED], control[Control.NOISE_STEP] = self._counters
-        for number, bucket in enumerate(plan.buckets):
-            control[Control.NOISE_SEED] = number + len(plan.buckets) * bucket.shard_index
-            bucket.control.copy_(upload(control.clone(), bucket.control.device))
-        plan.replicas = distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
-        plan.fsdp_modules = sharding.fsdp_modules(self._modules)
+        for number, block in enumerate(plan.blocks):
+            control[Control.NOISE_SEED] = number + len(plan.blocks) * block.shard_index
+            block.control.copy_(upload(control.clone(), block.control.device))
+        plan.replicas = ddp.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
+        plan.fsdp_modules = dtensor.fsdp_modules(self._modules)
         plan.model_state = ModelState(self._modules, plan.params, self.backend) if self._modules else None
         self._plan = plan
 
-    def _values(self) -> hyperparameters.Hyperparameters:
-        return hyperparameters.Hyperparameters(
-            self._gam_defaults[self.rho_key], self.rho_prime, self.alpha, self.beta, self.gamma
-        )
+    def _values(self) -> settings.Hyperparameters:
+        return settings.Hyperparameters(self._gam_defaults[self.rho_key], self.rho_prime, self.alpha, self.beta, self.gamma)
 
     @property
     def _sam_rho(self) -> float | None:
@@ -360,10 +350,10 @@ class FusedGAM(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite. Reading it waits for the device."""
-        return int(self._plan.buckets[0].control[Control.SKIPPED]) if self._plan else int(self._counters[0])
+        return int(self._plan.blocks[0].control[Control.SKIPPED]) if self._plan else int(self._counters[0])
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """What the last step saw, as 0-d tensors on the device, without waiting for it; see `gam_fused.diagnostics`.
+        """What the last step saw, as 0-d tensors on the device, without waiting for it; see `gam_fused.step.diagnostics`.
 
         With sharded parameters every rank must call it.
         """
@@ -409,7 +399,7 @@ class FusedGAM(Optimizer):
             check_parameters(self.param_groups)
             checkpoint.complete_groups(self)
             check_groups(self.param_groups, self.rho_key)
-            distributed.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
+            ddp.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
         except (TypeError, ValueError):
             del self.param_groups[number:]
             raise

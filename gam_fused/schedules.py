@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gam_fused.hyperparameters import number
+from gam_fused.checks import number
 
 if TYPE_CHECKING:
     from gam_fused.optimizer import FusedGAM

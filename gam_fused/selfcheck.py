@@ -1,4 +1,4 @@
-"""A short check of one room against `reference`: whole steps of a small network by every method."""
+"""A short check of one backend against `reference`: whole steps of a small network by every method."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import copy
 import torch
 from torch import nn
 
-from gam_fused.hyperparameters import METHODS
 from gam_fused.optimizer import FusedGAM
+from gam_fused.settings import METHODS
 
 STEPS = 5
 
 
-def check_room(backend: str, device: torch.device) -> str:
+def compare_with_reference(backend: str, device: torch.device) -> str:
     """Train a tiny network for a few steps in `backend` and in `reference`, with every method and fused base.
 
     Returns:
         "ok, ..." with the largest relative difference of the weights; "FAILED, ..." when it is beyond rounding; "" when the
-        room does not serve the device.
+        backend does not serve the device.
     """
     worst = 0.0
     for method in METHODS:

@@ -1,4 +1,4 @@
-"""Shapes, dtypes, a problem for the verbs, and the tolerance rule, shared by the tests of all rooms."""
+"""Shapes, dtypes, a problem for the kernels, and the tolerance rule, shared by the tests of all backends."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused import rooms
+from gam_fused import backends
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
-# The rooms that serve CPU tensors, which is where these problems are.
-ROOMS = [
+# The backends that serve CPU tensors, which is where these problems are.
+BACKENDS = [
     name
-    for name, (room, devices) in rooms._ROOMS.items()
-    if name != "reference" and (devices is None or "cpu" in devices) and not room.reason()
+    for name, (backend, devices) in backends._BACKENDS.items()
+    if name != "reference" and (devices is None or "cpu" in devices) and not backend.reason()
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -35,12 +35,12 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-EXTRA_ROOMS: dict[str, Any] = {}  # rooms that only tests have
+EXTRA_BACKENDS: dict[str, Any] = {}  # backends that only tests have
 
 
-def get_room(name: str) -> Any:
-    """The room `name`: what has the verbs."""
-    return EXTRA_ROOMS[name] if name in EXTRA_ROOMS else rooms._ROOMS[name][0]
+def get_backend(name: str) -> Any:
+    """The backend `name`: what has the kernels."""
+    return EXTRA_BACKENDS[name] if name in EXTRA_BACKENDS else backends._BACKENDS[name][0]
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
@@ -57,7 +57,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
 
 @dataclass
 class Problem:
-    """Operands of the verbs. The same values in every dtype: rounded to `rounded_to`, then held in `dtype`.
+    """Operands of the kernels. The same values in every dtype: rounded to `rounded_to`, then held in `dtype`.
 
     `missing` leaves gradients out here and there; some tensors get none at all.
     """
@@ -123,9 +123,9 @@ class Problem:
         return partials
 
 
-def run_squared_norm(room, p: Problem, *, y: bool, weight: bool) -> dict:
+def run_squared_norm(backend, p: Problem, *, y: bool, weight: bool) -> dict:
     partials = p.partials[:2]
-    room.squared_norm(
+    backend.squared_norm(
         p.layout,
         p.values(1, gradient=True),
         p.values(2, gradient=True) if y else EMPTY,
@@ -135,20 +135,20 @@ def run_squared_norm(room, p: Problem, *, y: bool, weight: bool) -> dict:
     return {"partials": partials.sum(1)}
 
 
-def run_direction_products(room, p: Problem, *, x1: bool, acc: bool = True) -> dict:
+def run_direction_products(backend, p: Problem, *, x1: bool, acc: bool = True) -> dict:
     partials = p.partials if x1 else p.partials[:2]
     lists = [p.values(1, gradient=True) if x1 else EMPTY, p.values(2, gradient=True)]
-    room.direction_products(
+    backend.direction_products(
         p.layout, *lists, p.values(3, gradient=True, compute=True) if acc else EMPTY, p.coefficients, partials
     )
     return {"partials": partials.sum(1)}
 
 
-def run_perturb(room, p: Problem, *, ascent: int, adaptive: bool = False, total: float = 9.0) -> dict:
+def run_perturb(backend, p: Problem, *, ascent: int, adaptive: bool = False, total: float = 9.0) -> dict:
     """Ascent 0 backs up, 1 starts from the backup with a difference, 2 starts from theta and folds."""
     theta, base, backup, x = p.values(0), p.values(5), p.values(6), p.values(1, gradient=True)
     y, acc = p.values(2, gradient=True), p.values(3, compute=True)
-    room.perturb_(
+    backend.perturb_(
         p.layout,
         theta,
         base if ascent == 1 else EMPTY,
@@ -167,11 +167,18 @@ def run_perturb(room, p: Problem, *, ascent: int, adaptive: bool = False, total:
 
 
 def run_combined_update(
-    room, p: Problem, algorithm: Algorithm, *, x1: bool, totals: tuple[float, ...], state: bool = True, backup: bool = True
+    backend,
+    p: Problem,
+    algorithm: Algorithm,
+    *,
+    x1: bool,
+    totals: tuple[float, ...],
+    state: bool = True,
+    backup: bool = True,
 ) -> dict:
     theta = p.values(0)
     first, second, third = (p.values(7), p.values(8, positive=True), p.values(9, positive=True)) if state else (EMPTY,) * 3
-    room.combined_update_(
+    backend.combined_update_(
         p.layout,
         theta,
         p.values(5) if backup else EMPTY,
@@ -193,12 +200,12 @@ def run_combined_update(
             "control": p.control}  # fmt: skip
 
 
-def run_combine(room, p: Problem, *, x1: bool, totals: tuple[float, ...]) -> dict:
+def run_combine(backend, p: Problem, *, x1: bool, totals: tuple[float, ...]) -> dict:
     """`out` is x3 itself, as the optimizer has it."""
     x3 = p.values(2, gradient=True)
     lists = (x3, p.values(1, gradient=True) if x1 else EMPTY, x3, p.values(3, gradient=True, compute=True))
     partials = p.finished(*[t * p.loss_scale**2 for t in totals])
-    room.combine_(p.layout, *lists, p.coefficients, partials, p.control, p.sums)
+    backend.combine_(p.layout, *lists, p.coefficients, partials, p.control, p.sums)
     return {"out": x3, "direction": p.sums.sum(), "control": p.control}
 
 

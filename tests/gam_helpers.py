@@ -26,9 +26,9 @@ _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def backend_params(names: Sequence[str] = ("reference", "torch", "cpp")) -> list:
-    """The rooms as pytest parameters; one that is not there is skipped with its own reason."""
+    """The backends as pytest parameters; one that is not there is skipped with its own reason."""
     there = gam_fused.available_backends()
-    skip = {name: f"room {name}: {there.get(name, 'unknown to this version')}" for name in names if there.get(name, "?")}
+    skip = {name: f"backend {name}: {there.get(name, 'unknown to this version')}" for name in names if there.get(name, "?")}
     return [pytest.param(n, marks=pytest.mark.skipif(n in skip, reason=skip.get(n, ""))) for n in names]
 
 

@@ -1,4 +1,4 @@
-"""What the GPU tests share: the rooms as parameters, operands of the verbs moved to the GPU."""
+"""What the GPU tests share: the backends as parameters, operands of the kernels moved to the GPU."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-from cases import get_room
+from cases import get_backend
 from torch import Tensor
 
 from gam_fused import available_backends
-from gam_fused.rooms import triton
-from gam_fused.tensor_lists import Layout, TensorList
+from gam_fused.backends import triton
+from gam_fused.backends.tensor_lists import Layout, TensorList
 
 CUDA = torch.device("cuda", 0)
 NO_DEVICE = "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def why_not(room_name: str) -> str:
-    """Why the room cannot run on a GPU here, or ""."""
+def why_not(backend_name: str) -> str:
+    """Why the backend cannot run on a GPU here, or ""."""
     if NO_DEVICE:
         return NO_DEVICE
-    if room_name == "triton" and triton.INTERPRETED:
+    if backend_name == "triton" and triton.INTERPRETED:
         return "TRITON_INTERPRET is set: nothing runs on the GPU"
-    why = available_backends()[room_name]
-    return why and f"room {room_name}: {why}"
+    why = available_backends()[backend_name]
+    return why and f"backend {backend_name}: {why}"
 
 
-def gpu_rooms(*names: str) -> pytest.MarkDecorator:
-    """Parametrises `room_name` over the rooms that serve a GPU; one that is not there is skipped with its own reason."""
+def gpu_backends(*names: str) -> pytest.MarkDecorator:
+    """Parametrises `backend_name` over the backends that serve a GPU; one that is not there is skipped with its reason."""
     names = names or ("cuda", "triton", "torch")
     return pytest.mark.parametrize(
-        "room_name",
+        "backend_name",
         [
             pytest.param(name, marks=pytest.mark.skipif(bool(why_not(name)), reason=why_not(name) or "there"))
             for name in names
@@ -41,22 +41,22 @@ def gpu_rooms(*names: str) -> pytest.MarkDecorator:
 
 
 class OnDevice:
-    """A room for operands on the CPU: they go to the device, and what the verb wrote comes back.
+    """A backend for operands on the CPU: they go to the device, and what the kernel wrote comes back.
 
     Args:
-        room_name: which room.
+        backend_name: which backend.
         device: where it runs.
-        lasting: whether the lists claim to last, so that rooms keep their addresses on the device.
+        lasting: whether the lists claim to last, so that backends keep their addresses on the device.
     """
 
-    def __init__(self, room_name: str, device: torch.device = CUDA, *, lasting: bool = False):
-        self.room, self.device, self.lasting = get_room(room_name), device, lasting
+    def __init__(self, backend_name: str, device: torch.device = CUDA, *, lasting: bool = False):
+        self.backend, self.device, self.lasting = get_backend(backend_name), device, lasting
 
-    def __getattr__(self, verb: str) -> Callable[..., None]:
+    def __getattr__(self, kernel: str) -> Callable[..., None]:
         def call(layout: Layout, *args: Any) -> None:
             copies: dict[int, Tensor] = {}
             there = [self._moved(a, copies) for a in args]
-            getattr(self.room, verb)(layout, *there)
+            getattr(self.backend, kernel)(layout, *there)
             for here, gone in zip(args, there, strict=True):
                 for a, b in zip(_tensors(here), _tensors(gone), strict=True):
                     if a is not None:

@@ -1,4 +1,4 @@
-"""Whole steps in float64 against `float64_gam`, the independent judge: every method, base, option, group option and room."""
+"""Whole steps in float64 against `float64_gam`, which shares no code: methods, bases, options, group options, backends."""
 
 from __future__ import annotations
 

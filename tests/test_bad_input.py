@@ -10,7 +10,7 @@ from gam_helpers import METHODS, batch, closure_of, make, mlp, regression, same,
 from torch import nn
 
 from gam_fused import FusedGAM, FusedSAM
-from gam_fused.hyperparameters import DEFAULTS
+from gam_fused.settings import DEFAULTS
 
 NAN, INF = float("nan"), float("inf")
 HYPERPARAMETERS = [

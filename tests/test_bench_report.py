@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from gam_helpers import tables_are_rectangular
 
+from benchmarks.kernels import KERNELS
 from benchmarks.report import figures, tables
 from benchmarks.report.compare import changes, text
 from benchmarks.report.files import write
 from benchmarks.report.ratios import beyond_passes, ms_per_step, ratio, share_of_yardstick
-from benchmarks.verbs import VERBS
 
 
 def row(*blocks: float, **facts) -> dict:
@@ -141,12 +141,14 @@ def test_the_report_of_a_run_that_was_cut():
 
 def test_the_report_of_a_gpu(tmp_path):
     facts = {"flops": 50, "bytes": 100, "kernels": 1, "copies": 0, "host_ms": 0.02, "elements": 25 * 10**6}
-    verbs = {f"{v}, {room}": row(1.0, verb=v, room=room, **facts) for room in ("cuda", "triton") for v in VERBS}
+    kernels = {
+        f"{v}, {backend}": row(1.0, kernel=v, backend=backend, **facts) for backend in ("cuda", "triton") for v in KERNELS
+    }
     record = run_of()
     record["machine"]["gpu"] = "a GPU"
-    cell = {"yardstick": row(1.0, bytes=100, elements=25 * 10**6), **verbs}
+    cell = {"yardstick": row(1.0, bytes=100, elements=25 * 10**6), **kernels}
     suite = {"cells": {"25000000 elements in 16 tensors, float32, cuda, triton": cell}, "left_out": [], "failed": ""}
-    record["suites"] = {"verbs": suite}
+    record["suites"] = {"kernels": suite}
     write(record, tmp_path / "a-gpu.json")
     assert {p.name for p in tmp_path.iterdir()} == {"a-gpu.json", "a-gpu.md", "a-gpu-roofline.png"}
     document = (tmp_path / "a-gpu.md").read_text()

@@ -17,13 +17,13 @@ from gam_helpers import tables_are_rectangular
 from benchmarks import communication, suites
 from benchmarks.bench_training import GAM, Job, Setting
 from benchmarks.cases import Plan, blocks_of
-from benchmarks.clock import Clock, rooms_on
+from benchmarks.clock import Clock, backends_on
 from benchmarks.contestants import AUTHORS, FOREACH, TORCH_FUSED, TRAFFIC, Implementation, parameters
 from benchmarks.graphed import graphed
+from benchmarks.kernels import KERNELS, Operands
 from benchmarks.networks import BUILDERS, batch, classifier, shapes
 from benchmarks.plugin import NO_TIME
 from benchmarks.suites import SUITES, read_lines, reduced, run_suite
-from benchmarks.verbs import VERBS, Operands
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_every_suite_measures_every_contestant(rehearsal):
 def test_the_report_has_every_table_and_picture(rehearsal):
     (path,) = rehearsal.glob("*.md")
     text = path.read_text()
-    for heading in ("Training steps", "The optimizer alone", "Verbs", "Scaling", "Communication"):
+    for heading in ("Training steps", "The optimizer alone", "Kernels", "Scaling", "Communication"):
         assert f"## {heading}" in text
     assert tables_are_rectangular(text)
     names = {p.name.removeprefix(path.stem) for p in rehearsal.glob("*.png")}
@@ -202,7 +202,7 @@ def test_resnet18_for_small_images_keeps_their_size():
 
 
 @pytest.mark.parametrize(
-    ("verb", "traffic"),
+    ("kernel", "traffic"),
     [
         ("squared_norm", 1),
         ("direction_products", 3),
@@ -215,22 +215,22 @@ def test_resnet18_for_small_images_keeps_their_size():
         ("restore_", 2),
     ],
 )
-def test_bytes_of_verbs_are_those_of_the_design(verb, traffic):
+def test_bytes_of_kernels_are_those_of_the_design(kernel, traffic):
     operands = Operands(1600, 16, torch.float32, CPU)
-    assert operands.moved(VERBS[verb]) == traffic * 4 * 1600
+    assert operands.moved(KERNELS[kernel]) == traffic * 4 * 1600
 
 
 @pytest.mark.parametrize(
-    ("method", "verbs"),
+    ("method", "kernels"),
     [
         ("finite_difference", ("perturb_, third", "squared_norm", "combined_update_, SGD, finite_difference")),
         ("accelerated", ("perturb_, third", "direction_products", "combined_update_, SGD, accelerated")),
     ],
 )
-def test_traffic_of_steps_is_that_of_their_verbs(method, verbs):
+def test_traffic_of_steps_is_that_of_their_kernels(method, kernels):
     begin = ("squared_norm", "perturb_, first", "squared_norm of a difference", "perturb_, second", "squared_norm")
     operands = Operands(1600, 16, torch.float32, CPU)
-    assert sum(operands.moved(VERBS[verb]) for verb in (*begin, *verbs)) == TRAFFIC[method] * 4 * 1600
+    assert sum(operands.moved(KERNELS[kernel]) for kernel in (*begin, *kernels)) == TRAFFIC[method] * 4 * 1600
 
 
 def test_a_graph_keeps_what_it_was_captured_from(monkeypatch):
@@ -263,7 +263,7 @@ METHODS = ("base", "sam", "finite_difference", "accelerated")
 STEPS = [
     Implementation("AdamW", method, by)
     for method in METHODS
-    for by in ((TORCH_FUSED,) if method == "base" else (AUTHORS, FOREACH, *rooms_on(CPU)))
+    for by in ((TORCH_FUSED,) if method == "base" else (AUTHORS, FOREACH, *backends_on(CPU)))
     if (method, by) != ("finite_difference", AUTHORS)  # the authors published no code for it
 ]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gam_fused import FusedGAM
-from gam_fused.model_state import ModelState
+from gam_fused.transaction.model_state import ModelState
 
 
 class Assigned(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from gam_helpers import METHODS, batch, make, mixed_net, same, weights
 from torch._dynamo.utils import counters
 
+from gam_fused.backends import cpp
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control
-from gam_fused.rooms import cpp
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
 BACKENDS = ["eager", "aot_eager"]  # inductor takes most of a minute on a CPU; it runs on the GPU
 
@@ -109,7 +109,7 @@ def test_inductor_on_a_gpu(method, options):
 
 
 def arithmetic(layout, theta, backup, g0, g1, steps, coefficients, control, partials, sums):
-    """A step of SAM from its two gradients: every verb that takes part, and the two that do not."""
+    """A step of SAM from its two gradients: every kernel that takes part, and the two that do not."""
     theta, backup, g0, g1, steps = (TensorList(lst) for lst in (theta, backup, g0, g1, steps))
     cpp.squared_norm(layout, g0, EMPTY, EMPTY, partials[:2])
     cpp.perturb_(layout, theta, EMPTY, g0, EMPTY, EMPTY, backup, coefficients, partials[:2], control, sums, 0, False)

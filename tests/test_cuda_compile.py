@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100")
-VERBS = ("squared_norm", "direction_products", "perturb", "combine", "restore", "combined_update")
+KERNELS = ("squared_norm", "direction_products", "perturb", "combine", "restore", "combined_update")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
@@ -35,19 +35,19 @@ def flags() -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, str]]:
-    """(verb, architecture) -> object file and what ptxas printed."""
+    """(kernel, architecture) -> object file and what ptxas printed."""
     folder = tmp_path_factory.mktemp("cuda")
 
     def build(job: tuple[str, str]) -> tuple[Path, str]:
-        verb, architecture = job
-        target = folder / f"{verb}-{architecture}.o"
+        kernel, architecture = job
+        target = folder / f"{kernel}-{architecture}.o"
         command = [NVCC, *flags(), "-DGAM_MANY_WORDS", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        command += ["-Xptxas", "-v", "-c", str(ROOT / "csrc" / "cuda" / f"{verb}.cu"), "-o", str(target)]
+        command += ["-Xptxas", "-v", "-c", str(ROOT / "csrc" / "cuda" / f"{kernel}.cu"), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return target, done.stderr
 
-    jobs = [(verb, architecture) for verb in reversed(VERBS) for architecture in ARCHITECTURES]
+    jobs = [(kernel, architecture) for kernel in reversed(KERNELS) for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(jobs, pool.map(build, jobs), strict=True))
 
@@ -62,13 +62,13 @@ def kernels(printed: str) -> list[tuple[str, int, int, int]]:
     return [(name, int(registers), int(stack), int(out) + int(back)) for name, stack, out, back, registers in found]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_registers_and_spills(compiled, verb):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_registers_and_spills(compiled, kernel):
     for architecture in ARCHITECTURES:
-        found = kernels(compiled[verb, architecture][1])
+        found = kernels(compiled[kernel, architecture][1])
         assert len(found) >= 8, "four dtypes, two sizes of argument block"
         for name, registers, stack, spilled in found:
-            double_adam = verb == "combined_update" and "IdLi1E" in name  # combined_update<double, 1, ...>
+            double_adam = kernel == "combined_update" and "IdLi1E" in name  # combined_update<double, 1, ...>
             assert stack == spilled == 0, f"sm_{architecture}: {name} spills"
             assert registers <= (128 if double_adam else 64), f"sm_{architecture}: {name} takes {registers} registers"
 
@@ -81,17 +81,17 @@ def cuobjdump() -> str | None:
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither of a CUDA toolkit nor in the triton package")
-@pytest.mark.parametrize("verb", VERBS)
-def test_loops_move_16_bytes_at_a_time(compiled, verb):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_loops_move_16_bytes_at_a_time(compiled, kernel):
     tools = {**os.environ, "PATH": f"{Path(cuobjdump()).parent}:{os.environ['PATH']}"}
     for architecture in ARCHITECTURES:
-        command = [cuobjdump(), "-sass", str(compiled[verb, architecture][0])]
+        command = [cuobjdump(), "-sass", str(compiled[kernel, architecture][0])]
         sass = subprocess.run(command, capture_output=True, text=True, check=True, env=tools).stdout
         functions = sass.split("Function : ")[1:]
         assert len(functions) >= 8
         for function in functions:
             name = function.split("\n", 1)[0]
             assert re.search(r"LDG\.E\.128", function), f"sm_{architecture}: {name} has no 16-byte load"
-            if verb not in ("squared_norm", "direction_products"):
+            if kernel not in ("squared_norm", "direction_products"):
                 assert re.search(r"STG\.E\.(128|64\.STRONG)", function), f"sm_{architecture}: {name} has no wide store"
             assert not re.search(r"\b(LDL|STL)\b", function), f"sm_{architecture}: {name} uses local memory"

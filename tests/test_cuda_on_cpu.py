@@ -1,4 +1,4 @@
-"""The CUDA kernels themselves, run on the CPU, against the reference: every verb, dtype and awkward shape.
+"""The CUDA kernels themselves, run on the CPU, against the reference: every kernel, dtype and awkward shape.
 
 GAM_FUSED_SANITIZED=1 builds them with the address and undefined-behaviour sanitizers; `test_under_sanitizers` runs this
 file that way.
@@ -19,12 +19,12 @@ import torch
 from cases import DTYPES, SHAPES, Problem, assert_same_bits
 from gam_helpers import METHODS
 from test_against_float64 import test_groups as groups_follow_float64
-from test_verbs import ADAM, SGD, TWO, VERBS, check
+from test_kernels import ADAM, KERNELS, SGD, TWO, check
 
-from gam_fused import rooms
+from gam_fused import backends
+from gam_fused.backends import reference
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
-from gam_fused.rooms import reference
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
 pytestmark = [
     pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built"),
@@ -35,23 +35,23 @@ NAME = "cuda on cpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def room():
-    cases.EXTRA_ROOMS[NAME] = cuda_on_cpu.room(sanitized=SANITIZED)
-    return cases.EXTRA_ROOMS[NAME]
+def backend():
+    cases.EXTRA_BACKENDS[NAME] = cuda_on_cpu.backend(sanitized=SANITIZED)
+    return cases.EXTRA_BACKENDS[NAME]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in SHAPES if kind != "many chunks"])
-def test_verbs_on_awkward_shapes(kind, dtype):
-    for verb in VERBS:
-        check(NAME, verb, kind, dtype)
+def test_kernels_on_awkward_shapes(kind, dtype):
+    for kernel in KERNELS:
+        check(NAME, kernel, kind, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_options_of_the_verbs(dtype):
+def test_options_of_the_kernels(dtype):
     for options in ({"loss_scale": 1024.0}, {"max_norm": 0.5}, {"missing": False}):
-        for verb in VERBS:
-            check(NAME, verb, "chunk edges", dtype, **options)
+        for kernel in KERNELS:
+            check(NAME, kernel, "chunk edges", dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,10 +63,10 @@ def test_base_optimizers(steps, dtype):
         check(NAME, "adam", "chunk edges", dtype, flags=flags, steps_so_far=steps)
 
 
-def test_several_chunks(room):
+def test_several_chunks(backend):
     """Sums of chunks that other blocks took, and the last block's count of steps."""
-    for verb in VERBS:
-        check(NAME, verb, "many chunks", torch.float32)
+    for kernel in KERNELS:
+        check(NAME, kernel, "many chunks", torch.float32)
 
 
 def test_perturbed_bits_are_those_of_the_reference():
@@ -74,7 +74,7 @@ def test_perturbed_bits_are_those_of_the_reference():
     for dtype in (torch.bfloat16, torch.float16):
         for kind in ("chunk edges", "misaligned", "channels_last"):
             results = [
-                cases.run_perturb(cases.get_room(name), Problem(kind, dtype, dtype), ascent=1)
+                cases.run_perturb(cases.get_backend(name), Problem(kind, dtype, dtype), ascent=1)
                 for name in (NAME, "reference")
             ]
             differs = [
@@ -86,12 +86,12 @@ def test_perturbed_bits_are_those_of_the_reference():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("algorithm", [SGD, ADAM])
-def test_not_finite(room, algorithm, bad):
+def test_not_finite(backend, algorithm, bad):
     problem = Problem("chunk edges", torch.bfloat16, torch.bfloat16, flags=Flag.AMSGRAD, steps_so_far=3.0)
-    ascent = cases.run_perturb(room, problem, ascent=1, total=bad)
+    ascent = cases.run_perturb(backend, problem, ascent=1, total=bad)
     assert_same_bits({"theta": ascent["theta"]}, {"theta": problem.values(5)})
     assert ascent["control"][Control.FOUND_INF] == 1
-    result = cases.run_combined_update(room, problem, algorithm, x1=False, totals=(bad, 1.0))
+    result = cases.run_combined_update(backend, problem, algorithm, x1=False, totals=(bad, 1.0))
     untouched = {"theta": problem.values(5), "first": problem.values(7), "second": problem.values(8, positive=True)}
     assert_same_bits(result, untouched)
     assert {float(s) for s in result["steps"].tensors} == {3.0}
@@ -120,28 +120,28 @@ def many(count: int, size: int, dtype: torch.dtype) -> tuple[Layout, list[Tensor
 
 
 @pytest.mark.parametrize("count", [500, 3000])
-def test_more_tensors_than_an_argument_block_holds(room, count):
+def test_more_tensors_than_an_argument_block_holds(backend, count):
     """440 words travel in a small block, 4,000 in a large one, and more in several launches."""
     layout, (theta, x, y) = many(count, 3, torch.float32)
     sums = [torch.zeros(2, layout.chunks, dtype=torch.float64) for _ in range(2)]
-    for judge, partials in zip((room, reference), sums, strict=True):
+    for judge, partials in zip((backend, reference), sums, strict=True):
         judge.squared_norm(layout, x, y, theta, partials)
     torch.testing.assert_close(sums[0].sum(1), sums[1].sum(1), rtol=1e-6, atol=0)
-    room.restore_(layout, theta, x)
+    backend.restore_(layout, theta, x)
     assert all(torch.equal(a, b) for a, b in zip(theta.tensors, x.tensors, strict=True))
 
 
-def test_list_overload_sends_the_layout_along(room):
+def test_list_overload_sends_the_layout_along(backend):
     """Without a map the layout travels in the words: the same result."""
     problem = Problem("empty tensors", torch.float32, torch.float32)
     x, expected, partials = problem.values(1), problem.partials[:2].clone(), problem.partials[:2]
-    room.squared_norm(problem.layout, x, EMPTY, EMPTY, expected)
+    backend.squared_norm(problem.layout, x, EMPTY, EMPTY, expected)
     head = (problem.layout.table, torch.empty(0, dtype=torch.int64), problem.layout.chunk, 0)
-    room._ops.squared_norm.default(*head, x.operands, [], [], partials)
+    backend._ops.squared_norm.default(*head, x.operands, [], [], partials)
     assert torch.equal(partials, expected)
 
 
-def test_chunks_of_one_tensor_see_the_same_step(room):
+def test_chunks_of_one_tensor_see_the_same_step(backend):
     """Steps are counted by the block that finishes last: a block that counted at once would show the next one step + 1."""
     layout = Layout([3 * 4096], [0], [True])
     problem = Problem("one element", torch.float32, torch.float32)
@@ -151,35 +151,35 @@ def test_chunks_of_one_tensor_see_the_same_step(room):
     coefficients[0, Column.WEIGHT_DECAY] = 0.0
     sums = torch.zeros(layout.chunks, dtype=torch.float64)
     tail = (coefficients, problem.finished(*TWO), problem.control, sums, Algorithm.ADAM)
-    room.combined_update_(layout, theta, EMPTY, EMPTY, gradient, EMPTY, *state, EMPTY, steps, *tail)
+    backend.combined_update_(layout, theta, EMPTY, EMPTY, gradient, EMPTY, *state, EMPTY, steps, *tail)
     assert theta.tensors[0].unique().numel() == 1
     assert steps.tensors[0] == 1
 
 
-def test_a_removed_barrier_is_seen(room):
+def test_a_removed_barrier_is_seen(backend):
     """That this way of testing can fail: without __syncthreads a block sums what was written for the block before."""
 
     def sums_of_chunks():
         problem = Problem("chunk edges", torch.float32, torch.float32)
-        cases.run_perturb(room, problem, ascent=0)
+        cases.run_perturb(backend, problem, ascent=0)
         return problem.sums
 
     right = sums_of_chunks()
-    room.drop_block_barriers(True)
+    backend.drop_block_barriers(True)
     try:
         wrong = sums_of_chunks()
     finally:
-        room.drop_block_barriers(False)
+        backend.drop_block_barriers(False)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(wrong, right)
 
 
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adamw-amsgrad"])
 @pytest.mark.parametrize("method", METHODS)
-def test_whole_steps(monkeypatch, room, method, base):
+def test_whole_steps(monkeypatch, backend, method, base):
     """Steps of all methods, in three groups, follow the independent float64 implementation."""
-    monkeypatch.setitem(rooms._ROOMS, NAME, (room, ("cpu",)))
-    monkeypatch.setattr(rooms, "BACKENDS", (*rooms.BACKENDS, NAME))
+    monkeypatch.setitem(backends._BACKENDS, NAME, (backend, ("cpu",)))
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, NAME))
     for options in ({}, {"adaptive": True}, {"max_grad_norm": 0.05}):
         groups_follow_float64(method, base, options, NAME)
 
@@ -207,10 +207,10 @@ def test_under_sanitizers():
 def test_sanitizers_see_an_access_out_of_bounds():
     """A layout that promises one element more than the tensor has."""
     code = (
-        "import torch, cuda_on_cpu; from gam_fused.tensor_lists import EMPTY, Layout, TensorList\n"
-        "room = cuda_on_cpu.room(sanitized=True); layout = Layout([1001], [0], [True])\n"
+        "import torch, cuda_on_cpu; from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList\n"
+        "backend = cuda_on_cpu.backend(sanitized=True); layout = Layout([1001], [0], [True])\n"
         "x = TensorList([torch.ones(1000)])\n"
-        "room.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))"
+        "backend.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))"
     )
     runtime = subprocess.run(
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

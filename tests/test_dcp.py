@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
+from gam_fused.parallel.dtensor import local
 from gam_fused.schedules import ProportionalRho
-from gam_fused.sharding import local
 
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),

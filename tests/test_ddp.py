@@ -98,7 +98,7 @@ def test_replicas_stay_bit_identical(mode, views):
 def _full_batch(rank, backend, views):
     """Global mode on half batches against one process on the whole batch; every method, base and option that has norms.
 
-    With views, DDP's buckets hold the gradients, and the next pass overwrites them.
+    With views, DDP's blocks hold the gradients, and the next pass overwrites them.
     """
     x, y = batch(dtype=torch.float64)
     half, ddp = shard_of(rank, x, y), {"gradient_as_bucket_view": views}
@@ -305,18 +305,18 @@ def _communication(rank):
     for mode in MODES:
         for method in METHODS:
             model, optimizer = build(mlp(), mode, method)
-            buckets = []
+            blocks = []
 
-            def hook(state, bucket, buckets=buckets):
-                buckets.append(bucket.index())
-                return allreduce_hook(state, bucket)
+            def hook(state, block, blocks=blocks):
+                blocks.append(block.index())
+                return allreduce_hook(state, block)
 
             model.register_comm_hook(None, hook)
             optimizer.step(regression(model, x, y))
-            buckets.clear()
+            blocks.clear()
             with unittest.mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spy:
                 optimizer.step(regression(model, x, y))
-            counts[mode, method] = (len(buckets), spy.call_count - len(buckets))  # the hook calls it too
+            counts[mode, method] = (len(blocks), spy.call_count - len(blocks))  # the hook calls it too
     return counts
 
 

@@ -1,4 +1,4 @@
-"""torch.set_default_device is the user's: what rooms make for themselves lies where they need it."""
+"""torch.set_default_device is the user's: what backends make for themselves lies where they need it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ROOMS, Problem, assert_same_bits, get_room
-from test_verbs import VERBS
+from cases import BACKENDS, Problem, assert_same_bits, get_backend
+from test_kernels import KERNELS
 from torch.utils._device import _device_constructors
 
-from gam_fused.tensor_lists import EMPTY, TensorList
+from gam_fused.backends.tensor_lists import EMPTY, TensorList
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*(ROOT / "gam_fused" / "rooms").glob("*.py"), ROOT / "gam_fused" / "rounding.py", ROOT / "gam_fused" / "ops.py"]
+SOURCES = [*(ROOT / "gam_fused" / "backends").rglob("*.py")]
 SOURCES += (ROOT / "triton_kernels").glob("*.py")
 # What torch.utils._device makes on the default device where no device is named.
 MAKERS = {f.__name__ for f in _device_constructors()}
@@ -32,10 +32,10 @@ def test_every_new_tensor_names_its_device(source):
 
 
 class Recorder:
-    """A room that only notes the call."""
+    """A backend that only notes the call."""
 
-    def __getattr__(self, verb):
-        return lambda *arguments: self.calls.append((verb, arguments))
+    def __getattr__(self, kernel):
+        return lambda *arguments: self.calls.append((kernel, arguments))
 
     def __init__(self):
         self.calls: list[tuple] = []
@@ -49,21 +49,21 @@ def written(arguments: tuple) -> dict:
     }
 
 
-@pytest.mark.parametrize("room_name", [*ROOMS, "reference"])
+@pytest.mark.parametrize("backend_name", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("device", ["meta", "cuda:99"])
-@pytest.mark.parametrize("verb", VERBS)
-def test_verbs_do_not_ask_for_it(room_name, device, verb):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_do_not_ask_for_it(backend_name, device, kernel):
     results = []
     for context in (torch.device("cpu"), torch.device(device)):
         recorder = Recorder()
-        VERBS[verb](recorder, Problem("empty tensors", torch.bfloat16, torch.bfloat16))
+        KERNELS[kernel](recorder, Problem("empty tensors", torch.bfloat16, torch.bfloat16))
         ((name, arguments),) = recorder.calls
-        # not the room's: made before, and kept
+        # not the backend's: made before, and kept
         arguments[0].on(torch.device("cpu"))
         for lst in (EMPTY, *(a for a in arguments if isinstance(a, TensorList))):
             assert lst.addresses.device.type == "cpu"
         with context:
-            getattr(get_room(room_name), name)(*arguments)
+            getattr(get_backend(backend_name), name)(*arguments)
         results.append(written(arguments))
     assert_same_bits(*results)
 
@@ -71,7 +71,7 @@ def test_verbs_do_not_ask_for_it(room_name, device, verb):
 def test_imported_under_another_default_device():
     code = (
         "import torch; torch.set_default_device('meta')\n"
-        "from gam_fused.rooms import compiled, cpp\n"
+        "from gam_fused.backends import compiled, cpp\n"
         "assert compiled._NO_MAP.device.type == 'cpu'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

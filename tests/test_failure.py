@@ -22,7 +22,7 @@ from gam_helpers import (
     weights,
 )
 
-from gam_fused.rooms import foreach
+from gam_fused.backends import foreach
 
 BASES = {
     "sgd": (torch.optim.SGD, {"dampening": 0.5, "momentum": 0.9}),

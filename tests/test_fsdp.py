@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
-from gam_fused.sharding import local
+from gam_fused.parallel.dtensor import local
 
 METHODS = ("sam", "finite_difference", "accelerated")
 BASES = {

@@ -12,14 +12,14 @@ import pytest
 import torch
 from cases import Problem, assert_same_bits
 from on_gpu import OnDevice
-from test_verbs import VERBS, reference
+from test_kernels import KERNELS, reference
 
 from benchmarks.gpu import pytest_report
 from benchmarks.gpu.__main__ import NO_DEVICE, stages
 from benchmarks.gpu.record import Record, Stage, read_json
 
 ROOT = Path(__file__).parents[1]
-SUITES = ("verbs", "optimizer", "training")
+SUITES = ("kernels", "optimizer", "training")
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,12 @@ def test_outcomes_of_pytest(tmp_path):
     assert found["skips"] == {"Skipped: no such device": ["test_some.py::test_absent"]}
 
 
-def test_every_verb_for_the_sanitizers():
-    """The script that compute-sanitizer watches, in a room that runs here."""
-    command = [sys.executable, "tests/every_verb.py", "--room", "torch", "--device", "cpu", "--kinds", "misaligned"]
+def test_every_kernel_for_the_sanitizers():
+    """The script that compute-sanitizer watches, in a backend that runs here."""
+    command = [sys.executable, "tests/every_kernel.py", "--backend", "torch", "--device", "cpu", "--kinds", "misaligned"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "16 verbs, 1 kinds of shapes, 4 dtypes: done" in done.stdout
+    assert "16 kernels, 1 kinds of shapes, 4 dtypes: done" in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["misaligned", "transposed", "channels_last", "empty tensors", "0-dim"])
@@ -124,7 +124,7 @@ def test_operands_go_to_the_device_as_they_lie_in_memory(kind, monkeypatch):
     there = OnDevice("reference", torch.device("cpu"))
     copy = there._copy
     monkeypatch.setattr(there, "_copy", lambda t: moved.append((t, copy(t))) or moved[-1][1])
-    for run in VERBS.values():
+    for run in KERNELS.values():
         direct = run(reference, Problem(kind, torch.float32, torch.float32))
         assert_same_bits(run(there, Problem(kind, torch.float32, torch.float32)), direct)
     for here, gone in moved:

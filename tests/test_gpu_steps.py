@@ -1,4 +1,4 @@
-"""Whole steps of every room on a GPU: against the reference, kernels and memory per step, no waiting, loss scaling."""
+"""Whole steps of every backend on a GPU: against the reference, kernels and memory per step, no waiting, loss scaling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gam_helpers import SETTINGS, batch, bits, close, make, mlp, regression, trainer
-from on_gpu import CUDA, gpu_rooms
+from on_gpu import CUDA, gpu_backends
 from torch import Tensor
 
 from benchmarks.clock import launched
@@ -26,19 +26,19 @@ BASES: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
-def on_gpu(method: str, room_name: str, base: type = torch.optim.SGD, dtype=torch.float32, device=CUDA, **options):
+def on_gpu(method: str, backend_name: str, base: type = torch.optim.SGD, dtype=torch.float32, device=CUDA, **options):
     """A small network on the device, its optimizer and closure."""
     model = mlp(dtype).to(device)
     x, y = (t.to(device) for t in batch(dtype=dtype))
-    return model, *trainer(method, model, regression(model, x, y), base, backend=room_name, **options)
+    return model, *trainer(method, model, regression(model, x, y), base, backend=backend_name, **options)
 
 
-@gpu_rooms()
+@gpu_backends()
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", SETTINGS)
-def test_whole_steps_equal_the_reference(room_name, method, base):
+def test_whole_steps_equal_the_reference(backend_name, method, base):
     results = []
-    for name in (room_name, "reference"):
+    for name in (backend_name, "reference"):
         model, optimizer, closure = on_gpu(method, name, BASES[base][0], torch.float64, max_grad_norm=0.5, **BASES[base][1])
         for _ in range(5):
             optimizer.step(closure)
@@ -46,12 +46,12 @@ def test_whole_steps_equal_the_reference(room_name, method, base):
     close(*results, tolerance=1e-9)
 
 
-@gpu_rooms()
+@gpu_backends()
 @pytest.mark.parametrize("method", ["sam", "finite_difference", "accelerated"])
-def test_the_same_bits_in_every_run(room_name, method):
+def test_the_same_bits_in_every_run(backend_name, method):
     runs = []
     for _ in range(2):
-        model, optimizer, closure = on_gpu(method, room_name, torch.optim.AdamW)
+        model, optimizer, closure = on_gpu(method, backend_name, torch.optim.AdamW)
         for _ in range(5):
             optimizer.step(closure)
         runs.append([bits(p) for p in model.parameters()])
@@ -85,32 +85,32 @@ def launched_by_a_step(problem: Prepared, optimizer: FusedGAM) -> dict[str, list
     return launched(lambda: optimizer.step(problem.closure))
 
 
-@gpu_rooms("cuda", "triton")
+@gpu_backends("cuda", "triton")
 @pytest.mark.parametrize(("method", "kernels"), [("sam", 4), ("finite_difference", 8), ("accelerated", 8)])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_kernels_per_step(room_name, method, kernels, base):
+def test_kernels_per_step(backend_name, method, kernels, base):
     problem = Prepared({torch.float32: 400})
     kind, options = BASES[base]
-    seen = launched_by_a_step(problem, make(problem.params, kind, method, backend=room_name, **options))["kernel"]
+    seen = launched_by_a_step(problem, make(problem.params, kind, method, backend=backend_name, **options))["kernel"]
     assert 0 < len(seen) <= kernels, seen
 
 
-@gpu_rooms("cuda", "triton")
-def test_kernels_per_step_of_two_dtypes(room_name):
-    """Two lists for every verb, which is twice the kernels."""
+@gpu_backends("cuda", "triton")
+def test_kernels_per_step_of_two_dtypes(backend_name):
+    """Two lists for every kernel, which is twice the kernels."""
     problem = Prepared({torch.float32: 200, torch.float64: 200})
-    seen = launched_by_a_step(problem, make(problem.params, backend=room_name))["kernel"]
+    seen = launched_by_a_step(problem, make(problem.params, backend=backend_name))["kernel"]
     assert 0 < len(seen) <= 16, seen
 
 
-@gpu_rooms("cuda", "triton")
+@gpu_backends("cuda", "triton")
 @pytest.mark.parametrize(("method", "scratch"), [("sam", 1), ("finite_difference", 2), ("accelerated", 3)])
-def test_scratch_is_what_the_design_says(room_name, method, scratch):
+def test_scratch_is_what_the_design_says(backend_name, method, scratch):
     """The largest allocation of a first step beyond plain SGD-momentum's gradient and momentum, in copies of the model."""
     count = 1 << 23
     parameter = torch.nn.Parameter(torch.randn(count, device=CUDA))
     factor = torch.rand(count, device=CUDA)
-    optimizer = FusedGAM([parameter], torch.optim.SGD, lr=0.1, momentum=0.9, method=method, backend=room_name)
+    optimizer = FusedGAM([parameter], torch.optim.SGD, lr=0.1, momentum=0.9, method=method, backend=backend_name)
 
     def closure() -> float:
         parameter.grad = factor * parameter.detach()
@@ -127,14 +127,14 @@ def test_scratch_is_what_the_design_says(room_name, method, scratch):
     assert (torch.cuda.max_memory_allocated() - before) / (4 * count) == pytest.approx(2 + scratch, abs=0.1)
 
 
-@gpu_rooms()
+@gpu_backends()
 @pytest.mark.parametrize("method", ["sam", "finite_difference", "accelerated"])
 @pytest.mark.parametrize("kind_of_lr", ["number", "tensor"])
-def test_a_step_never_waits_for_the_device(room_name, method, kind_of_lr):
+def test_a_step_never_waits_for_the_device(backend_name, method, kind_of_lr):
     """Schedules of lr and rho, skipped steps and a loss scale included."""
     lr = 0.1 if kind_of_lr == "number" else torch.tensor(0.1, device=CUDA)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
-    model, optimizer, _ = on_gpu(method, room_name, torch.optim.AdamW, lr=lr, grad_scaler=scaler)
+    model, optimizer, _ = on_gpu(method, backend_name, torch.optim.AdamW, lr=lr, grad_scaler=scaler)
     x, y = (t.to(CUDA) for t in batch())
     factor = torch.ones((), device=CUDA)
 
@@ -162,11 +162,11 @@ def test_a_step_never_waits_for_the_device(room_name, method, kind_of_lr):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@gpu_rooms()
-def test_float16_with_a_scaler(room_name):
+@gpu_backends()
+def test_float16_with_a_scaler(backend_name):
     """A scale too large skips the step, bit for bit; the scaler lowers it; then steps are those of the reference."""
     results = []
-    for name in (room_name, "reference"):
+    for name in (backend_name, "reference"):
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60, backoff_factor=2.0**-52)
         model, optimizer, _ = on_gpu("finite_difference", name, grad_scaler=scaler)
         x, y = (t.to(CUDA) for t in batch())
@@ -194,11 +194,11 @@ def test_float16_with_a_scaler(room_name):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@gpu_rooms()
-def test_parameters_on_another_device_than_the_current_one(room_name):
+@gpu_backends()
+def test_parameters_on_another_device_than_the_current_one(backend_name):
     results = []
     for device in (CUDA, torch.device("cuda", 1)):
-        model, optimizer, closure = on_gpu("accelerated", room_name, device=device)
+        model, optimizer, closure = on_gpu("accelerated", backend_name, device=device)
         for _ in range(3):
             optimizer.step(closure)
         results.append([p.detach().cpu().double() for p in model.parameters()])

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gam_fused
 from gam_fused.graphs import _check_same_kind, capture_step
-from gam_fused.preserve import Preserved
+from gam_fused.graphs.preserve import Preserved
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, ROOMS, get_room
+from cases import BACKENDS, DTYPES, get_backend
 from float64_gam import Gam64
 from gam_helpers import METHODS, make
 from test_rounding import tables
 
+from gam_fused.backends import foreach_lists
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Flag
-from gam_fused.rooms import foreach_lists
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-room_names = pytest.mark.parametrize("room_name", [*ROOMS, "reference"])
+backend_names = pytest.mark.parametrize("backend_name", [*BACKENDS, "reference"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -41,10 +41,10 @@ UPDATES = {
 
 
 class Pair:
-    """The verb `combined_update_` and torch's optimizer, whose numbers are rounded to storage after each step."""
+    """The kernel `combined_update_` and torch's optimizer, whose numbers are rounded to storage after each step."""
 
-    def __init__(self, room_name: str, kind: type, options: dict, dtype: torch.dtype):
-        self.room, self.dtype, adam = get_room(room_name), dtype, kind is not SGD
+    def __init__(self, backend_name: str, kind: type, options: dict, dtype: torch.dtype):
+        self.backend, self.dtype, adam = get_backend(backend_name), dtype, kind is not SGD
         self.compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.judge = torch.nn.Parameter(weights(dtype).to(self.compute))
         self.optimizer = kind([self.judge], lr=options.pop("lr", 0.125), **options)
@@ -68,7 +68,7 @@ class Pair:
         layout, sums = Layout([size], [0], [True]), torch.zeros(1, dtype=torch.float64)
         lists = (self.theta, EMPTY, EMPTY, TensorList([gradient]), EMPTY, *self.state, self.steps)
         partials = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-        self.room.combined_update_(layout, *lists, self.coefficients, partials, self.control, sums, self.algorithm)
+        self.backend.combined_update_(layout, *lists, self.coefficients, partials, self.control, sums, self.algorithm)
         self.judge.grad = gradient.to(self.compute)
         self.optimizer.step()
         for kept in (self.judge.data, *self.optimizer.state[self.judge].values()):
@@ -85,13 +85,13 @@ class Pair:
             torch.testing.assert_close(a.to(self.compute), b, rtol=4 * eps, atol=4 * eps, equal_nan=True)
 
 
-@room_names
+@backend_names
 @dtypes
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 @pytest.mark.parametrize("update", UPDATES)
-def test_updates_are_torchs(room_name, update, weight_decay, dtype):
+def test_updates_are_torchs(backend_name, update, weight_decay, dtype):
     kind, options = UPDATES[update]
-    pair = Pair(room_name, kind, {**options, "weight_decay": weight_decay}, dtype)
+    pair = Pair(backend_name, kind, {**options, "weight_decay": weight_decay}, dtype)
     for _ in range(3):
         pair.step()
         pair.check()
@@ -108,71 +108,71 @@ def test_updates_are_torchs_where_the_host_reads_no_scalars(monkeypatch, update)
     test_lr_0_moves_nothing("torch", update, torch.float32)
 
 
-@room_names
+@backend_names
 @dtypes
 @pytest.mark.parametrize("update", UPDATES)
-def test_lr_0_moves_nothing(room_name, update, dtype):
+def test_lr_0_moves_nothing(backend_name, update, dtype):
     kind, options = UPDATES[update]
-    pair = Pair(room_name, kind, {**options, "weight_decay": 0.01, "lr": 0.0}, dtype)
+    pair = Pair(backend_name, kind, {**options, "weight_decay": 0.01, "lr": 0.0}, dtype)
     for _ in range(2):
         pair.step()
     assert torch.equal(pair.theta.tensors[0], weights(dtype))
 
 
-def perturb(room_name: str, theta, x, y=None, *, base=None, total=1.0, radius=0.125, adaptive=False) -> float:
+def perturb(backend_name: str, theta, x, y=None, *, base=None, total=1.0, radius=0.125, adaptive=False) -> float:
     """theta <- base + radius * (x - y) / sqrt(total), without xi. Returns the realised length, squared."""
     layout, (coefficients, control) = Layout([theta.numel()], [0], [True]), tables(RADIUS_1=radius)
     partials, realised = torch.tensor([[total], [0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     lists = [EMPTY if t is None else TensorList([t]) for t in (theta, base, x, y)]
-    get_room(room_name).perturb_(layout, *lists, EMPTY, EMPTY, coefficients, partials, control, realised, 1, adaptive)
+    get_backend(backend_name).perturb_(layout, *lists, EMPTY, EMPTY, coefficients, partials, control, realised, 1, adaptive)
     return realised.item()
 
 
-@room_names
+@backend_names
 @dtypes
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("from_base", [False, True])
-def test_ascents_leave_what_has_no_gradient(room_name, from_base, adaptive, dtype):
+def test_ascents_leave_what_has_no_gradient(backend_name, from_base, adaptive, dtype):
     base, theta, ordinary = weights(dtype), weights(dtype), torch.arange(63) % 7
     ordinary = (ordinary < 2) | (ordinary == 6)
     start = base if from_base else None
-    realised = perturb(room_name, theta, gradients(dtype), gradients(dtype) * 0, base=start, adaptive=adaptive)
+    realised = perturb(backend_name, theta, gradients(dtype), gradients(dtype) * 0, base=start, adaptive=adaptive)
     assert torch.equal(theta[~ordinary], base[~ordinary])
     assert not torch.equal(theta[ordinary], base[ordinary])
     assert realised == pytest.approx((theta[ordinary].double() - base[ordinary].double()).square().sum().item(), rel=1e-5)
 
 
-@room_names
+@backend_names
 @dtypes
 @pytest.mark.parametrize("radius", [0.125, 0.0])
-def test_nothing_moves_along_a_zero_gradient_without_xi(room_name, radius, dtype):
+def test_nothing_moves_along_a_zero_gradient_without_xi(backend_name, radius, dtype):
     """|x| + xi = 0: neither radius / 0 nor 0 / 0 reaches a weight."""
     theta = weights(dtype)
-    assert perturb(room_name, theta, gradients(dtype), gradients(dtype), total=0.0, radius=radius) == 0
+    assert perturb(backend_name, theta, gradients(dtype), gradients(dtype), total=0.0, radius=radius) == 0
     assert torch.equal(theta, weights(dtype))
 
 
-@room_names
-def test_gradients_close_to_zero_leave_elements_without_gradient(room_name):
+@backend_names
+def test_gradients_close_to_zero_leave_elements_without_gradient(backend_name):
     """A scale that float32 could not hold, times 0."""
     theta, tiny = weights(torch.float32), gradients(torch.float32) * 1e-44
-    perturb(room_name, theta, tiny, total=tiny.double().square().sum().item())
+    perturb(backend_name, theta, tiny, total=tiny.double().square().sum().item())
     assert torch.equal(theta[3::7], weights(torch.float32)[3::7])
     assert theta[::7].isfinite().all()
 
 
-@room_names
+@backend_names
 @dtypes
 @pytest.mark.parametrize("difference", [False, True])
-def test_adaptive_norms_pass_over_what_has_no_gradient(room_name, difference, dtype):
+def test_adaptive_norms_pass_over_what_has_no_gradient(backend_name, difference, dtype):
     x, weight, partials = gradients(dtype), weights(dtype), torch.zeros(2, 1, dtype=torch.float64)
     lists = (TensorList([x]), TensorList([x * 0]) if difference else EMPTY, TensorList([weight]))
-    get_room(room_name).squared_norm(Layout([63], [0], [True]), *lists, partials)
+    get_backend(backend_name).squared_norm(Layout([63], [0], [True]), *lists, partials)
     wanted = torch.where(x == 0, 0.0, x.double() * weight.double()).square().sum().item()
     assert partials.sum().item() == pytest.approx(wanted, rel=1e-2 if dtype.itemsize == 2 else 1e-6)
     # Where an infinite weight has a gradient the norm is not finite, and the step is skipped.
     x[3] = 1.0
-    get_room(room_name).squared_norm(Layout([63], [0], [True]), *lists, partials)
+    get_backend(backend_name).squared_norm(Layout([63], [0], [True]), *lists, partials)
     assert not partials.isfinite().all()
 
 
@@ -180,7 +180,7 @@ def masked_loss(theta: torch.Tensor) -> torch.Tensor:
     return -torch.log_softmax(theta, 0)[0]
 
 
-@pytest.mark.parametrize("backend", ["auto", *ROOMS, "reference"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS, "reference"])
 @pytest.mark.parametrize("options", [{}, {"xi": 0.0}, {"max_grad_norm": 0.05}], ids=["plain", "xi-0", "clipped"])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("base", [SGD, ADAM, ADAMW, torch.optim.RMSprop])

@@ -104,7 +104,7 @@ def by_autograd_grad(optimizer, model, loss_fn):
 
 
 def in_a_flat_buffer(optimizer, model, loss_fn):
-    """The same views of one buffer of the user's, overwritten in each pass, as DDP's bucket views are."""
+    """The same views of one buffer of the user's, overwritten in each pass, as DDP's block views are."""
     params = list(model.parameters())
     flat = torch.zeros(sum(p.numel() for p in params))
 

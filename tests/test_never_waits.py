@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
-from gam_fused import graphs, rooms
-from gam_fused.rooms import triton
-from gam_fused.rooms.compiled import CompiledRoom
+from gam_fused import backends, graphs
+from gam_fused.backends import triton
+from gam_fused.backends.compiled import CompiledBackend
 
 BACKENDS = ["torch", "cuda", "triton"]
 SHAPES = [(4, 3), (4,), ()]
@@ -26,9 +26,9 @@ FIRST_ORDER = [m for m in METHODS if m != "exact"]
 
 
 class Operators:
-    """In place of the CUDA room's operators: they look at where their operands are."""
+    """In place of the CUDA backend's operators: they look at where their operands are."""
 
-    def __getattr__(self, verb):
+    def __getattr__(self, kernel):
         return SimpleNamespace(addresses=check_operands)
 
 
@@ -52,15 +52,15 @@ class Kernel:
 
 @pytest.fixture
 def watched(monkeypatch):
-    """The `Watch`. Launches of the `cuda` and `triton` rooms go to stubs; all that surrounds them is what runs on a GPU."""
-    compiled = CompiledRoom("CUDA", "_cuda", "", lambda: "", Operators())
+    """The `Watch`. Launches of `cuda` and `triton` go to stubs; all that surrounds them is what runs on a GPU."""
+    compiled = CompiledBackend("CUDA", "_cuda", "", lambda: "", Operators())
     compiled._reason = ""
-    monkeypatch.setitem(rooms._ROOMS, "cuda", (compiled, ("cuda",)))
-    monkeypatch.setitem(rooms._ROOMS, "triton", (triton, ("cuda",)))
+    monkeypatch.setitem(backends._BACKENDS, "cuda", (compiled, ("cuda",)))
+    monkeypatch.setitem(backends._BACKENDS, "triton", (triton, ("cuda",)))
     monkeypatch.setattr(triton, "reason", lambda: "")
     monkeypatch.setattr(triton, "kernels", lambda: dict.fromkeys(triton._ELEMENTS, Kernel()))
-    monkeypatch.setattr(triton, "constants", lambda verb, dtype: {})
-    monkeypatch.setattr(triton, "options", lambda verb, dtype, device_type: {})
+    monkeypatch.setattr(triton, "constants", lambda kernel, dtype: {})
+    monkeypatch.setattr(triton, "options", lambda kernel, dtype, device_type: {})
     monkeypatch.setattr(triton, "_TABLES", triton._Tables(8))
     monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, **_: gradients_of(inputs))
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: put_gradients(PARAMS))

@@ -14,16 +14,16 @@ from cases import Problem
 from test_operators import FLOAT32, NO_MAP, OPS, problem, samples
 from torch._subclasses import FakeTensorMode
 
-from gam_fused.ops import _VERBS
-from gam_fused.rooms import cpp
-from gam_fused.tensor_lists import EMPTY, TensorList
+from gam_fused.backends import cpp
+from gam_fused.backends.operators import _KERNELS
+from gam_fused.backends.tensor_lists import EMPTY, TensorList
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 META = torch.device("meta")
 
 
-def parameters(verb: str) -> list[str]:
-    lists, rest = _VERBS[verb]
+def parameters(kernel: str) -> list[str]:
+    lists, rest = _KERNELS[kernel]
     return [
         "layout",
         "map",
@@ -35,10 +35,10 @@ def parameters(verb: str) -> list[str]:
 
 
 def address_samples() -> dict[str, tuple]:
-    """Arguments of the overload `addresses` of every verb; of tensors that are gone, so nothing may follow them."""
+    """Arguments of the overload `addresses` of every kernel; of tensors that are gone, so nothing may follow them."""
     return {
-        verb: tuple(TensorList(a).addresses if isinstance(a, list) else a for a in arguments)
-        for verb, arguments in samples().items()
+        kernel: tuple(TensorList(a).addresses if isinstance(a, list) else a for a in arguments)
+        for kernel, arguments in samples().items()
     }
 
 
@@ -47,34 +47,34 @@ def strided(t: torch.Tensor) -> torch.Tensor:
     return torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
 
 
-ROWS = [(verb, name) for verb in _VERBS for name in _VERBS[verb][0].replace("!", "").split()]
-TABLES = [("layout", verb) for verb in _VERBS] + [
-    (name, verb)
-    for verb in _VERBS
+ROWS = [(kernel, name) for kernel in _KERNELS for name in _KERNELS[kernel][0].replace("!", "").split()]
+TABLES = [("layout", kernel) for kernel in _KERNELS] + [
+    (name, kernel)
+    for kernel in _KERNELS
     for name in ("coefficients", "partials", "control", "realised", "direction")
-    if name in parameters(verb)
+    if name in parameters(kernel)
 ]
 
 
-@pytest.mark.parametrize(("verb", "name"), ROWS)
-def test_rows_of_addresses_with_gaps_are_refused(verb, name):
-    arguments = list(address_samples()[verb])
-    position = parameters(verb).index(name)
+@pytest.mark.parametrize(("kernel", "name"), ROWS)
+def test_rows_of_addresses_with_gaps_are_refused(kernel, name):
+    arguments = list(address_samples()[kernel])
+    position = parameters(kernel).index(name)
     if not arguments[position].numel():
         pytest.skip("not used in this sample")
     arguments[position] = strided(arguments[position])
     with pytest.raises(RuntimeError, match=rf"{name} must be \d int64 addresses, contiguous.*strides \[2\]"):
-        getattr(OPS, verb).addresses(*arguments)
+        getattr(OPS, kernel).addresses(*arguments)
 
 
-@pytest.mark.parametrize(("name", "verb"), TABLES)
-def test_tables_with_gaps_are_refused(name, verb):
-    arguments = list(address_samples()[verb])
-    position = parameters(verb).index(name)
+@pytest.mark.parametrize(("name", "kernel"), TABLES)
+def test_tables_with_gaps_are_refused(name, kernel):
+    arguments = list(address_samples()[kernel])
+    position = parameters(kernel).index(name)
     table = strided(arguments[position])
     arguments[position] = table if table.shape[-1] > 1 else table.expand(2, 2)
     with pytest.raises(RuntimeError, match=rf"{name} must .*strides"):
-        getattr(OPS, verb).addresses(*arguments)
+        getattr(OPS, kernel).addresses(*arguments)
 
 
 def test_rows_of_sums_that_share_memory_are_refused():
@@ -84,12 +84,12 @@ def test_rows_of_sums_that_share_memory_are_refused():
         OPS.squared_norm.addresses(*arguments)
 
 
-@pytest.mark.parametrize("verb", _VERBS)
+@pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("overload", ["default", "addresses"])
-def test_one_operand_on_meta_is_refused(verb, overload):
+def test_one_operand_on_meta_is_refused(kernel, overload):
     """torch then takes the fake, which computes nothing."""
-    whole = samples()[verb] if overload == "default" else address_samples()[verb]
-    for position, name in enumerate(parameters(verb)):
+    whole = samples()[kernel] if overload == "default" else address_samples()[kernel]
+    for position, name in enumerate(parameters(kernel)):
         value = whole[position] if position < len(whole) else None
         changed, named = None, name
         if isinstance(value, torch.Tensor):
@@ -99,13 +99,13 @@ def test_one_operand_on_meta_is_refused(verb, overload):
         if changed is None:
             continue
         with pytest.raises(RuntimeError, match=f"{named} is on meta, other operands are on cpu"):
-            getattr(getattr(OPS, verb), overload)(*whole[:position], changed, *whole[position + 1 :])
+            getattr(getattr(OPS, kernel), overload)(*whole[:position], changed, *whole[position + 1 :])
 
 
-def moved(arguments: tuple, device: torch.device | str, *, but: tuple[str, ...] = (), verb: str) -> list:
+def moved(arguments: tuple, device: torch.device | str, *, but: tuple[str, ...] = (), kernel: str) -> list:
     """The arguments on another device, those named in `but` as they are."""
     result = []
-    for name, value in zip(parameters(verb), arguments, strict=False):
+    for name, value in zip(parameters(kernel), arguments, strict=False):
         if name in but:
             result.append(value)
         elif isinstance(value, list):
@@ -117,23 +117,23 @@ def moved(arguments: tuple, device: torch.device | str, *, but: tuple[str, ...] 
     return result
 
 
-@pytest.mark.parametrize("verb", _VERBS)
+@pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("overload", ["default", "addresses"])
 @pytest.mark.parametrize("but", [(), ("layout",), ("layout", "map")])
-def test_all_on_meta_is_a_trace(verb, overload, but):
-    whole = samples()[verb] if overload == "default" else address_samples()[verb]
-    getattr(getattr(OPS, verb), overload)(*moved(whole, META, but=but, verb=verb))
+def test_all_on_meta_is_a_trace(kernel, overload, but):
+    whole = samples()[kernel] if overload == "default" else address_samples()[kernel]
+    getattr(getattr(OPS, kernel), overload)(*moved(whole, META, but=but, kernel=kernel))
 
 
-@pytest.mark.parametrize("verb", _VERBS)
-def test_traced_operands_of_two_devices_are_refused(verb):
+@pytest.mark.parametrize("kernel", _KERNELS)
+def test_traced_operands_of_two_devices_are_refused(kernel):
     """Only the layout, an empty map, missing tensors and rows of addresses may be on the CPU, and on no second GPU."""
-    rows = address_samples()[verb]
+    rows = address_samples()[kernel]
     with FakeTensorMode():
         layout, no_map = (torch.empty(3, 7, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-        right = moved(samples()[verb], "cuda:0", verb=verb)
+        right = moved(samples()[kernel], "cuda:0", kernel=kernel)
         right[:2] = layout, no_map
-        operator = getattr(OPS, verb).default
+        operator = getattr(OPS, kernel).default
         operator(*right)
         position = 4  # the first list
         for device in ("cpu", "cuda:1"):
@@ -142,11 +142,11 @@ def test_traced_operands_of_two_devices_are_refused(verb):
             wrong[largest] = torch.empty_like(wrong[largest], device=device)
             with pytest.raises(RuntimeError, match=rf"\w+\[{largest}\] is on {device}, other operands are on cuda:0"):
                 operator(*right[:position], wrong, *right[position + 1 :])
-        rows = moved(rows, "cuda:0", verb=verb)
+        rows = moved(rows, "cuda:0", kernel=kernel)
         rows[:2] = layout, no_map
-        getattr(OPS, verb).addresses(*rows)
+        getattr(OPS, kernel).addresses(*rows)
         rows[4] = torch.empty(rows[4].shape, dtype=torch.int64)
-        getattr(OPS, verb).addresses(*rows)
+        getattr(OPS, kernel).addresses(*rows)
 
 
 LAYOUTS = {
@@ -160,17 +160,17 @@ LAYOUTS = {
 }
 
 
-def refuse(ops, verb: str, layout: list, message: str) -> None:
-    arguments = list(address_samples()[verb])
+def refuse(ops, kernel: str, layout: list, message: str) -> None:
+    arguments = list(address_samples()[kernel])
     arguments[0] = torch.tensor(layout)
     with pytest.raises(RuntimeError, match=message):
-        getattr(ops, verb).addresses(*arguments)
+        getattr(ops, kernel).addresses(*arguments)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("verb", _VERBS)
-def test_numbers_that_64_bits_do_not_hold(verb, kind):
-    refuse(OPS, verb, *LAYOUTS[kind])
+@pytest.mark.parametrize("kernel", _KERNELS)
+def test_numbers_that_64_bits_do_not_hold(kernel, kind):
+    refuse(OPS, kernel, *LAYOUTS[kind])
 
 
 def test_a_large_chunk_beside_few_elements():
@@ -192,11 +192,11 @@ def test_checks_under_sanitizers():
         pytest.skip("g++ has no address sanitizer runtime")
     code = (
         "import cuda_on_cpu, torch, test_operands as t\n"
-        "cuda_on_cpu.room(sanitized=True)\n"
+        "cuda_on_cpu.backend(sanitized=True)\n"
         "ops = getattr(torch.ops, cuda_on_cpu.NAMESPACE)\n"
-        "for verb in t._VERBS:\n"
+        "for kernel in t._KERNELS:\n"
         "    for layout, message in t.LAYOUTS.values():\n"
-        "        t.refuse(ops, verb, layout, message)\n"
+        "        t.refuse(ops, kernel, layout, message)\n"
     )
     environment = os.environ | {
         "LD_PRELOAD": " ".join(runtimes),

@@ -1,15 +1,15 @@
-"""The verbs as torch operators: schemas, torch.compile, version counters, and what they refuse."""
+"""The kernels as torch operators: schemas, torch.compile, version counters, and what they refuse."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import Problem, assert_same_bits, get_room, run_combine, run_combined_update, run_perturb
+from cases import Problem, assert_same_bits, get_backend, run_combine, run_combined_update, run_perturb
 
+from gam_fused.backends import cpp
+from gam_fused.backends.operators import DTYPES
+from gam_fused.backends.tensor_lists import EMPTY, TensorList
 from gam_fused.constants import Algorithm
-from gam_fused.ops import DTYPES
-from gam_fused.rooms import cpp
-from gam_fused.tensor_lists import EMPTY, TensorList
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 OPS = torch.ops.gam_fused
@@ -22,7 +22,7 @@ def problem(**options) -> Problem:
 
 
 def samples() -> dict[str, tuple]:
-    """Arguments of the list overload of every verb."""
+    """Arguments of the list overload of every kernel."""
     p = problem()
     head, tail = (p.layout.table, NO_MAP, p.layout.chunk, FLOAT32), (p.coefficients, p.finished(9.0, 1.0), p.control)
     gradient = [p.values(seed, gradient=True).operands for seed in range(4)]
@@ -38,9 +38,9 @@ def samples() -> dict[str, tuple]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", samples())
-def test_opcheck(verb):
-    torch.library.opcheck(getattr(OPS, verb).default, samples()[verb])
+@pytest.mark.parametrize("kernel", samples())
+def test_opcheck(kernel):
+    torch.library.opcheck(getattr(OPS, kernel).default, samples()[kernel])
 
 
 @pytest.mark.parametrize(
@@ -52,22 +52,22 @@ def test_opcheck(verb):
     ],
 )
 def test_torch_compile_gives_the_same_bits(run, arguments):
-    """`run` prepares operands; the room it is given records the call, which is then made eagerly and compiled."""
+    """`run` prepares operands; the backend it is given records the call, which is then made eagerly and compiled."""
 
     class Recorder:
-        def __getattr__(self, verb):
-            return lambda *args: calls.append((verb, args))
+        def __getattr__(self, kernel):
+            return lambda *args: calls.append((kernel, args))
 
     results = []
     for mode in ("eager", "compiled"):
         calls: list[tuple] = []
         run(Recorder(), problem(), **arguments)
-        ((verb, (layout, *args)),) = calls
+        ((kernel, (layout, *args)),) = calls
         lists = [a.tensors for a in args if isinstance(a, TensorList)]
         others = [a for a in args if not isinstance(a, TensorList)]
 
-        def call(lists, others, verb=verb, layout=layout):
-            getattr(cpp, verb)(layout, *[TensorList(lst) for lst in lists], *others)
+        def call(lists, others, kernel=kernel, layout=layout):
+            getattr(cpp, kernel)(layout, *[TensorList(lst) for lst in lists], *others)
 
         call = call if mode == "eager" else torch.compile(call, fullgraph=True, backend="aot_eager")
         call(lists, others)
@@ -76,17 +76,17 @@ def test_torch_compile_gives_the_same_bits(run, arguments):
     assert_same_bits(results[1], results[0])
 
 
-@pytest.mark.parametrize("verb", ["perturb_", "combined_update_", "restore_"])
-def test_autograd_sees_that_weights_changed(verb):
+@pytest.mark.parametrize("kernel", ["perturb_", "combined_update_", "restore_"])
+def test_autograd_sees_that_weights_changed(kernel):
     weight = torch.randn(4, requires_grad=True)
     loss = (weight * weight).sum()
     p = Problem("0-dim", torch.float32, torch.float32)
     p.layout = type(p.layout)([4], [0], [True])
     theta, other = TensorList([weight.detach()]), TensorList([torch.randn(4)])
     tail = (p.coefficients, p.finished(1.0, 0.0), p.control, p.sums)
-    if verb == "restore_":
+    if kernel == "restore_":
         cpp.restore_(p.layout, theta, other)
-    elif verb == "perturb_":
+    elif kernel == "perturb_":
         cpp.perturb_(p.layout, theta, EMPTY, other, EMPTY, EMPTY, EMPTY, *tail, 0, False)
     else:
         steps = TensorList(p.steps.tensors[:1])
@@ -148,4 +148,4 @@ def test_unsupported_dtype_is_named():
     p = problem(missing=False)
     integers = TensorList([t.to(torch.int32) for t in p.values(0).tensors])
     with pytest.raises(TypeError, match=r"not torch\.int32"):
-        get_room("cpp").squared_norm(p.layout, integers, EMPTY, EMPTY, p.partials[:2])
+        get_backend("cpp").squared_norm(p.layout, integers, EMPTY, EMPTY, p.partials[:2])

@@ -13,8 +13,8 @@ from gam_helpers import METHODS, batch, bits, closure_of, make, mixed_net, mlp, 
 from torch import nn
 
 from gam_fused import finite_difference_hvp
+from gam_fused.backends.tensor_lists import ALIGNMENT
 from gam_fused.schedules import ProportionalRho
-from gam_fused.tensor_lists import ALIGNMENT
 
 DOUBLE = torch.float64
 

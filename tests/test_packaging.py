@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gam_fused.rooms import cpp
+from gam_fused.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "gam_fused", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -106,13 +106,13 @@ def test_pure_package_where_it_does_not_compile(tmp_path):
     assert python("import gam_fused", unpack(wheel)).returncode == 0
 
 
-def test_requiring_the_room_is_an_error_without_a_compiler(tmp_path):
+def test_requiring_the_backend_is_an_error_without_a_compiler(tmp_path):
     with pytest.raises(AssertionError, match="GAM_FUSED_REQUIRE_CPP=1, but no C"):
         build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent", GAM_FUSED_REQUIRE_CPP="1")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-def test_cuda_room_builds_against_a_torch_without_cuda_and_stays_out_of_it(tmp_path):
+def test_cuda_backend_builds_against_a_torch_without_cuda_and_stays_out_of_it(tmp_path):
     wheel, _ = build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
     assert "gam_fused/_cuda.abi3.so" in zipfile.ZipFile(wheel).namelist()
     installed = unpack(wheel)

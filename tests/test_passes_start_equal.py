@@ -10,7 +10,8 @@ import torch
 from gam_helpers import METHODS, backend_params, batch, freeze, make, same, weights
 from torch import nn
 
-from gam_fused import FusedGAM, FusedSAM, model_state
+from gam_fused import FusedGAM, FusedSAM
+from gam_fused.transaction import model_state
 
 
 class Queue(nn.Module):

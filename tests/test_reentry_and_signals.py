@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from gam_fused import FusedGAM
-from gam_fused.interrupts import Interrupts
+from gam_fused.transaction.interrupts import Interrupts
 
 SHOTS = int(os.environ.get("GAM_FUSED_SHOTS", "60"))
 
@@ -108,20 +108,20 @@ def test_a_second_signal_waits_while_the_first_is_being_dealt_with():
             return regression(model, *batch())()
 
         restore = optimizer.step  # a second signal arrives in abort: the kernel that puts weights back sends it
-        room = None
+        backend = None
         optimizer._prepare()
-        bucket = optimizer._plan.buckets[0]
-        room = bucket.verbs
+        block = optimizer._plan.blocks[0]
+        backend = block.kernels
 
         class Sends:
             def __getattr__(self, name):
-                return getattr(room, name)
+                return getattr(backend, name)
 
             def restore_(self, *arguments):
                 signal.raise_signal(signal.SIGUSR2)
-                room.restore_(*arguments)
+                backend.restore_(*arguments)
 
-        bucket.verbs = Sends()
+        block.kernels = Sends()
         with pytest.raises(Stopped):
             restore(closure)
         assert order == [signal.SIGUSR1, signal.SIGUSR2]

@@ -1,18 +1,18 @@
-"""Low-precision storage in every room: conversions of every number, and stochastic rounding of perturbed weights."""
+"""Low-precision storage in every backend: conversions of every number, and stochastic rounding of perturbed weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import ROOMS, get_room
+from cases import BACKENDS, get_backend
 
-from gam_fused import rounding
+from gam_fused.backends import rounding
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Column, Control
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
 
 SEED, STEP, SCALE = 77, 5, 2.0**-6
 
-room_names = pytest.mark.parametrize("room_name", ROOMS)
+backend_names = pytest.mark.parametrize("backend_name", BACKENDS)
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -26,22 +26,22 @@ def tables(**columns: float) -> tuple[torch.Tensor, torch.Tensor]:
     return coefficients, control
 
 
-def ascend(room_name: str, theta: list, x: list, ascent: int = 0, radius: float = SCALE) -> None:
+def ascend(backend_name: str, theta: list, x: list, ascent: int = 0, radius: float = SCALE) -> None:
     """theta <- theta + radius * x, in place."""
     layout = Layout([t.numel() for t in theta], [0] * len(theta), [True] * len(theta))
     coefficients, control = tables(**{f"RADIUS_{ascent}": radius})
     partials, realised = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.zeros(layout.chunks, dtype=torch.float64)
     lists = (TensorList(theta), EMPTY, TensorList(x), EMPTY, EMPTY, EMPTY)
-    get_room(room_name).perturb_(layout, *lists, coefficients, partials, control, realised, ascent, False)
+    get_backend(backend_name).perturb_(layout, *lists, coefficients, partials, control, realised, ascent, False)
 
 
-def combine(room_name: str, out: torch.Tensor, x3: torch.Tensor | None, acc: torch.Tensor | None) -> torch.Tensor:
+def combine(backend_name: str, out: torch.Tensor, x3: torch.Tensor | None, acc: torch.Tensor | None) -> torch.Tensor:
     """out <- x3 + acc."""
     layout = Layout([out.numel()], [0], [True])
     coefficients, control = tables(DIRECTION_3=1.0, DIRECTION_ACC=1.0)
     sums = torch.zeros(layout.chunks, dtype=torch.float64)
     lists = (TensorList([out]), EMPTY, TensorList([x3]), TensorList([acc]))
-    get_room(room_name).combine_(layout, *lists, coefficients, torch.zeros(2, 1, dtype=torch.float64), control, sums)
+    get_backend(backend_name).combine_(layout, *lists, coefficients, torch.zeros(2, 1, dtype=torch.float64), control, sums)
     return out
 
 
@@ -49,17 +49,17 @@ def every_number(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-@room_names
+@backend_names
 @low_precision
-def test_every_number_is_read_and_written(room_name, dtype):
+def test_every_number_is_read_and_written(backend_name, dtype):
     numbers = every_number(dtype)
-    written = combine(room_name, torch.empty_like(numbers), numbers, None)
+    written = combine(backend_name, torch.empty_like(numbers), numbers, None)
     torch.testing.assert_close(written, numbers, rtol=0, atol=0, equal_nan=True)
 
 
-@room_names
+@backend_names
 @low_precision
-def test_updates_round_to_nearest_even(room_name, dtype):
+def test_updates_round_to_nearest_even(backend_name, dtype):
     """Every number, its neighbours in float32, and the halfway points between numbers."""
     exact = every_number(dtype).float()
     step = torch.nextafter(exact, torch.tensor(torch.inf))
@@ -67,14 +67,14 @@ def test_updates_round_to_nearest_even(room_name, dtype):
     values = torch.cat(
         [exact, step, half, torch.nextafter(half, torch.tensor(torch.inf)), torch.tensor([1e9, -3e38, 1e-45])]
     )
-    out = combine(room_name, torch.empty(values.numel(), dtype=dtype), None, values)
+    out = combine(backend_name, torch.empty(values.numel(), dtype=dtype), None, values)
     torch.testing.assert_close(out, values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@room_names
+@backend_names
 @low_precision
 @pytest.mark.parametrize("ascent", [0, 1, 2])
-def test_bits_are_those_of_the_specification(room_name, dtype, ascent):
+def test_bits_are_those_of_the_specification(backend_name, dtype, ascent):
     sizes = (5000, 1, 3333)
     theta = [torch.randn(n).mul(torch.logspace(-6, 3, n)).to(dtype) for n in sizes]
     x = [torch.randn(n).mul(torch.logspace(-6, 3, n)).to(dtype) for n in sizes]
@@ -83,30 +83,30 @@ def test_bits_are_those_of_the_specification(room_name, dtype, ascent):
         noise = rounding.noise(t.shape, key, start, t.device)
         expected.append(rounding.stochastic_round(t.float() + SCALE * g.float(), dtype, noise))
         start += t.numel()
-    ascend(room_name, theta, x, ascent)
+    ascend(backend_name, theta, x, ascent)
     for actual, wanted in zip(theta, expected, strict=True):
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("room_name", [*ROOMS, "reference"])
+@pytest.mark.parametrize("backend_name", [*BACKENDS, "reference"])
 @low_precision
-def test_the_largest_number_does_not_become_infinite(room_name, dtype):
+def test_the_largest_number_does_not_become_infinite(backend_name, dtype):
     """The upper neighbour is infinity: a quarter of a spacing beyond, rounding to nearest stays."""
     largest = torch.finfo(dtype).max
     signs = torch.tensor([1.0, -1.0], dtype=dtype).repeat(2000)
     quarter = largest * torch.finfo(dtype).eps / 8
     theta = [signs * largest]
-    ascend(room_name, theta, [signs * quarter], radius=1.0)
+    ascend(backend_name, theta, [signs * quarter], radius=1.0)
     assert torch.equal(theta[0], signs * largest)
 
 
-@room_names
+@backend_names
 @low_precision
-def test_a_step_below_the_spacing_survives_on_average(room_name, dtype):
+def test_a_step_below_the_spacing_survives_on_average(backend_name, dtype):
     count = 40_000
     theta = [torch.ones(count, dtype=dtype)]
     spacing = torch.finfo(dtype).eps
-    ascend(room_name, theta, [torch.ones(count, dtype=dtype)], radius=0.1 * spacing)
+    ascend(backend_name, theta, [torch.ones(count, dtype=dtype)], radius=0.1 * spacing)
     moved = (theta[0].double() - 1) / spacing
     assert set(moved.tolist()) == {0.0, 1.0}
     assert abs(moved.mean() - 0.1) < 5 * (0.1 * 0.9 / count) ** 0.5

@@ -10,7 +10,8 @@ import torch
 from gam_helpers import METHODS, backend_params, batch, make, mlp, regression, same, trainer, weights
 from torch.optim import SGD, AdamW
 
-from gam_fused import FusedGAM, flatness, precision
+from gam_fused import FusedGAM, flatness
+from gam_fused.step import precision
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the Triton room hands to the device, and how often it compiles, with a driver that launches nothing.
+"""What the Triton backend hands to the device, and how often it compiles, with a driver that launches nothing.
 
 Kernels are compiled for real; arguments are recorded in place of being run. So no GPU is needed.
 """
@@ -12,12 +12,12 @@ import torch
 from gam_helpers import SETTINGS
 from torch import nn
 
-from gam_fused import FusedGAM, rooms
-from gam_fused.rooms import triton as room
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused import FusedGAM, backends
+from gam_fused.backends import triton as backend
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install --no-deps triton==3.7.1")
-pytestmark = pytest.mark.skipif(room.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
+pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 
 class RecordingDriver:
@@ -52,10 +52,10 @@ class RecordingDriver:
 def driver(monkeypatch):
     active = RecordingDriver()
     monkeypatch.setattr(triton.runtime.driver, "_active", active)  # its own reset asks for a GPU
-    for kernel in room.kernels().values():
+    for kernel in backend.kernels().values():
         kernel.device_caches.pop(active.get_current_device(), None)
-    monkeypatch.setattr(room, "reason", lambda: "")
-    monkeypatch.setitem(rooms._ROOMS, "triton", (room, ("cpu",)))
+    monkeypatch.setattr(backend, "reason", lambda: "")
+    monkeypatch.setitem(backends._BACKENDS, "triton", (backend, ("cpu",)))
     return active
 
 
@@ -74,7 +74,7 @@ def train(widths: list[int], steps: int, method: str, base=torch.optim.SGD, dtyp
 
 
 @pytest.mark.parametrize(("method", "launches"), [("sam", 4), ("finite_difference", 8), ("accelerated", 8)])
-def test_nothing_is_compiled_after_the_first_step_and_a_verb_is_one_launch(driver, method, launches):
+def test_nothing_is_compiled_after_the_first_step_and_a_kernel_is_one_launch(driver, method, launches):
     train([3, 5, 2], 1, method, momentum=0.9)
     first = len(driver.compiled)
     assert 0 < first <= launches
@@ -97,7 +97,7 @@ def test_each_kind_of_update_is_compiled_once(driver):
 def test_a_program_per_chunk(driver):
     layout = Layout([5_000_000, 3], [0, 0], [True, True])
     x = TensorList([torch.zeros(5_000_000), None])
-    room.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, layout.chunks, dtype=torch.float64))
+    backend.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, layout.chunks, dtype=torch.float64))
     (launch,) = driver.launches
     assert launch[0] == layout.chunks <= 1024
     assert [a.tolist() for a in launch if isinstance(a, torch.Tensor)][1] == [x.tensors[0].data_ptr(), 0]
@@ -106,7 +106,7 @@ def test_a_program_per_chunk(driver):
 def test_autograd_sees_that_weights_changed(driver):
     weight = torch.randn(4, requires_grad=True)
     loss = (weight * weight).sum()
-    room.restore_(Layout([4], [0], [True]), TensorList([weight.detach()]), TensorList([torch.randn(4)]))
+    backend.restore_(Layout([4], [0], [True]), TensorList([weight.detach()]), TensorList([torch.randn(4)]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -115,4 +115,4 @@ def test_other_dtypes_are_named(driver):
     layout = Layout([4], [0], [True])
     integers = TensorList([torch.zeros(4, dtype=torch.int32)])
     with pytest.raises(TypeError, match=r"not torch\.int32; use backend='torch'"):
-        room.squared_norm(layout, integers, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))
+        backend.squared_norm(layout, integers, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 
+from gam_fused.backends import triton as backend
 from gam_fused.constants import Algorithm
-from gam_fused.rooms import triton as room
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install --no-deps triton==3.7.1")
-pytestmark = pytest.mark.skipif(room.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
+pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 SGD, ADAM = int(Algorithm.SGD), int(Algorithm.ADAM)
 GENERATIONS = {80: "A100", 90: "H100, H200", 100: "B200"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
-# As the optimizer launches them: the verb, the lists that are not used, its constants, 16-byte reads and writes of a block
+# As the optimizer launches them: the kernel, the lists that are not used, its constants, 16-byte reads and writes of a block
 # (acc counts twice in bfloat16: it is kept in float32).
 KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str, str]] = {
     "norm": ("squared_norm", ("y", "weight"), {}, "x", ""),
@@ -51,7 +51,7 @@ KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str, str]] = {
         "theta first second",
     ),
 }
-# The budget. Registers as the room allows them: 4, 3 and 2 programs of 256 threads on a multiprocessor (norms in float32
+# The budget. Registers as the backend allows them: 4, 3 and 2 programs of 256 threads on a multiprocessor (norms in float32
 # keep more loads in flight instead). Bytes of stack per thread that may spill: numbers that a tensor needs once, read
 # from the first-level cache.
 REGISTERS = {torch.float32: 64, torch.bfloat16: 80, torch.float64: 128}
@@ -61,9 +61,9 @@ SPILLED = {torch.float32: 64, torch.bfloat16: 96, torch.float64: 128}
 
 @cache
 def compiled(name: str, dtype: torch.dtype, generation: int) -> Any:
-    verb, unused, constants, _, _ = KERNELS[name]
-    kernel = room.kernels()[verb]
-    constants = constants | room.constants(verb, dtype)
+    kernel, unused, constants, _, _ = KERNELS[name]
+    kernel = backend.kernels()[kernel]
+    constants = constants | backend.constants(kernel, dtype)
     numbers = ("tensors", "chunk", "stride", "columns", "ascent")
     sums = ("coefficients", "partials", "control", "realised", "sums_of_d")
     signature, values = {}, {}
@@ -74,7 +74,7 @@ def compiled(name: str, dtype: torch.dtype, generation: int) -> Any:
             signature[argument] = "i32" if argument in numbers else "*fp64" if argument in sums else "*i64"
     source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
     target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
-    return triton.compile(source, target=target, options=room.options(verb, dtype, "cuda"))
+    return triton.compile(source, target=target, options=backend.options(kernel, dtype, "cuda"))
 
 
 def resources(kernel: Any, folder: Path) -> tuple[int, int]:
@@ -111,8 +111,8 @@ def bytes_by_kind(ptx: str) -> Counter:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_whole_blocks_are_read_and_written_16_bytes_at_a_time(name, dtype):
-    verb, _, _, reads, writes = KERNELS[name]
-    per_thread = room.constants(verb, dtype)["BLOCK"] // 256
+    kernel, _, _, reads, writes = KERNELS[name]
+    per_thread = backend.constants(kernel, dtype)["BLOCK"] // 256
     wide = max(dtype.itemsize, 4)  # of acc
 
     def size(lists: str) -> int:

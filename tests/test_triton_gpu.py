@@ -1,4 +1,4 @@
-"""What only the Triton room does on a GPU; what all rooms do there is in test_gpu_verbs.py and test_gpu_steps.py."""
+"""What only the Triton backend does on a GPU; what all backends do there is in test_gpu_kernels.py and test_gpu_steps.py."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import torch
 from gam_helpers import batch, mlp, regression, trainer
 from on_gpu import CUDA, why_not
 
-from gam_fused import available_backends, rooms
-from gam_fused.rooms import triton as room
-from gam_fused.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused import available_backends, backends
+from gam_fused.backends import triton as backend
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 
 WHY = why_not("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY), reason=WHY or "there")]
 
 
-def test_auto_takes_a_compiled_room():
+def test_auto_takes_a_compiled_backend():
     there = available_backends()
-    assert rooms.room("auto", CUDA) is (room if there.get("cuda", "not built") else rooms._ROOMS["cuda"][0])
+    assert backends.backend_for("auto", CUDA) is (
+        backend if there.get("cuda", "not built") else backends._BACKENDS["cuda"][0]
+    )
 
 
 def test_nothing_is_compiled_after_the_first_step():
     def compiled() -> int:
-        return sum(len(caches[0]) for kernel in room.kernels().values() for caches in kernel.device_caches.values())
+        return sum(len(caches[0]) for kernel in backend.kernels().values() for caches in kernel.device_caches.values())
 
     model = mlp().to(CUDA)
     x, y = (t.to(CUDA) for t in batch())
@@ -38,12 +40,12 @@ def test_nothing_is_compiled_after_the_first_step():
 
 def test_a_gradient_list_that_lies_where_the_last_one_lay_is_not_sent_again(monkeypatch):
     sent = []
-    monkeypatch.setattr(room, "upload", lambda host, device: sent.append(host) or host.to(device))
+    monkeypatch.setattr(backend, "upload", lambda host, device: sent.append(host) or host.to(device))
     layout = Layout([5000], [0], [True])
     gradients = [torch.ones(5000, device=CUDA)]
     partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
     for _ in range(3):
-        room.squared_norm(layout, TensorList(gradients), EMPTY, EMPTY, partials)
+        backend.squared_norm(layout, TensorList(gradients), EMPTY, EMPTY, partials)
     assert len(sent) == 1
-    room.squared_norm(layout, TensorList([g.clone() for g in gradients]), EMPTY, EMPTY, partials)
+    backend.squared_norm(layout, TensorList([g.clone() for g in gradients]), EMPTY, EMPTY, partials)
     assert len(sent) == 2

@@ -1,4 +1,4 @@
-"""The Triton room through Triton's interpreter, on CPU tensors: verbs of every dtype on awkward shapes, whole steps.
+"""The Triton backend through Triton's interpreter, on CPU tensors: kernels of every dtype on awkward shapes, whole steps.
 
 Triton decides when kernels are defined whether to interpret them, so these tests run in a process of their own, started by
 the first of them with TRITON_INTERPRET=1. `TRITON_INTERPRET=1 pytest tests/test_triton_interpreter.py` runs them directly.
@@ -13,32 +13,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, SHAPES, Problem, assert_same_bits, get_room
+from cases import DTYPES, SHAPES, Problem, assert_same_bits, get_backend
 from gam_helpers import batch, batch_norm_net, close, mlp, regression, trainer
-from test_verbs import VERBS, check
+from test_kernels import KERNELS, check
 
-from gam_fused import available_backends, rounding
+from gam_fused import available_backends
+from gam_fused.backends import rounding
+from gam_fused.backends import triton as backend
+from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Control, Flag
-from gam_fused.rooms import triton as room
-from gam_fused.tensor_lists import Layout, TensorList
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install --no-deps triton==3.7.1")
 interpreted = pytest.mark.skipif(
-    not room.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
+    not backend.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
 )
 
-# From other files, for every room that is there.
+# From other files, for every backend that is there.
 ELSEWHERE = (
     "tests/test_rounding.py",
     "tests/test_infinite_weights.py",
-    "tests/test_verbs.py::TestNotFinite",
-    "tests/test_verbs.py::test_zero_step_leaves_the_bits",
+    "tests/test_kernels.py::TestNotFinite",
+    "tests/test_kernels.py::test_zero_step_leaves_the_bits",
 )
 EVERY_DTYPE = ("0-dim", "empty tensors", "chunk edges")
 OTHERS = ("one element", "misaligned", "channels_last", "transposed")
 
 
-@pytest.mark.skipif(room.INTERPRETED, reason="is what the test starts")
+@pytest.mark.skipif(backend.INTERPRETED, reason="is what the test starts")
 def test_everything_below_in_the_interpreter():
     root = Path(__file__).parents[1]
     command = [
@@ -63,23 +64,23 @@ def test_everything_below_in_the_interpreter():
     [(k, d) for k in EVERY_DTYPE for d in DTYPES] + [(k, d) for k in OTHERS for d in (torch.float32, torch.bfloat16)],
     ids=str,
 )
-def test_verbs_on_awkward_shapes(kind, dtype):
-    for verb in VERBS:
-        check("triton", verb, kind, dtype)
+def test_kernels_on_awkward_shapes(kind, dtype):
+    for kernel in KERNELS:
+        check("triton", kernel, kind, dtype)
 
 
 @interpreted
-def test_verbs_on_many_tensors_and_chunks():
-    for verb, kind in (("products", "small"), ("second ascent", "chunks"), ("sgd momentum", "chunks")):
-        check("triton", verb, f"many {kind}", torch.float32)
+def test_kernels_on_many_tensors_and_chunks():
+    for kernel, kind in (("products", "small"), ("second ascent", "chunks"), ("sgd momentum", "chunks")):
+        check("triton", kernel, f"many {kind}", torch.float32)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{"loss_scale": 1024.0, "max_norm": 0.5}, {"max_norm": 1e6, "missing": False}], ids=str)
 def test_loss_scale_clip_and_complete_lists(options, dtype):
-    for verb in VERBS:
-        check("triton", verb, "transposed", dtype, **options)
+    for kernel in KERNELS:
+        check("triton", kernel, "transposed", dtype, **options)
 
 
 @interpreted
@@ -87,9 +88,9 @@ def test_loss_scale_clip_and_complete_lists(options, dtype):
 def test_options_of_the_base_optimizers(dtype):
     sgd = [("sgd", Flag.MAXIMIZE), ("sgd momentum", Flag.NESTEROV | Flag.MAXIMIZE)]
     adam = [("adam", Flag.MAXIMIZE), ("adam", Flag.AMSGRAD), ("adam", Flag.AMSGRAD | Flag.DECOUPLED)]
-    for verb, flags in sgd + adam:
+    for kernel, flags in sgd + adam:
         for steps in (0.0, 3.0):
-            check("triton", verb, "empty tensors", dtype, flags=flags, steps_so_far=steps)
+            check("triton", kernel, "empty tensors", dtype, flags=flags, steps_so_far=steps)
 
 
 @interpreted
@@ -97,12 +98,12 @@ def test_options_of_the_base_optimizers(dtype):
 def test_memory_that_is_not_aligned_gives_the_same_bits(dtype):
     """Masked blocks add up in the order of whole ones."""
     shapes = [(4099,), (33,), (5000,)]
-    for verb in (VERBS[name] for name in ("adaptive norm", "products", "third ascent", "adam", "combine")):
+    for kernel in (KERNELS[name] for name in ("adaptive norm", "products", "third ascent", "adam", "combine")):
         results = []
         for kind in ("aligned", "misaligned"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setitem(SHAPES, kind, shapes)
-                results.append(verb(get_room("triton"), Problem(kind, dtype, dtype)))
+                results.append(kernel(get_backend("triton"), Problem(kind, dtype, dtype)))
         assert_same_bits(results[1], results[0])
 
 
@@ -112,7 +113,7 @@ def test_restore_keeps_every_bit():
         width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
         backup = torch.randint(-(2**15), 2**15, (5000,)).to(width).view(dtype)
         theta = torch.zeros_like(backup)
-        room.restore_(Layout([5000], [0], [True]), TensorList([theta]), TensorList([backup]))
+        backend.restore_(Layout([5000], [0], [True]), TensorList([theta]), TensorList([backup]))
         assert torch.equal(theta.view(width), backup.view(width))
 
 
@@ -120,7 +121,7 @@ def test_restore_keeps_every_bit():
 def test_ticket_is_back_at_zero_and_counters_advance_once():
     problem = Problem("many chunks", torch.float32, torch.float32, steps_so_far=2.0, missing=False)
     for k in range(2):
-        VERBS["sgd momentum"](get_room("triton"), problem)
+        KERNELS["sgd momentum"](get_backend("triton"), problem)
         assert {float(s) for s in problem.steps.tensors} == {3.0 + k}
         assert problem.control[Control.TICKET].view(torch.int64) == 0
 
@@ -141,9 +142,9 @@ METHODS = [
 def test_whole_steps_equal_the_reference(method, base, options, dtype):
     x, y = batch(dtype=dtype)
     weights = []
-    for backend in ("triton", "reference"):
+    for name in ("triton", "reference"):
         model = mlp(dtype)
-        optimizer, closure = trainer(method, model, regression(model, x, y), base, backend=backend, **options)
+        optimizer, closure = trainer(method, model, regression(model, x, y), base, backend=name, **options)
         for _ in range(3):
             optimizer.step(closure)
         weights.append([p.detach().double() for p in model.parameters()])
@@ -174,12 +175,12 @@ def test_a_skipped_step_and_a_failed_one_leave_the_weights():
 
 
 @interpreted
-def test_interpreted_room_serves_the_cpu_and_is_never_chosen_by_itself():
-    from gam_fused.rooms import room as choose
+def test_interpreted_backend_serves_the_cpu_and_is_never_chosen_by_itself():
+    from gam_fused.backends import backend_for as choose
 
     assert available_backends()["triton"] == ""
-    assert choose("triton", torch.device("cpu")) is room
-    assert choose("auto", torch.device("cpu")) is not room
+    assert choose("triton", torch.device("cpu")) is backend
+    assert choose("auto", torch.device("cpu")) is not backend
     with pytest.raises(RuntimeError, match="serves cpu tensors, not cuda"):
         choose("triton", torch.device("cuda"))
 
@@ -193,7 +194,7 @@ def test_rounding_has_the_specified_bits_across_a_multiple_of_2_to_the_32(dtype)
     size, before, first = 2048, 1000, 512
     values, out, key = torch.randn(size), torch.empty(size, dtype=dtype), rounding.key(77, 5, 1)
     starts = torch.tensor([2**32 - before - first, first])
-    round_block[(1,)](values, out, torch.tensor([key]), starts, room.constants("perturb", dtype)["DTYPE"], size)
+    round_block[(1,)](values, out, torch.tensor([key]), starts, backend.constants("perturb", dtype)["DTYPE"], size)
     noise = rounding.noise(values.shape, key, 2**32 - before, values.device)
     assert torch.equal(out, rounding.stochastic_round(values, dtype, noise))
     assert not torch.equal(out, values.to(dtype))

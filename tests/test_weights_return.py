@@ -40,7 +40,7 @@ def test_a_thousand_steps_at_lr_0_change_no_bit(method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
-def test_lr_0_in_every_room_dtype_and_base(method, base, dtype, backend):
+def test_lr_0_in_every_backend_dtype_and_base(method, base, dtype, backend):
     model = awkward_mlp(dtype)
     kind, options = BASES[base]
     optimizer, closure = trainer(

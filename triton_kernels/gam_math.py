@@ -3,7 +3,7 @@ csrc/low_precision.h, with the same names in the same order.
 
 Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves Generalization", CVPR 2023,
 arXiv 2303.03108: Algorithm 1, appendix D (Hessian-vector products from gradients), Algorithm 2 (appendix).
-The executable specification is gam_fused/rooms/reference.py. Scalars are float64; C, the compute type, is float32 for
+The executable specification is gam_fused/backends/reference.py. Scalars are float64; C, the compute type, is float32 for
 float32, bfloat16 and float16 storage, float64 for float64.
 """
 

@@ -49,7 +49,7 @@ def stages(device: str, folder: Path) -> list[Stage]:
             {pytest_report.REPORT: str(outcomes)},
             no_device,
         ),
-        suite("verbs", 110),
+        suite("kernels", 110),
         suite("optimizer", 170),
         *(_sanitizer(name, no_device) for name in ("memcheck", "racecheck")),
         suite("training", 400),
@@ -65,7 +65,7 @@ def _sanitizer(name: str, skip: str) -> Stage:
         command += ["--report-api-errors", "no"]  # torch probes what the driver can do
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # a step beyond a tensor is one beyond an allocation
     skip = skip or ("" if program else "compute-sanitizer is not there; it comes with the CUDA toolkit")
-    return Stage(name, [*command, sys.executable, "tests/every_verb.py"], 120, environment=environment, skip=skip)
+    return Stage(name, [*command, sys.executable, "tests/every_kernel.py"], 120, environment=environment, skip=skip)
 
 
 def main() -> int:

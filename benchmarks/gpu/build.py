@@ -1,4 +1,4 @@
-"""Builds the compiled rooms in place for the GPU that is there, without a network.
+"""Builds the compiled backends in place for the GPU that is there, without a network.
 
     python -m benchmarks.gpu.build
 
@@ -22,7 +22,7 @@ KERNELS = ROOT / "gam_fused" / "triton_kernels"
 
 
 def environment() -> dict[str, str]:
-    """Variables of setup.py: fail when a room cannot be built; no architecture but this device's."""
+    """Variables of setup.py: fail when a backend cannot be built; no architecture but this device's."""
     variables = {"GAM_FUSED_REQUIRE_CPP": "1"}
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()

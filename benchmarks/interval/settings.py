@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from examples.digits.methods import Method
-from gam_fused.hyperparameters import DEFAULTS
+from gam_fused.settings import DEFAULTS
 
 GAM = DEFAULTS["finite_difference"]  # rho' stays at its default
 RHO = 0.2  # the radius at which GAM, and SAM alone, are at their best here (benchmarks/sweep_digits.py)

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.bench_kernels import PRODUCT, YARDSTICK
 from benchmarks.bench_training import CONTESTANTS
-from benchmarks.bench_verbs import PRODUCT, YARDSTICK
 from benchmarks.contestants import AUTHORS, FOREACH, TORCH_FUSED
 from benchmarks.report.ratios import Cell, ms_per_step, ratio
 
@@ -94,11 +94,11 @@ def _alone(ax: Axes, name: str, cell: Cell) -> None:
 
 def roofline(cells: dict[str, dict[str, Cell]]) -> Figure | None:
     """Arithmetic per second against arithmetic per byte; the roofs are this run's yardstick and matrix product."""
-    found = {name: cell for name, cell in cells.get("verbs", {}).items() if YARDSTICK in cell and len(cell) > 1}
+    found = {name: cell for name, cell in cells.get("kernels", {}).items() if YARDSTICK in cell and len(cell) > 1}
     large = [name for name, cell in found.items() if cell[YARDSTICK]["elements"] >= 10**7 or len(found) <= 4]
     if not large:
         return None
-    product = cells["verbs"].get(PRODUCT, {}).get(PRODUCT)
+    product = cells["kernels"].get(PRODUCT, {}).get(PRODUCT)
     shown = [name for name in large if name.split(" tensors")[0] == large[0].split(" tensors")[0]]
     size = (4.2 * len(shown) + 3, 4.6)
     figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -121,13 +121,16 @@ def _roofs(ax: Axes, cell: Cell, product: dict[str, Any] | None) -> None:
         peak = product["flops"] / product["ms"] / 1e6
         ax.axhline(peak, color="#555555", linestyle="--", label="a matrix product's rate")
         ax.text(0.11, 1.08 * peak, f"{peak:.3g} GFLOP/s", fontsize=8, color="#555555")
-    verbs, rooms = ([r[key] for r in cell.values() if r.get("flops")] for key in ("verb", "room"))
+    kernels, backends = ([r[key] for r in cell.values() if r.get("flops")] for key in ("kernel", "backend"))
     for row in cell.values():
         if row.get("flops"):
-            place, room = list(dict.fromkeys(verbs)).index(row["verb"]), list(dict.fromkeys(rooms)).index(row["room"])
+            place, backend = (
+                list(dict.fromkeys(kernels)).index(row["kernel"]),
+                list(dict.fromkeys(backends)).index(row["backend"]),
+            )
             style = {"color": COLOURS[place % 8], "marker": MARKERS[place], "linestyle": "none", "markersize": 7}
-            style |= {"fillstyle": "full" if room == 0 else "none"}
-            label = row["verb"] + (f", {row['room']}" if len(set(rooms)) > 1 else "")
+            style |= {"fillstyle": "full" if backend == 0 else "none"}
+            label = row["kernel"] + (f", {row['backend']}" if len(set(backends)) > 1 else "")
             ax.plot(row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e6, label=label, **style)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte moved")
     ax.spines[["top", "right"]].set_visible(False)

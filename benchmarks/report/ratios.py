@@ -48,7 +48,7 @@ def beyond_passes(row: Row) -> Ratio | None:
 
 
 def share_of_yardstick(row: Row, yardstick: Row) -> Ratio | None:
-    """Bytes per second over the yardstick's, of a verb (its bytes are known) or a step (by DESIGN's counts of traffic).
+    """Bytes per second over the yardstick's, of a kernel (its bytes are known) or a step (by DESIGN's counts of traffic).
 
     None where nothing is known, and below a million elements, which tell of launches rather than of memory.
     """
@@ -60,7 +60,7 @@ def share_of_yardstick(row: Row, yardstick: Row) -> Ratio | None:
 
 
 def traffic(row: Row) -> float | None:
-    """Bytes a step of a compiled room reads and writes, float32; AdamW's second moment is one read and one write more."""
+    """Bytes a step of a compiled backend reads and writes, float32; AdamW's second moment is one read and one write more."""
     if row.get("method") not in TRAFFIC or row["by"] not in ("cpp", "cuda", "triton"):
         return None
     return 4 * row["elements"] * (TRAFFIC[row["method"]] + (2 if row["base"] == "AdamW" else 0))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.bench_kernels import YARDSTICK
 from benchmarks.bench_training import CONTESTANTS
-from benchmarks.bench_verbs import YARDSTICK
 from benchmarks.contestants import AUTHORS, FOREACH
 from benchmarks.report.ratios import Cell, Ratio, Row, beyond_passes, ms_per_step, ratio, share_of_yardstick
 
@@ -27,7 +27,7 @@ def document(record: Record) -> str:
     for title, name, render in (
         ("Training steps in detail", "training", training),
         ("The optimizer alone", "optimizer", optimizer),
-        ("Verbs", "verbs", verbs),
+        ("Kernels", "kernels", kernels),
         ("Scaling", "scaling", scaling),
     ):
         if name in record["suites"]:
@@ -92,7 +92,7 @@ def optimizer(cells: dict[str, Cell]) -> Iterable[str]:
         yield f"{name}\n\n{_table(header, rows)}"
 
 
-def verbs(cells: dict[str, Cell]) -> Iterable[str]:
+def kernels(cells: dict[str, Cell]) -> Iterable[str]:
     for name, cell in cells.items():
         rows = []
         for contestant, row in cell.items():

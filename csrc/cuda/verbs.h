@@ -8,7 +8,7 @@
 
 namespace gam {
 
-// T tensors as one flat vector, cut into chunks. Its numbers, as `Layout.on` (gam_fused/tensor_lists.py) orders them,
+// T tensors as one flat vector, cut into chunks. Its numbers, as `Layout.on` (gam_fused/backends/tensor_lists.py) orders them,
 // lie at `map`, or in the words from `word` on.
 struct Layout {
   const int64_t* map;

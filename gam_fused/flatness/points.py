@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gam_fused.interrupts import Interrupts
+from gam_fused.transaction.interrupts import Interrupts
 
 LossFunction = Callable[[], Tensor]
 

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda on the CPU: built with a shim for CUDA's device language, as a room over CPU tensors."""
+"""The kernels of csrc/cuda on the CPU: built with a shim for CUDA's device language, as a backend over CPU tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from gam_fused import ops
-from gam_fused.rooms.compiled import CompiledRoom
+from gam_fused.backends import operators
+from gam_fused.backends.compiled import CompiledBackend
 
 NAMESPACE = "gam_fused_cuda_on_cpu"
 ROOT = Path(__file__).parents[2]
@@ -64,8 +64,8 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command[-3:])} failed:\n{done.stderr[-4000:]}")
 
 
-class CudaOnCpu(CompiledRoom):
-    """`rooms.compiled.cuda` with CPU tensors. The layout's map is handed over, as for a GPU."""
+class CudaOnCpu(CompiledBackend):
+    """`backends.compiled.cuda` with CPU tensors. The layout's map is handed over, as for a GPU."""
 
     def __init__(self, path: Path):
         super().__init__("CUDA", "", "", lambda: "", getattr(torch.ops, NAMESPACE))
@@ -84,7 +84,7 @@ class CudaOnCpu(CompiledRoom):
 
 
 @cache
-def room(*, sanitized: bool = False) -> CudaOnCpu:
-    """The room, built if need be. A sanitized one needs the address sanitizer's runtime preloaded."""
-    ops.define(NAMESPACE)
+def backend(*, sanitized: bool = False) -> CudaOnCpu:
+    """The backend, built if need be. A sanitized one needs the address sanitizer's runtime preloaded."""
+    operators.define(NAMESPACE)
     return CudaOnCpu(library(sanitized=sanitized))

@@ -1,0 +1,65 @@
+"""Backends: implementations of the same kernels, chosen per optimizer and device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gam_fused.backends import foreach, reference, triton
+from gam_fused.backends.compiled import cpp, cuda
+
+Backend = Any  # a module or an object with the kernels of `reference` and `reason()`
+
+# In order of preference for "auto"; `reference` is the judge, never chosen.
+_BACKENDS: dict[str, tuple[Backend, tuple[str, ...] | None]] = {
+    "cpp": (cpp, ("cpu",)),
+    "cuda": (cuda, ("cuda",)),
+    "triton": (triton, triton.DEVICES),
+    "torch": (foreach, None),
+    "reference": (reference, None),
+}
+BACKENDS = ("auto", *_BACKENDS)
+
+
+def available_backends() -> dict[str, str]:
+    """Each backend's name with "" where it is there, else the reason why it is not and how to get it."""
+    return {name: module.reason() for name, (module, _) in _BACKENDS.items()}
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for an unknown name, RuntimeError with the reason and the mend for a backend that is not there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+    if backend != "auto" and (why := _BACKENDS[backend][0].reason()):
+        raise RuntimeError(f"backend={backend!r} is not available: {why}")
+
+
+def backend_for(backend: str, device: torch.device, *, dense: bool = True) -> Backend:
+    """The backend for tensors of `device`. Compiled ones read storage order, so tensors with gaps go to `torch`.
+
+    Raises:
+        RuntimeError: the named backend does not serve the device.
+    """
+    if backend == "auto":
+        serves = (
+            module
+            for module, devices in _BACKENDS.values()
+            if (devices is None or (device.type in devices and dense))
+            and not (module is triton and triton.INTERPRETED)
+            and not module.reason()
+        )
+        return next(serves)
+    module, devices = _BACKENDS[backend]
+    if devices is not None and device.type not in devices:
+        raise RuntimeError(f"backend={backend!r} serves {', '.join(devices)} tensors, not {device}; use backend='auto'")
+    return module if dense or devices is None else foreach
+
+
+def copying_backend(backend: str, device: torch.device) -> Backend | None:
+    """The backend whose `copy_` copies tensors of `device`, or None where torch's own copies do."""
+    try:
+        chosen = backend_for(backend, device)
+    except RuntimeError:  # a named backend that serves other devices
+        return None
+    return None if chosen in (foreach, reference) else chosen

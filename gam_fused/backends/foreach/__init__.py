@@ -1,0 +1,243 @@
+"""The torch backend: the kernels (see `reference`) in `torch._foreach_*`, on any device and for any strides.
+
+Arithmetic in float32 for storage up to 32 bits, in float64 for float64. Everything that decides (skip, clip, projection,
+coefficients) stays on the device as 0-d tensors, so the host waits for nothing; on the CPU, where nothing
+has to wait, it is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gam_fused.backends import rounding
+from gam_fused.backends.foreach.lists import (
+    Batch,
+    Scalar,
+    Tensors,
+    add_scaled_,
+    batches,
+    by_group,
+    change_of,
+    commit_,
+    difference,
+    dot,
+    is_compute,
+    operand,
+    presence,
+    raw,
+    scalars,
+    scale_,
+    select,
+    sum_of_squares,
+    times,
+    up,
+    workspace,
+)
+from gam_fused.backends.foreach.updates import adam_, direction_of, direction_scalars, h_plus, sgd_
+from gam_fused.backends.reference import restore_ as restore_  # a copy is a copy
+from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.constants import Algorithm, Column, Control
+
+
+def reason() -> str:
+    """Always there."""
+    return ""
+
+
+def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorList, partials: Tensor) -> None:
+    """See `reference.squared_norm`."""
+    partials.zero_()
+    there = presence(x, y)
+    for row, counted in ((0, True), (1, False)):
+        rows = [i for i in range(len(x)) if layout.counted[i] is counted and there[i]]
+        for batch in batches(layout, rows, x, y, weight):
+            xs, ys, weights = batch.lists
+            values = difference(xs, ys)
+            if weights:
+                values = times(values, up(weights))
+            partials[row, 0].add_(sum_of_squares(values))
+
+
+def direction_products(
+    layout: Layout, x1: TensorList, x3: TensorList, acc: TensorList, coefficients: Tensor, partials: Tensor
+) -> None:
+    """See `reference.direction_products`."""
+    partials.zero_()
+    table, there = scalars(coefficients), presence(x1, x3, acc)
+    for row, counted in ((0, True), (1, False)):
+        indices = [i for i in range(len(x3)) if layout.counted[i] is counted and there[i]]
+        for group, rows in by_group(layout, indices):
+            c = table[group]
+            for batch in batches(layout, rows, x1, x3, acc):
+                b1, b3, minus = batch.lists
+                if not len(x1):
+                    partials[row, 0].add_(sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0)))
+                    continue
+                plus = h_plus(c, b1, b3, minus)
+                partials[row, 0].add_(sum_of_squares(plus))
+                if minus:
+                    minus = operand(minus, b1, b3)
+                    partials[2 + row, 0].add_(dot(minus, plus))
+                    partials[4 + row, 0].add_(sum_of_squares(minus))
+
+
+def perturb_(
+    layout: Layout,
+    theta: TensorList,
+    base: TensorList,
+    x: TensorList,
+    y: TensorList,
+    acc: TensorList,
+    backup: TensorList,
+    coefficients: Tensor,
+    partials: Tensor,
+    control: Tensor,
+    realised: Tensor,
+    ascent: int,
+    adaptive: bool,
+) -> None:
+    """See `reference.perturb_`."""
+    total = partials.sum(1)
+    bad = ~torch.isfinite(total).all()
+    if ascent > 0:
+        bad = bad | (control[Control.FOUND_INF] != 0)
+    control[Control.FOUND_INF] = bad.to(control.dtype)
+    norm = total[0].sqrt() / control[Control.LOSS_SCALE] + control[Control.EPS]
+    scale = coefficients[:, Column.RADIUS_0 + ascent] / norm / control[Control.LOSS_SCALE]
+    scale = torch.where(norm > 0, scale, 0.0).clamp(-3e38, 3e38)  # along a zero gradient nothing moves, whatever xi
+
+    stay, sizes, table = scalars(bad), scalars(scale), scalars(coefficients)
+    there = presence(x, y)
+    realised.zero_()
+    for group, rows in by_group(layout, range(len(theta))):
+        for moves in (True, False):
+            some = [i for i in rows if there[i] is moves]
+            for batch in batches(layout, some, theta, base, x, y, acc, backup):
+                squares = _ascend_(layout, batch, stay, sizes[group], control, ascent, adaptive, moves)
+                if squares is not None:
+                    realised[0].add_(squares)
+                _fold_(batch, table[group])
+
+
+def _ascend_(
+    layout: Layout, batch: Batch, stay: Scalar, size: Scalar, control: Tensor, ascent: int, adaptive: bool, moves: bool
+) -> Tensor | None:
+    """Moves one batch of theta from its base, unless `stay`. Returns the sum of squares of how far it came, None for 0."""
+    theta, base, x, y, _, backup = batch.lists
+    if backup:
+        torch._foreach_copy_(backup, theta)
+    if not moves or stay is True or (isinstance(size, float) and size == 0.0):
+        if base:
+            torch._foreach_copy_(theta, base)
+        return None
+    origin = up(base or backup or [t.clone() for t in theta])
+    moved = torch._foreach_mul(difference(x, y), size)
+    if adaptive:
+        moved = times(moved, torch._foreach_mul(origin, origin))
+    torch._foreach_add_(moved, origin)
+    if stay is not False:
+        moved = select(stay, origin, moved)
+    _store_(layout, theta, moved, batch, control, ascent)
+    return sum_of_squares(change_of(up(theta), origin))
+
+
+def combined_update_(
+    layout: Layout,
+    theta: TensorList,
+    backup: TensorList,
+    x1: TensorList,
+    x3: TensorList,
+    acc: TensorList,
+    first: TensorList,
+    second: TensorList,
+    third: TensorList,
+    steps: TensorList,
+    coefficients: Tensor,
+    partials: Tensor,
+    control: Tensor,
+    direction: Tensor,
+    algorithm: int,
+) -> None:
+    """See `reference.combined_update_`."""
+    skip = scalars(_close_step(partials, control))
+    u, unscale = direction_scalars(coefficients, partials, control)
+    if len(backup):
+        restore_(layout, theta, backup)
+    direction.zero_()
+    if skip is True:
+        return
+    table, there = scalars(coefficients), presence(x1, x3, acc)
+    for group, rows in by_group(layout, [i for i in range(len(theta)) if there[i]]):
+        c = table[group]
+        advanced = torch.stack([steps.tensors[i] for i in rows]) + 1
+        step_of = dict(zip(rows, range(len(rows)), strict=True))
+        for batch in batches(layout, rows, theta, x1, x3, acc, first, second, third):
+            targets = [lst for lst in (batch.lists[0], *batch.lists[4:]) if lst and lst[0] is not None]
+            new = [workspace(lst) for lst in targets]
+            b1, b3, minus = batch.lists[1:4]
+            d = direction_of(c, b1, b3, minus, u, unscale)
+            direction[0].add_(sum_of_squares(d))
+            step = advanced if batch.rows is rows else advanced[[step_of[i] for i in batch.rows]]
+            if algorithm == Algorithm.SGD:
+                sgd_(c, new[0], d, new[1] if len(new) > 1 else [], step)
+            else:
+                adam_(c, new[0], d, new[1], new[2], new[3] if len(new) > 3 else [], step)
+            stays = skip if isinstance(skip, bool) else skip | (c[Column.LR] == 0)
+            for old, values in zip(targets, new, strict=True):
+                commit_(old, values, stays if values is new[0] else skip)
+        commit_(raw(steps, rows), list(advanced), skip)
+    if skip is not False:
+        direction[0] = torch.where(skip, 0, direction[0])
+
+
+def combine_(
+    layout: Layout,
+    out: TensorList,
+    x1: TensorList,
+    x3: TensorList,
+    acc: TensorList,
+    coefficients: Tensor,
+    partials: Tensor,
+    control: Tensor,
+    direction: Tensor,
+) -> None:
+    """See `reference.combine_`."""
+    _close_step(partials, control)
+    u, unscale = direction_scalars(coefficients, partials, control)
+    direction.zero_()
+    table = scalars(coefficients)
+    for group, rows in by_group(layout, [i for i in range(len(out)) if out.tensors[i] is not None]):
+        for batch in batches(layout, rows, out, x1, x3, acc):
+            targets, b1, b3, minus = batch.lists
+            d = direction_of(table[group], b1, b3, minus, u, unscale, like=targets)
+            direction[0].add_(sum_of_squares(d))
+            torch._foreach_copy_(targets, d)
+
+
+def _fold_(batch: Batch, c: Scalar) -> None:
+    """acc <- FOLD_0 acc + FOLD_2 x, where acc is not missing."""
+    _, _, x, _, acc, _ = batch.lists
+    pairs = [(a, b) for a, b in zip(acc, x, strict=True) if a is not None] if acc else []
+    if not pairs:
+        return
+    targets, values = map(list, zip(*pairs, strict=True))
+    scale_(targets, c[Column.FOLD_0])
+    add_scaled_(targets, operand(values, targets), c[Column.FOLD_2])
+
+
+def _store_(layout: Layout, targets: Tensors, values: Tensors, batch: Batch, control: Tensor, ascent: int) -> None:
+    if is_compute(targets[0]):
+        torch._foreach_copy_(targets, values)
+        return
+    key = rounding.key_on_device(control, ascent)
+    for i, target, value in zip(batch.rows, targets, values, strict=True):
+        rounding.store_(target, value, key, int(layout.table[0, i]) + batch.offset)
+
+
+def _close_step(partials: Tensor, control: Tensor) -> Tensor:
+    skip = (control[Control.FOUND_INF] != 0) | ~torch.isfinite(partials.sum(1)).all()
+    control[Control.LAST_SKIPPED] = skip.to(control.dtype)
+    control[Control.SKIPPED].add_(skip)
+    control[Control.NOISE_STEP].add_(1)
+    return skip

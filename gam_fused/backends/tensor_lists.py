@@ -1,0 +1,207 @@
+"""Tensor lists: many tensors read as one flat vector of N elements, without copying them.
+
+`TensorList` keeps the tensors alive and their addresses in one int64 row, so that compiled backends read pointers instead of
+unpacking hundreds of Python objects per call. `Layout` says where each tensor begins in the flat vector, which param group
+it belongs to and whether it counts in the norms; it is shared by every list of a block.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_CHUNKS = 1024
+MIN_CHUNK = 4096
+ALIGNMENT = 128  # bytes between the starts of tensors in a flat buffer
+
+
+class TensorList:
+    """T tensors of one device and dtype; `None` stands for a vector of zeros of the right size.
+
+    Args:
+        tensors: the tensors, in the order of the `Layout` they go with. Compiled backends read each one in storage order, so
+            tensors of one layout must be dense and have equal strides at equal positions.
+        lasting: whether the list stays from step to step (parameters, state, scratch). Then backends on a GPU keep its
+            addresses there; those of other lists go along with every launch.
+        empty: the address of tensors without elements. With 0 the kernels take them for missing; with 1 for present, so that
+            their step counts advance: an empty shard is part of a parameter that is updated.
+    """
+
+    __slots__ = ("_addresses", "_empty", "_rows", "_tables", "lasting", "tensors")
+
+    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0):
+        self.tensors: list[Any] = list(tensors)  # Tensor | None; backends know from the layout which may be None
+        self.lasting, self._empty = lasting, empty
+        self._forget()
+
+    def _forget(self) -> None:
+        self._addresses: Tensor | None = None
+        self._rows: list[Tensor] | None = None
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def replace(self, i: int, tensor: Tensor) -> None:
+        """Put `tensor` at position `i`."""
+        self.tensors[i] = tensor
+        self._forget()
+
+    @property
+    def addresses(self) -> Tensor:
+        """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`."""
+        if self._addresses is None:
+            row = array("q", self._pointers())
+            self._addresses = (
+                torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64, device="cpu")
+            )
+        return self._addresses
+
+    def _pointers(self) -> list[int]:
+        if not self._empty:
+            try:
+                return list(map(Tensor.data_ptr, self.tensors))  # faster than one by one, and mostly none is missing
+            except TypeError:
+                pass
+        return [0 if t is None else t.data_ptr() or self._empty for t in self.tensors]
+
+    def on(self, device: torch.device, send: Callable[[Tensor, torch.device], Tensor] | None = None) -> Tensor:
+        """`addresses` on `device`, sent there once, by `upload` or by `send`."""
+        if device not in self._tables:
+            return _keep(self._tables, device, (send or upload)(self.addresses, device))
+        return self._tables[device]
+
+    def written(self) -> None:
+        """Tell autograd that a kernel wrote to the tensors: a graph that saved them must not be used any more."""
+        torch.autograd.graph.increment_version(self.tensors)
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The list as an operator takes it: an empty tensor in place of each `None`."""
+        if not self.tensors:
+            return []  # not kept: `EMPTY` is global, and a change of it would make torch.compile start again
+        if self._rows is None:
+            like = next((t for t in self.tensors if t is not None), None)
+            empty = torch.empty(0, device="cpu") if like is None else like.new_empty(0)
+            self._rows = [empty if t is None else t for t in self.tensors]
+        return self._rows
+
+
+EMPTY = TensorList(())
+
+
+class Layout:
+    """Where the tensors of a block lie in its flat vector.
+
+    Args:
+        sizes: number of elements of each of the T tensors.
+        groups: the param group of each tensor, a row of the coefficient table.
+        counted: whether each tensor is perturbed and counted in the norms.
+
+    Attributes:
+        table: int64 tensor [3, T + 1] on the CPU: first element of each tensor (and N at the end), param group, counted.
+        chunk: elements per chunk. It follows from N alone, so partial sums are cut at the same elements on every machine.
+        chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
+    """
+
+    __slots__ = ("_tables", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+
+    def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
+        self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
+        starts = [0]
+        for size in self.sizes:
+            starts.append(starts[-1] + size)
+        self.numel = starts[-1]
+        per_chunk = -(-self.numel // MAX_CHUNKS)
+        self.chunk = max(MIN_CHUNK, -(-per_chunk // MIN_CHUNK) * MIN_CHUNK)
+        self.chunks = max(1, -(-self.numel // self.chunk))
+        self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64, device="cpu")
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """What kernels on a GPU need to know, as one int64 vector on `device`, sent there once.
+
+        The rows of `table`, then for each chunk the tensor that holds its first element: [3 * (T + 1) + chunks].
+        """
+        if device not in self._tables:
+            firsts = torch.arange(0, self.chunks * self.chunk, self.chunk, device="cpu")
+            tensors = torch.searchsorted(self.table[0].contiguous(), firsts, right=True) - 1
+            return _keep(self._tables, device, upload(torch.cat([self.table.flatten(), tensors]), device))
+        return self._tables[device]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on `device` is being recorded into a graph instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _keep(tables: dict[torch.device, Tensor], device: torch.device, sent: Tensor) -> Tensor:
+    """`sent`, kept for the next time; a copy recorded into a graph is filled when that runs, so it is for the graph only."""
+    if not is_capturing(device):
+        tables[device] = sent
+    return sent
+
+
+# Both ends of copies recorded into graphs, which run them again and again; nothing tells when a graph is dropped.
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on `device`, without waiting for it; the tensor itself where that is the CPU.
+
+    Under CUDA-graph capture the copy is recorded, so both its ends are kept. It is then one from pageable memory, since
+    pinning asks for events that torch before 2.11 must not ask for while it captures.
+    """
+    if device.type == "cpu":
+        return host
+    if is_capturing(device):
+        _captured.append((host, host.to(device, non_blocking=True)))
+        return _captured[-1][1]
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def moved(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`t` on `device`. Waits only for copies to the host, whose memory would else be read before it is written."""
+    if t.device.type == "cpu":
+        return upload(t if dtype is None else t.to(dtype), device)
+    return t.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+
+
+def flat_views(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+    """One zeroed buffer, cut into views of the shapes and strides of `like` (row-major where a tensor is not dense).
+
+    Args:
+        like: tensors of one device and dtype.
+        dtype: dtype of the buffer; that of `like` when not given.
+
+    Returns:
+        The 1-D buffer and its views, each starting at a multiple of 128 bytes.
+    """
+    dtype = dtype or like[0].dtype
+    step = ALIGNMENT // dtype.itemsize
+    starts = [0]
+    for t in like:
+        starts.append(starts[-1] + -(-t.numel() // step) * step)
+    buffer = torch.zeros(starts[-1], dtype=dtype, device=like[0].device)
+    return buffer, [_view(buffer, start, t) for start, t in zip(starts, like, strict=False)]
+
+
+def _view(buffer: Tensor, start: int, t: Tensor) -> Tensor:
+    flat = buffer[start : start + t.numel()]
+    return flat.as_strided(t.shape, t.stride(), start) if is_dense(t) else flat.view(t.shape)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements of `t` fill one gapless stretch of memory, in whatever order of dimensions."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

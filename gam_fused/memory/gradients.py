@@ -1,0 +1,138 @@
+"""Taking gradients: `p.grad` becomes ours without a copy wherever that is safe, and with one where it is not.
+
+Streams: gradients are read on the stream that is current in `step`. `backward` makes the stream that it is called on wait
+for all others it has used, so there is nothing to wait for here; a closure that calls it on a stream of its own has to let
+the current one wait for that, as before the step of any optimizer. Nor is memory marked by `record_stream`, which would keep
+it from being used again for a while in every pass. A gradient that lies in the memory of another stream goes back to that
+stream when it is dropped, perhaps before our kernels have read it; but a pass that runs there reads weights which these
+kernels write, so it must have waited for them first. What does not wait, such as fetching the next batch, needs a stream
+that no backward runs on, as it does with torch's optimizers and `zero_grad`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.backends.tensor_lists import TensorList
+from gam_fused.checks import Groups, describe
+
+_storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+_storage_address: Any = getattr(torch._C, "_storage_address", None)  # unlike `untyped_storage()`, makes no Python object
+
+
+def clear(params: Sequence[Tensor]) -> None:
+    """Drop every `p.grad`."""
+    for p in params:
+        p.grad = None
+
+
+def take(
+    params: Sequence[Tensor], strides: Sequence[tuple[int, ...]], dtype: torch.dtype, groups: Groups, *, keep: bool
+) -> TensorList:
+    """The gradients of `params`, each `p.grad` left as `None`, in the strides and dtype of its parameter.
+
+    The next backward then allocates afresh, and autograd hands its buffer over without adding to it.
+
+    Args:
+        strides, dtype: what each gradient's strides and all their dtypes shall be.
+        groups: the param groups, for errors.
+        keep: whether the gradients will be written to, or read after the next pass. Then one that somebody else still
+            holds, itself or its memory, is copied: the next pass would overwrite it, or it would change under its owner.
+
+    Raises:
+        RuntimeError: a sparse or complex gradient; names the parameter.
+    """
+    gradients: list[Any] = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    if _all_fit(gradients, strides, dtype) and not (keep and _any_is_held(gradients)):
+        return TensorList(gradients)
+    for i, (p, stride) in enumerate(zip(params, strides, strict=True)):
+        gradient, gradients[i] = gradients[i], None
+        if gradient is None:
+            continue
+        try:
+            fits = gradient.dtype is dtype and gradient.stride() == stride
+        except RuntimeError:  # a sparse tensor has no strides
+            fits = False
+        if not fits or (keep and (sys.getrefcount(gradient) > _OWN_REFERENCES or _is_shared(gradient))):
+            gradient = _own_copy(gradient, p, stride, groups)
+        gradients[i] = gradient
+    return TensorList(gradients)
+
+
+class Strides(list[tuple[int, ...]]):
+    """The strides that the gradients of some parameters shall have.
+
+    Attributes:
+        row_major: whether all are those of contiguous tensors, which is asked faster than equality.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], dense: bool):
+        tensors = list(tensors)
+        super().__init__(t.stride() if dense else torch.empty(t.shape, device="meta").stride() for t in tensors)
+        self.row_major = not dense or all(t.is_contiguous() for t in tensors)
+
+
+# What is asked of every gradient in every pass is most of a step's host time, hence whole lists asked at once: a list that
+# passes, as nearly all do, needs no look at each.
+
+
+def _all_fit(gradients: list[Any], strides: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
+    """Whether none is missing and all have the wanted dtype and strides."""
+    try:
+        if set(map(_dtype_of, gradients)) != {dtype}:
+            return False
+        if getattr(strides, "row_major", False):
+            return all(map(_is_contiguous, gradients))
+        return list(map(_strides_of, gradients)) == strides
+    except (AttributeError, TypeError, RuntimeError):  # None; a sparse tensor
+        return False
+
+
+def _any_is_held(gradients: list[Any]) -> bool:
+    """Whether anybody else may hold one of them, or its memory."""
+    if max(map(sys.getrefcount, gradients)) > _LISTED_REFERENCES:
+        return True
+    if _storage_use_count is None or _storage_address is None:
+        return any(map(_is_shared, gradients))
+    return max(map(_storage_use_count, map(_storage_address, gradients))) > 1
+
+
+def fit(gradient: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`gradient` in the strides and dtype of `p` (row-major where `p` is not dense)."""
+    if gradient.stride() == stride and gradient.dtype is p.dtype:
+        return gradient
+    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(gradient)
+
+
+def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], groups: Groups) -> Tensor:
+    if gradient.layout is not torch.strided or gradient.is_complex():
+        kind = "complex" if gradient.layout is torch.strided else "sparse"
+        hint = "" if kind == "complex" else " (for embeddings, use sparse=False)"
+        raise RuntimeError(f"the gradient of {describe(p, groups)} is {kind}; only dense real gradients work{hint}")
+    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(gradient)
+
+
+def _is_shared(gradient: Tensor) -> bool:
+    """Whether any other tensor lies in the gradient's memory."""
+    if _storage_use_count is None or _storage_address is None:
+        return gradient._is_view()
+    return _storage_use_count(_storage_address(gradient)) > 1
+
+
+def _own_references() -> int:
+    """What `sys.getrefcount` says of an object that only a local variable holds, in this interpreter."""
+    local = torch.empty(0, device="cpu")
+    return sys.getrefcount(local)
+
+
+_OWN_REFERENCES = _own_references()
+_LISTED_REFERENCES = max(map(sys.getrefcount, [torch.empty(0, device="cpu")]))  # of one that only a list holds
+_dtype_of, _strides_of, _is_contiguous = attrgetter("dtype"), torch.Tensor.stride, torch.Tensor.is_contiguous

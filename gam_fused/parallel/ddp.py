@@ -1,0 +1,212 @@
+"""Replicas under DistributedDataParallel: what the optimizer averages over ranks itself, where DDP does not.
+
+With ``perturb_sync="global"`` DDP averages every pass, all ranks see the same gradients and take the same decisions, and
+there is nothing to do here, but for ``method="exact"``: `torch.autograd.grad` does not run DDP's hooks, so gradients and
+Hessian-vector products are averaged here. With ``perturb_sync="local"`` each rank makes all passes by its own gradients
+(m-sharpness: Foret et al., ICLR 2021, section 3) and one all-reduce averages the combined direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from gam_fused.backends.tensor_lists import EMPTY, TensorList, flat_views, upload
+from gam_fused.checks import Groups, describe
+from gam_fused.constants import GUARD, Control
+from gam_fused.parallel.dtensor import is_dtensor, refuse_fsdp1
+
+if TYPE_CHECKING:
+    from gam_fused.memory.plan import Block
+
+Lists = list[TensorList]
+
+
+def replicas(modules: Sequence[nn.Module], perturb_sync: str, method: str, groups: Groups) -> Replicas | None:
+    """What has to be averaged here, or None: DDP does it all, or there is no DDP to be seen.
+
+    Raises:
+        ValueError: ``perturb_sync="local"`` without DistributedDataParallel in `modules`, or with parameters outside of it.
+        TypeError: FSDP1, or a method or `perturb_sync` that sharded parameters cannot have.
+    """
+    refuse_fsdp1(modules, groups)
+    local = perturb_sync == "local"
+    if local or method == "exact":
+        _refuse_shards(groups, local)
+    ddp = [m for root in modules for m in root.modules() if isinstance(m, DistributedDataParallel)]
+    if local:
+        _check_local(ddp, groups)
+    return Replicas(ddp, local) if ddp and (local or method == "exact") else None
+
+
+def _refuse_shards(groups: Groups, local: bool) -> None:
+    for group in groups:
+        for p in group["params"]:
+            if is_dtensor(p) and local:
+                raise TypeError(
+                    f"perturb_sync='local': {describe(p, groups)} is sharded. No rank has a gradient of its own for it: "
+                    "backward reduces and scatters in one go. Use 'auto' or 'global'"
+                )
+            if is_dtensor(p):
+                raise TypeError(
+                    f"method='exact': {describe(p, groups)} is sharded, and gradients that a mesh reduces cannot be "
+                    "differentiated again. Use 'finite_difference', the same algorithm without double backward"
+                )
+
+
+def _check_local(ddp: list[DistributedDataParallel], groups: Groups) -> None:
+    if not ddp:
+        raise ValueError(
+            "perturb_sync='local' averages the combined direction itself, and has to see DistributedDataParallel for that: "
+            "wrap the model first, then pass the wrapper as model=. Without DDP use perturb_sync='auto'"
+        )
+    if any(m.process_group is not ddp[0].process_group for m in ddp):
+        raise ValueError("perturb_sync='local': the DistributedDataParallel modules in model= have several process groups")
+    averaged = {
+        id(p) for m in ddp for name, p in m.module.named_parameters() if name not in m.parameters_to_ignore
+    }  # fmt: skip
+    for group in groups:
+        for p in group["params"]:
+            if id(p) not in averaged:
+                raise ValueError(
+                    f"perturb_sync='local': {describe(p, groups)} is not averaged by the DistributedDataParallel in model=; "
+                    "give it an optimizer of its own"
+                )
+
+
+@contextmanager
+def no_unseen_ddp(seen: Replicas | None) -> Iterator[None]:
+    """For the time of a pass that DDP's hooks will not average: raise where a DDP runs that was not given as `model`.
+
+    Raises:
+        RuntimeError: from its forward. Unaveraged gradients would let the replicas drift apart without a word.
+    """
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and not (seen and module in seen.ddp):
+            if dist.get_world_size(module.process_group) == 1:
+                return
+            raise RuntimeError(
+                "method='exact' under DistributedDataParallel averages gradients and Hessian-vector products itself, so it "
+                "has to see the wrapper: FusedGAM(..., model=ddp_model)"
+            )
+
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class Replicas:
+    """DDP modules that leave the averaging to the optimizer.
+
+    Attributes:
+        ddp: the modules.
+        local: whether the combined direction is averaged, once per step; otherwise every gradient is.
+    """
+
+    def __init__(self, ddp: list[DistributedDataParallel], local: bool):
+        self.ddp, self.local = ddp, local
+        self._group = ddp[0].process_group
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """For the time of a step DDP reduces nothing. Its next forward aligns buffers, as after any step of DDP."""
+        with ExitStack() as stack:
+            for module in self.ddp:
+                stack.enter_context(module.no_sync())
+                stack.callback(setattr, module, "require_forward_param_sync", True)
+            yield
+
+    def average(self, blocks: list[Block], lists: Lists) -> Lists:
+        """Lists of this rank, averaged over all; what is missing on some ranks counts as zero there."""
+        averaged = []
+        for b, lst in zip(blocks, lists, strict=True):
+            exchange = _Exchange(b)
+            for view, t in zip(exchange.views.tensors, lst.tensors, strict=True):
+                if t is not None:
+                    view.copy_(t)
+            exchange.all_reduce(self._group, [t is not None for t in lst.tensors])
+            averaged.append(exchange.present())
+        return averaged
+
+    def average_direction(
+        self, blocks: list[Block], x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int, seen: list
+    ) -> Lists:
+        """d of every rank, averaged: what the kernels take as `x3` with the table "plain".
+
+        A rank that would skip the step makes all ranks skip it. d is still multiplied by the loss scale, and is clipped
+        after it has been averaged. `seen` becomes which parameters had a gradient on any rank.
+        """
+        directions = []
+        for i, b in enumerate(blocks):
+            if b.exchange is None:
+                b.exchange = _Exchange(b)
+            control = b.control.clone()
+            control[Control.LOSS_SCALE].fill_(1.0)
+            control[Control.MAX_NORM].fill_(0.0)
+            b.kernels.combine_(
+                b.layout,
+                b.exchange.views,
+                x1[i] if x1 else EMPTY,
+                x3[i],
+                acc[i] if acc else EMPTY,
+                b.shared.tables[table],
+                b.shared.part("partials", GUARD, rows),
+                control,
+                b.part("direction"),
+            )
+            b.exchange.all_reduce(self._group, seen[i], skipped=control[Control.LAST_SKIPPED])
+            b.set(Control.FOUND_INF, (b.exchange.skipped != 0).to(b.control.dtype))
+            directions.append(b.exchange.present())
+            seen[i] = [t is not None for t in directions[i].tensors]
+        return directions
+
+
+class _Exchange:
+    """One flat buffer in which a block's tensors are averaged over ranks, with what the ranks have to agree on behind them.
+
+    Attributes:
+        views: the buffer as tensors shaped as the block's.
+        skipped: 0-d, not 0 where a rank skips the step.
+    """
+
+    def __init__(self, block: Block):
+        tensors = block.theta.tensors
+        notes = torch.empty(1 + len(tensors), dtype=block.dtype, device=block.device)
+        if not block.dense:
+            tensors = [t.new_empty(t.shape) for t in tensors]
+        self.buffer, views = flat_views([*tensors, notes])
+        self.skipped, self._had_one = (notes := views.pop())[0], notes[1:]
+        self.views = TensorList(views, lasting=True)
+        self._had: list[bool] = []
+
+    def all_reduce(self, group: dist.ProcessGroup, had: list[bool], skipped: Any = 0.0) -> None:
+        """Average over ranks. `had`: which tensors this rank has something for; `skipped`: not 0 if it skips the step."""
+        self._had = list(had)
+        if all(had):
+            self._had_one.fill_(1.0)
+        else:
+            notes = torch.tensor(had, dtype=self._had_one.dtype, device="cpu")
+            self._had_one.copy_(upload(notes, self._had_one.device))
+        self.skipped.fill_(skipped)
+        self.buffer.div_(dist.get_world_size(group))  # before the sum, as DDP does: no overflow that the mean has not
+        dist.all_reduce(self.buffer, group=group)
+
+    def present(self) -> TensorList:
+        """The averaged tensors, None where no rank had one. Asks the device only where this rank had none."""
+        if all(self._had):
+            return self.views
+        anywhere = (self._had_one != 0).tolist()
+        return TensorList([t if has else None for t, has in zip(self.views.tensors, anywhere, strict=True)])

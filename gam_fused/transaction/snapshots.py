@@ -1,0 +1,201 @@
+"""Copies of many tensors at once: flat buffers, filled and read back by one kernel per device and width of elements."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.backends import copying_backend
+from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, moved
+from gam_fused.parallel.dtensor import is_dtensor, local
+
+BEFORE, AFTER = 0, 1  # numbers of copies: before a step, and after its first pass
+_shape_of: Callable[[Tensor], Any] = attrgetter("shape")
+_dtype_of: Callable[[Tensor], Any] = attrgetter("dtype")
+# What elements of these many bytes are copied as: kernels copy bits, whatever they stand for.
+_WORDS = {16: torch.float64, 8: torch.float64, 4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}
+_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
+
+
+_OWN_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # subclasses may keep their elements elsewhere
+
+
+class Snapshots:
+    """Memory for several copies of the same tensors, by number.
+
+    Args:
+        tensors: of any devices, dtypes and layouts.
+        backend: the optimizer's.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], backend: str = "auto"):
+        plain = [t for t in tensors if _is_plain(t)]
+        self._others = [t for t in tensors if not _is_plain(t)]
+        self._placed = plain + [t for t in self._others if t.layout is torch.strided and type(t) in _OWN_MEMORY]
+        self._home = [t.detach() for t in self._placed]  # where they lie: keeps that memory, should they be moved
+        self._where = self._lie()
+        by_kind: dict[tuple, list[Tensor]] = defaultdict(list)
+        for t in plain:
+            by_kind[t.device, _WORDS[t.element_size()]].append(t)
+        self._kinds = [_Kind(members, word, backend) for (_, word), members in by_kind.items()]
+        self._other_copies: dict[int, list[tuple[Tensor, Any]]] = {}
+        self._places: dict[int, tuple[_Kind, int]] | None = None  # of the tensors, by id; made when asked for
+
+    def _lie(self) -> list[list[Any]]:
+        try:
+            return [list(map(look, self._placed)) for look in (Tensor.data_ptr, Tensor.stride, _shape_of, _dtype_of)]
+        except RuntimeError:  # one has become sparse
+            return []
+
+    def still_fit(self) -> bool:
+        """Whether the tensors lie where, and as, they did when memory was made for them."""
+        return self._lie() == self._where and not self._others
+
+    def moved(self) -> bool:
+        """Whether one lies elsewhere."""
+        try:
+            return list(map(Tensor.data_ptr, self._placed)) != self._where[0]
+        except RuntimeError:
+            return True
+
+    def in_place(self) -> bool:
+        """Whether all lie where they did, in the same shapes."""
+        return not self.moved() and list(map(_shape_of, self._placed)) == self._where[2]
+
+    @torch.no_grad()
+    def take(self, number: int) -> None:
+        """Copy what the tensors hold now into copy `number`."""
+        for kind in self._kinds:
+            kind.copy(kind.memory(number), kind.live)
+        if self._others:
+            self._other_copies[number] = [(_clone(t), _mark(t)) for t in self._others]
+
+    @torch.no_grad()
+    def put_back(self, number: int, *, reshaped: bool = True) -> None:
+        """The tensors as they were when copy `number` was taken: in the same memory, with the same contents.
+
+        `reshaped`: whether one may have another shape in the same place.
+        """
+        if self.moved() or (reshaped and not self.in_place()):
+            for t, home, where in zip(self._placed, self._home, zip(*self._where, strict=True), strict=True):
+                if (t.data_ptr(), t.stride(), t.shape, t.dtype) != where:
+                    _move_home(t, home)
+            if not self.in_place():  # resized memory may have gone elsewhere
+                self._where = self._lie()
+                self._kinds, self._places = [kind.anew() for kind in self._kinds], None
+        for kind in self._kinds:
+            kind.copy(kind.live, kind.memory(number))
+        for t, (copy, mark) in zip(self._others, self._other_copies.get(number, []), strict=False):
+            if t.layout is torch.strided or _mark(t) != mark:
+                part(t).copy_(copy)
+
+    def choose(self, number: int, other: int, flag: Tensor) -> None:
+        """Copy `number` becomes copy `other` where `flag` (0-d, on any device) is not 0. Waits for nothing on a device."""
+        for kind in self._kinds:
+            kind.choose(number, other, flag)
+        mine, theirs = self._other_copies.get(number, []), self._other_copies.get(other, [])
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a[0].layout is torch.strided and not a[0].is_quantized:
+                torch.where(moved(flag, a[0].device) != 0, b[0], a[0], out=a[0])
+            elif a[1] != b[1] and flag:
+                mine[i] = b
+
+    def copy_of(self, t: Tensor, number: int) -> Tensor | None:
+        """Copy `number` of one of the tensors: its bits. None where there is none."""
+        if self._places is None:
+            self._places = {id(m): (kind, i) for kind in self._kinds for i, m in enumerate(kind.tensors)}
+        if id(t) in self._places:
+            kind, i = self._places[id(t)]
+            return kind.memory(number).tensors[i].view(_BITS[kind.word])
+        return next((c[0] for o, c in zip(self._others, self._other_copies[number], strict=True) if o is t), None)
+
+
+class _Kind:
+    """Tensors of one device and width: the tensors as rows of words, and copies of them."""
+
+    def __init__(self, tensors: list[Tensor], word: torch.dtype, backend: str):
+        self.tensors, self.word, self._backend = tensors, word, backend
+        self._copier = copying_backend(backend, tensors[0].device) if word is not torch.uint8 else None
+        self._rows = [_row(t, word) for t in tensors]
+        self.live = TensorList(self._rows, lasting=True)
+        self._layout = Layout([row.numel() for row in self._rows], [0] * len(tensors), [False] * len(tensors))
+        self._memory: dict[int, tuple[Tensor, TensorList]] = {}
+
+    def anew(self) -> _Kind:
+        """The same for where the tensors lie now."""
+        fresh = _Kind(self.tensors, self.word, self._backend)
+        fresh._memory = self._memory
+        return fresh
+
+    def memory(self, number: int) -> TensorList:
+        if number not in self._memory:
+            flat, views = flat_views(self._rows)
+            self._memory[number] = flat, TensorList(views, lasting=True)
+        return self._memory[number][1]
+
+    def copy(self, target: TensorList, source: TensorList) -> None:
+        if self._copier is None:
+            torch._foreach_copy_(target.tensors, source.tensors)
+        else:
+            self._copier.copy_(self._layout, target, source)
+
+    def choose(self, number: int, other: int, flag: Tensor) -> None:
+        here = moved(flag, self._rows[0].device) != 0
+        mine, theirs = (self._memory[n][0].view(_BITS[self.word]) for n in (number, other))
+        torch.where(here, theirs, mine, out=mine)
+
+
+def _row(t: Tensor, word: torch.dtype) -> Tensor:
+    """The elements of a dense tensor, in the order of memory, as words."""
+    row = t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
+    return row.view(word) if row.numel() else row.to(word)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor is one gapless stretch of memory of its own."""
+    return (
+        not is_dtensor(t)
+        and t.layout is torch.strided
+        and not t.is_quantized
+        and not t.is_conj()
+        and not t.is_neg()
+        and t.device.type != "meta"
+        and type(t) in _OWN_MEMORY
+        and is_dense(t)
+        and t.element_size() in _WORDS
+    )
+
+
+def _mark(t: Tensor) -> Any:
+    """What differs where one that is not strided has been written to, or been given other memory."""
+    if t.layout is torch.strided:
+        return None if t.is_inference() else t._version
+    return t._version, (t._values() if t.layout is torch.sparse_coo else t.values()).data_ptr()
+
+
+def _clone(t: Tensor) -> Tensor:
+    """A copy of a tensor's elements, itself without the conjugate and negative bits."""
+    return part(t).clone().resolve_conj().resolve_neg()
+
+
+def part(t: Tensor) -> Tensor:
+    """The elements of `t` that this rank holds, each once: what an expanded tensor repeats cannot be written to."""
+    mine = local(t) if is_dtensor(t) else t
+    if mine.layout is torch.strided:
+        for dim, (stride, size) in enumerate(zip(mine.stride(), mine.shape, strict=True)):
+            if stride == 0 and size > 1:
+                mine = mine.narrow(dim, 0, 1)
+    return mine
+
+
+def _move_home(t: Tensor, home: Tensor) -> None:
+    """Let `t` lie in the memory of `home` again, which may have been resized in the meantime."""
+    needed = (home.storage_offset() + home.numel()) * home.element_size()
+    if home.untyped_storage().nbytes() < needed:
+        home.untyped_storage().resize_(int(needed))
+    t.data = home

@@ -1,0 +1,115 @@
+"""Every kernel of every backend on a GPU: precision, same bits, sizes beyond 32 bits, CUDA graphs, many addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, SHAPES, Problem, assert_as_precise_as_torch, assert_same_bits, get_backend
+from on_gpu import CUDA, OnDevice, gpu_backends
+from test_kernels import KERNELS, reference, torch_error
+
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.constants import Algorithm, Column, Control, Flag
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
+
+
+def check(backend_name: str, kernel: str, kind: str, dtype: torch.dtype, **options) -> dict:
+    actual = KERNELS[kernel](OnDevice(backend_name), Problem(kind, dtype, dtype, **options))
+    exact = KERNELS[kernel](reference, Problem(kind, torch.float64, dtype, **options))
+    assert_as_precise_as_torch(actual, exact, torch_error(kernel, kind, dtype, tuple(options.items())), dtype)
+    return actual
+
+
+@gpu_backends()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_precision_and_the_same_bits_twice(backend_name, kind, dtype):
+    """The second time with lists that last, whose addresses reach the kernels another way."""
+    for kernel, run in KERNELS.items():
+        actual = check(backend_name, kernel, kind, dtype)
+        assert_same_bits(run(OnDevice(backend_name, lasting=True), Problem(kind, dtype, dtype)), actual)
+
+
+@gpu_backends()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_of_the_kernels(backend_name, dtype):
+    for options in ({"loss_scale": 1024.0}, {"max_norm": 0.5}, {"missing": False}):
+        for kernel in KERNELS:
+            check(backend_name, kernel, "chunk edges", dtype, **options)
+
+
+@gpu_backends()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_of_the_base_optimizers(backend_name, dtype):
+    for steps in (0.0, 3.0):
+        for flags in (Flag.MAXIMIZE, Flag.NESTEROV, Flag.NESTEROV | Flag.MAXIMIZE):
+            check(backend_name, "sgd momentum", "chunk edges", dtype, flags=flags, steps_so_far=steps)
+        for flags in (Flag.MAXIMIZE, Flag.AMSGRAD, Flag.DECOUPLED, Flag.AMSGRAD | Flag.DECOUPLED):
+            check(backend_name, "adam", "chunk edges", dtype, flags=flags, steps_so_far=steps)
+
+
+def holds(t: torch.Tensor, value: float) -> bool:
+    return all(bool((part == value).all()) for part in t.split(2**30))
+
+
+@gpu_backends()
+def test_more_elements_than_32_bits_count(backend_name):
+    """2^31 + 4,099 elements in bfloat16; every value is exact, so each element can be told right from wrong."""
+    count = 2**31 + 4099
+    needed = (12 if backend_name != "torch" else 40) * count
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    backend, layout = get_backend(backend_name), Layout([count], [0], [True])
+    theta, backup, ones = (torch.full((count,), v, dtype=torch.bfloat16, device=CUDA) for v in (0.0, 7.0, 1.0))
+    partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
+    sums = torch.zeros(layout.chunks, dtype=torch.float64, device=CUDA)
+    control = torch.zeros(len(Control), dtype=torch.float64, device=CUDA)
+    control[Control.LOSS_SCALE] = 1.0
+    row = torch.zeros(1, len(Column), dtype=torch.float64, device=CUDA)
+    row[0, Column.RADIUS_0], row[0, Column.DIRECTION_3], row[0, Column.LR] = 0.5, 1.0, 0.125
+    total = torch.tensor([[4.0], [1.0]], dtype=torch.float64, device=CUDA)
+    lists = [TensorList([t]) for t in (theta, backup, ones)]
+
+    backend.squared_norm(layout, lists[2], EMPTY, EMPTY, partials)
+    assert partials[0].sum().item() == pytest.approx(count, rel=1e-12)
+    backend.perturb_(layout, lists[0], EMPTY, lists[2], EMPTY, EMPTY, lists[1], row, total, control, sums, 0, False)
+    assert holds(theta, 0.25)
+    assert holds(backup, 0.0)
+    steps = TensorList([torch.zeros((), device=CUDA)])
+    backend.combined_update_(
+        *(layout, lists[0], lists[1], EMPTY, lists[2], EMPTY, EMPTY, EMPTY, EMPTY, steps),
+        *(row, total, control, sums, Algorithm.SGD),
+    )
+    assert holds(theta, -0.125)
+    backend.restore_(layout, lists[0], lists[2])
+    assert holds(theta, 1.0)
+
+
+@gpu_backends()
+@pytest.mark.parametrize("count", [2, 2500], ids=["few addresses", "more addresses than a launch carries"])
+def test_kernels_in_a_graph_run_on_what_the_lists_hold_then(backend_name, count):
+    """Lists made, and first sent to the device, under capture: their addresses must outlive both."""
+    backend, sizes = get_backend(backend_name), [5000 - i for i in range(count)]
+    layout = Layout(sizes, [0] * count, [True] * count)
+    theta = TensorList([torch.zeros(n, device=CUDA) for n in sizes], lasting=True)
+    source = [torch.ones(n, device=CUDA) for n in sizes]
+    partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
+    zeros = [torch.zeros(n, device=CUDA) for n in sizes]
+    backend.restore_(layout, theta, TensorList(source))
+    backend.squared_norm(layout, TensorList(source), TensorList(zeros), EMPTY, partials)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = TensorList([t * 2 for t in source])
+        backend.squared_norm(layout, x, TensorList(zeros), EMPTY, partials)
+        backend.restore_(layout, theta, x)
+        del x
+    for value in (1.0, 3.0):
+        for t in source:
+            t.fill_(value)
+        torch.empty(1 << 20, device=CUDA).fill_(float("nan"))  # what was freed is used again
+        graph.replay()
+        assert partials[0].sum().item() == pytest.approx(4 * value**2 * sum(sizes), rel=1e-12)
+        assert all((t == 2 * value).all() for t in theta.tensors)
+    backend.restore_(layout, theta, TensorList(source))  # outside again: not from tables that only a replay fills
+    assert all((t == 3.0).all() for t in theta.tensors)
