@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from gam_fused.methods import METHODS
 from gam_fused.optimizer import FusedGAM
-from gam_fused.settings import METHODS
 
 STEPS = 5
 

@@ -76,7 +76,7 @@ class GAMTrainerMixin:
             return total
 
         self._gam.grad_scaler = trainer.accelerator.scaler
-        self._gam._modules = self._gam._modules or [trainer.model]
+        self._gam.session.modules = self._gam.session.modules or [trainer.model]
         self._step(one_pass)
         # The loop is about to call `optimizer.step()`, which does nothing while gradients are not to be synchronised; it
         # sets this anew for every batch.

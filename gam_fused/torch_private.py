@@ -1,14 +1,28 @@
-"""torch.optim's hooks, of FusedGAM and of its base optimizer. All of torch's private names for them are here."""
+"""All names of torch that are not public, behind names of our own. tests/test_private_names.py tells when one of them goes.
+
+What can do without a name does (`getattr` with a default); the rest is torch.optim's contract with its own subclasses.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState as OptState
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_map_only as tree_map_only
+
+# A compiled function around it runs it as it is; what the closure has compiled stays compiled.
+not_traced: Any = torch._disable_dynamo
+
+# How many tensors share a storage, and its address, without making a Python object of it.
+storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+storage_address: Any = getattr(torch._C, "_storage_address", None)
 
 _OWN = (
     "_optimizer_step_pre_hooks",
@@ -79,3 +93,40 @@ def after_load(optimizer: Optimizer) -> None:
 def note_step_of_base(base: Optimizer) -> None:
     """As `base.step` does for an LR scheduler that watches it."""
     base._opt_called = True  # type: ignore[attr-defined]
+
+
+def scaler_stage(scaler: Any, optimizer: Any) -> OptState:
+    """What a `GradScaler` has seen of `optimizer` since its last `update`. Only errors depend on it."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    return states[id(optimizer)]["stage"] if id(optimizer) in states else OptState.READY
+
+
+def device_types(group: Any) -> set[str]:
+    """The types of the devices that a process group can communicate on."""
+    return {device.type for device in group._device_types}
+
+
+def dtype_cast_to(node: Any) -> torch.dtype:
+    """To which dtype a node of autograd's graph that casts has cast."""
+    dtype: torch.dtype = node._input_metadata[0].dtype
+    return dtype
+
+
+def is_view(t: Tensor) -> bool:
+    return bool(t._is_view())
+
+
+def forward_dtypes(fsdp: Iterable[Any]) -> set[torch.dtype]:
+    """To which dtypes the mixed-precision policies of FSDP2 modules cast weights. Only an estimate asks."""
+    policies = (getattr(getattr(m, "_get_fsdp_state", lambda: None)(), "_mp_policy", None) for m in fsdp)
+    return {dtype for policy in policies if (dtype := getattr(policy, "param_dtype", None))}
+
+
+def is_of_fsdp1(p: Tensor) -> bool:
+    """Whether `p` is a flat parameter of FSDP1, or one that its use_orig_params=True leaves."""
+    return any(getattr(p, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened"))
+
+
+def break_graph() -> None:
+    """While torch.compile traces: what follows runs as it is."""
+    torch._dynamo.graph_break()
