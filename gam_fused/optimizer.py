@@ -231,7 +231,8 @@ class FusedGAM(Optimizer):
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The scaler that the losses are scaled by; it can be set, for loops that make their own."""
-        return self.session.loss_scaling.scaler
+        scaler: torch.amp.GradScaler | None = self.session.loss_scaling.scaler
+        return scaler
 
     @grad_scaler.setter
     def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
@@ -287,7 +288,7 @@ class FusedGAM(Optimizer):
         return self.session.base
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's."""
         return self.session.base.param_groups
 
@@ -297,7 +298,7 @@ class FusedGAM(Optimizer):
             self.session.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's."""
         return self.session.base.state
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState as OptState
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_map_only as tree_map_only
 
-# A compiled function around it runs it as it is; what the closure has compiled stays compiled.
-not_traced: Any = torch._disable_dynamo
+Function = TypeVar("Function")
 
 # How many tensors share a storage, and its address, without making a Python object of it.
 storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
@@ -33,6 +32,13 @@ _OWN = (
     "_optimizer_load_state_dict_post_hooks",
 )
 _GLOBAL = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+
+def not_traced(function: Function) -> Function:
+    """A compiled function around it runs it as it is; what the closure has compiled stays compiled."""
+    disable: Any = vars(torch)["_disable_dynamo"]
+    wrapped: Function = disable(function)
+    return wrapped
 
 
 def complete(base: Optimizer) -> None:
@@ -130,3 +136,23 @@ def is_of_fsdp1(p: Tensor) -> bool:
 def break_graph() -> None:
     """While torch.compile traces: what follows runs as it is."""
     torch._dynamo.graph_break()
+
+
+def buffers_in(module: nn.Module) -> dict[str, Any]:
+    """The dict that a module keeps its own buffers in."""
+    return module._buffers
+
+
+def parameters_in(module: nn.Module) -> dict[str, Any]:
+    """The dict that a module keeps its own parameters in."""
+    return module._parameters
+
+
+def children_in(module: nn.Module) -> dict[str, Any]:
+    """The dict that a module keeps its children in."""
+    return module._modules
+
+
+def values_of(t: Tensor) -> Tensor:
+    """The values of a sparse tensor, coalesced or not."""
+    return t._values() if t.layout is torch.sparse_coo else t.values()

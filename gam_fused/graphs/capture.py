@@ -131,10 +131,10 @@ class CapturedStep:
         with Interrupts() as interrupts:
             return run.take(session, settings, method, method.passes, lambda: self.loss_fn(*self.inputs), interrupts, random)
 
-    def _decides(self, settings: Settings) -> tuple:
+    def _decides(self, settings: Settings) -> tuple[Any, ...]:
         """What a graph is made for, apart from memory: all settings but the numbers that are read from the device."""
         oracle_pass = settings.oracle_radius is not None and settings.oracle_radius != settings.rho_prime
-        numbers = dict.fromkeys((*SCHEDULED, "rho", "xi", "sam_rho"))
+        numbers: dict[str, Any] = dict.fromkeys((*SCHEDULED, "rho", "xi", "sam_rho"))
         fixed = replace(settings, **numbers, max_grad_norm=1.0 if settings.max_grad_norm else None)
         return fixed, oracle_pass, self.optimizer.base_optimizer, list(self.optimizer.session.modules)
 
@@ -198,7 +198,8 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
         if p.device.type != "cuda" or p.device != params[0].device:
             where = describe(p, optimizer.param_groups)
             raise ValueError(f"{where} is not on the one CUDA device that a graph needs all parameters on")
-    return params[0].device
+    device: torch.device = params[0].device
+    return device
 
 
 def _check_inputs(inputs: Sequence[Tensor]) -> None:

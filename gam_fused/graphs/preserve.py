@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,10 @@ class Preserved:
     def __init__(self, session: Session, settings: Settings):
         self._session = session
         plan, state = session.plan, session.state
+        fused: Any = session.fused
         for b in plan.blocks:  # adopt what a checkpoint has left first, since adopting replaces tensors
             active = [p in state for p in b.params]
-            b.state.ensure(session.fused, plan.state_keys, state, session.param_groups, active)
+            b.state.ensure(fused, plan.state_keys, state, session.param_groups, active)
         tensors: list[Tensor] = [*plan.params, *self._state_tensors()]
         tensors += [t for b in plan.blocks for t in (b.control, b.state.counts)]
         self._saved = [(t, t.detach().clone()) for t in tensors]

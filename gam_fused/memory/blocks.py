@@ -35,7 +35,7 @@ class Device:
         self.direction = torch.zeros(columns, **options)
         self.tables: dict[str, Tensor] = {}
         self._values: dict[str, list[list[float]]] = {}
-        self._parts: dict[tuple, Tensor] = {}
+        self._parts: dict[tuple[Any, ...], Tensor] = {}
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None, columns: slice = slice(None)) -> Tensor:
         """`columns` of "partials" (its first `rows` of `slot`), "realised" (of `slot`) or "direction".
@@ -120,7 +120,7 @@ class Block:
         """A zero gradient for parameter `i`."""
         return like(None, self.theta.tensors[i], self.strides[i])
 
-    def memory_now(self) -> list[list]:
+    def memory_now(self) -> list[list[Any]]:
         """Where the parameters lie now, and how; `p.data` may be set to another part of the same memory."""
         params = [dtensor.local(p) for p in self.params] if self.sharded else self.params
         order: Any = Tensor.is_contiguous if self.strides.row_major and self.dense else Tensor.stride

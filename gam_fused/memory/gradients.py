@@ -100,7 +100,7 @@ def _any_is_held(gradients: list[Any]) -> bool:
         return True
     if storage_use_count is None or storage_address is None:
         return any(map(_is_shared, gradients))
-    return max(map(storage_use_count, map(storage_address, gradients))) > 1
+    return bool(max(map(storage_use_count, map(storage_address, gradients))) > 1)
 
 
 def fit(gradient: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -122,7 +122,7 @@ def _is_shared(gradient: Tensor) -> bool:
     """Whether any other tensor lies in the gradient's memory."""
     if storage_use_count is None or storage_address is None:
         return is_view(gradient)
-    return storage_use_count(storage_address(gradient)) > 1
+    return bool(storage_use_count(storage_address(gradient)) > 1)
 
 
 def _own_references() -> int:

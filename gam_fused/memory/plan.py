@@ -23,7 +23,7 @@ class Plan:
 
     def __init__(self, param_groups: Groups, backend: str):
         self._members, self._flags = [list(group["params"]) for group in param_groups], _flags(param_groups)
-        members: dict[tuple, list[tuple[Tensor, int, bool]]] = defaultdict(list)
+        members: dict[tuple[Any, ...], list[tuple[Tensor, int, bool]]] = defaultdict(list)
         for number, group in enumerate(param_groups):
             for p in group["params"]:
                 if p.requires_grad:

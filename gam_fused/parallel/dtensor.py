@@ -23,7 +23,7 @@ def is_dtensor(t: Any) -> bool:
     return hasattr(t, "to_local")
 
 
-def local(t: Any) -> Tensor:
+def local(t: Any) -> Any:
     """The part of `t` on this rank, detached: the local shard of a DTensor, in its own memory; any other tensor itself."""
     if not is_dtensor(t):
         return t.detach()
@@ -44,7 +44,7 @@ def like(shard: Tensor, p: Any) -> Tensor:
 def alike(a: Any, b: Any) -> bool:
     """Whether two DTensors are distributed in the same way."""
     same_mesh = a.device_mesh is b.device_mesh or a.device_mesh == b.device_mesh
-    return same_mesh and a.placements == b.placements  # tuples
+    return bool(same_mesh and a.placements == b.placements)  # tuples
 
 
 def adopt(value: Any, p: Any) -> Any:

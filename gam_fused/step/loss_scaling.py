@@ -148,4 +148,5 @@ class LossScaling:
 
     @property
     def _carrier(self) -> Tensor:
-        return self._stand_in.param_groups[0]["params"][0]
+        carrier: Tensor = self._stand_in.param_groups[0]["params"][0]
+        return carrier

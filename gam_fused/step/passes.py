@@ -151,7 +151,7 @@ class Passes:
                 "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
             )
         scaled = self.session.loss_scaling.scale(closures.differentiable_in(result))
-        raw = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
+        raw: list[Tensor | None] = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
         if all(g is None for g in raw):
             self._unreached()
         return raw

@@ -53,4 +53,5 @@ class Record:
     def cosine(self) -> Tensor:
         """0-d: the cosine of h+ and h- (Algorithm 2), over counted tensors."""
         plus, _, cross, _, minus, _ = self.extras.get("products", self.blocks[0].shared.partials[GUARD].sum(1))
-        return cross / (plus.sqrt() * minus.sqrt())
+        cosine: Tensor = cross / (plus.sqrt() * minus.sqrt())
+        return cosine

@@ -78,7 +78,7 @@ class Session:
         self.running = threading.Lock()
         self._flat_buffers: list[Tensor] = []
         self._uploaded: _Uploaded | None = None
-        self._generators: tuple[tuple, Generators] | None = None
+        self._generators: tuple[tuple[Any, ...], Generators] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Copies of the user's generators would not be the ones that the closure draws from."""
