@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from examples.digits.methods import Method
-from gam_fused.settings import DEFAULTS
+from gam_fused.methods import TAKES
 
-GAM = DEFAULTS["finite_difference"]  # rho' stays at its default
+GAM = TAKES["finite_difference"]  # rho' stays at its default
 RHO = 0.2  # the radius at which GAM, and SAM alone, are at their best here (benchmarks/sweep_digits.py)
 RATIOS = (0.05, 0.1, 0.5, 1.0)  # of the steps; and 0, the oracle alone
 WINDOW = 20  # steps: a multiple of every interval, so that all windows of one setting hold the same steps
