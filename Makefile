@@ -55,13 +55,13 @@ gpu: $(if $(ACTIVE),,$(STAMPS)/test)
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(abspath $(OUT))") $(ARGS)
 
 sweep: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.sweep_digits $(ARGS)
+	$(PYTHON) -m studies.sweep_digits $(ARGS)
 
 interval: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.interval $(if $(QUICK),--quick --out out) $(ARGS)
+	$(PYTHON) -m studies.interval $(if $(QUICK),--quick --out out) $(ARGS)
 
 probe: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.probe_cosine $(ARGS)
+	$(PYTHON) -m studies.probe_cosine $(ARGS)
 
 wheel: $(STAMPS)/environment
 	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
