@@ -1,5 +1,5 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
-# make test     the tests (ARGS="-k flatness")
+# make test     the tests, on all cores (ARGS="-k flatness"; WORKERS=0: in one process)
 # make check    lint, formatting, types
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
 # make compare  which figures of two runs of make bench moved beyond the noise: OLD=before.json NEW=after.json
@@ -30,8 +30,11 @@ CLANG_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu
 train: $(STAMPS)/train
 	$(PYTHON) -m examples.digits $(if $(QUICK),--quick) $(ARGS)
 
+# More than 8 processes, each of which imports torch, would spend their time on that. By groups: what is built or run once for
+# several tests is so in one process.
+WORKERS := logical
 test: $(STAMPS)/test
-	$(RUN) pytest $(ARGS)
+	$(RUN) $(PYTHON) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
 
 check: $(STAMPS)/check
 	$(RUN) ruff check .
@@ -95,7 +98,7 @@ $(STAMPS)/bench: $(STAMPS)/train
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/bench
-	$(INSTALL) hypothesis lightning accelerate
+	$(INSTALL) hypothesis lightning accelerate pytest-xdist
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
 
