@@ -29,8 +29,6 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = Plan(CPU, rehearse=True)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # A tiny run of every suite. One goes the whole way, the others are measured here, without pytest-benchmark around them.
 

@@ -80,7 +80,6 @@ def test_no_stage_begins_after_the_run_has_used_its_time(tmp_path):
     assert record.content["stages"]["late"]["status"] == "failed: no time left for it"
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_every_kernel_for_the_sanitizers(monkeypatch, capsys):
     """The script that compute-sanitizer watches, in a backend that runs here."""
     script = str(ROOT / "tests" / "every_kernel.py")

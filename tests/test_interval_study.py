@@ -24,7 +24,6 @@ from studies.interval.cost import over
 from studies.interval.estimates import chosen_alpha, judged, paired_difference, part_kept, result_rows, sweep_rows
 from studies.interval.settings import ALPHAS, ORACLES, RATIOS, WINDOW
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 NOISE = (0.01, -0.02, 0.0, 0.03, -0.01)  # of a seed, the same in all settings
 

@@ -6,8 +6,6 @@ import pytest
 
 from benchmarks import profile_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_functions_and_operators_of_a_step_are_listed(capsys):
     profile_step.main(["--backend", "torch", "--method", "sam", "--steps", "1"])

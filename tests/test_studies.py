@@ -17,7 +17,6 @@ from examples.digits.report import summary
 from examples.digits.training import run
 from studies import probe_cosine, probe_plot, sweep_digits, sweep_plot
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
 
 

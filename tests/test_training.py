@@ -22,7 +22,6 @@ from examples.digits.plot import spread
 from examples.digits.report import diverged, summary, table, without_folder
 from examples.digits.training import Settings, run, train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
