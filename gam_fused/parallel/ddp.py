@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from gam_fused.backends.operands import Combine
 from gam_fused.backends.tensor_lists import EMPTY, TensorList, flat_views, upload
 from gam_fused.checks import Groups, describe
 from gam_fused.constants import GUARD, Control
@@ -157,15 +158,17 @@ class Replicas:
             control[Control.LOSS_SCALE].fill_(1.0)
             control[Control.MAX_NORM].fill_(0.0)
             b.kernels.combine_(
-                b.layout,
-                b.exchange.views,
-                x1[i] if x1 else EMPTY,
-                x3[i],
-                acc[i] if acc else EMPTY,
-                b.shared.tables[table],
-                b.shared.part("partials", GUARD, rows),
-                control,
-                b.part("direction"),
+                Combine(
+                    layout=b.layout,
+                    out=b.exchange.views,
+                    g1=x1[i] if x1 else EMPTY,
+                    last=x3[i],
+                    folded=acc[i] if acc else EMPTY,
+                    coefficients=b.shared.tables[table],
+                    partials=b.shared.part("partials", GUARD, rows),
+                    control=control,
+                    direction=b.part("direction"),
+                )
             )
             b.exchange.all_reduce(self._group, seen[i], skipped=control[Control.LAST_SKIPPED])
             b.set(Control.FOUND_INF, (b.exchange.skipped != 0).to(b.control.dtype))

@@ -41,9 +41,9 @@ def tables(
         sign = -1.0 if group.get("maximize") else 1.0  # the loss of a maximising group is -L: its worst case lies downhill
         counted = 1.0 if group["perturb"] else 0.0
         result["gam"].append(_row(shared | _METHODS[method](values, float(group[rho_key]), sign, counted)))
-        result["plain"].append(_row(shared | {Column.DIRECTION_3: 1.0}))
+        result["plain"].append(_row(shared | {Column.DIRECTION_LAST: 1.0}))
         if sam_rho is not None:
-            result["oracle"].append(_row(shared | {Column.RADIUS_0: sign * counted * sam_rho, Column.DIRECTION_3: 1.0}))
+            result["oracle"].append(_row(shared | {Column.RADIUS_0: sign * counted * sam_rho, Column.DIRECTION_LAST: 1.0}))
     return {kind: rows for kind, rows in result.items() if rows}
 
 
@@ -72,7 +72,7 @@ def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, Any]:
 
 def _sam(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
     """d = g1."""
-    return {Column.RADIUS_0: sign * counted * rho, Column.DIRECTION_3: 1.0}
+    return {Column.RADIUS_0: sign * counted * rho, Column.DIRECTION_LAST: 1.0}
 
 
 def _probe(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
@@ -82,31 +82,31 @@ def _probe(values: Hyperparameters, rho: float, sign: float, counted: float) -> 
 
 
 def _finite_difference(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """d = g0 + (alpha rho / rho') (g3 - g2): acc = g0 - c g2, then d = acc + c g3."""
+    """d = g0 + (alpha rho / rho') (g3 - g2): folded = g0 - c g2, then d = folded + c g3."""
     c = values.alpha * rho / values.rho_prime
     return _probe(values, rho, sign, counted) | {
         Column.FOLD_0: 1.0,
         Column.FOLD_2: -c,
-        Column.DIRECTION_3: c,
-        Column.DIRECTION_ACC: 1.0,
+        Column.DIRECTION_LAST: c,
+        Column.DIRECTION_FOLDED: 1.0,
     }
 
 
 def _accelerated(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """Algorithm 2: acc = h- = beta0 g0 + beta1 g2, h+ = alpha0 g1 + alpha1 g3, d = (1 + gamma s) h+ - gamma h-."""
+    """Algorithm 2: folded = h- = beta0 g0 + beta1 g2, h+ = alpha0 g1 + alpha1 g3, d = (1 + gamma s) h+ - gamma h-."""
     alpha, beta = pair(values.alpha), pair(values.beta)
     return _probe(values, rho, sign, counted) | {
         Column.FOLD_0: beta[0],
         Column.FOLD_2: beta[1],
-        Column.DIRECTION_1: alpha[0],
-        Column.DIRECTION_3: alpha[1],
-        Column.DIRECTION_ACC: -values.gamma,
+        Column.DIRECTION_G1: alpha[0],
+        Column.DIRECTION_LAST: alpha[1],
+        Column.DIRECTION_FOLDED: -values.gamma,
     }
 
 
 def _exact(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
     """d = g + alpha rho H(theta_adv) v_adv, where v = g / |g|, turned round by `ascent` where a group maximises."""
-    return {Column.RADIUS_0: sign * counted * rho, Column.DIRECTION_3: values.alpha * rho, Column.DIRECTION_ACC: 1.0}
+    return {Column.RADIUS_0: sign * counted * rho, Column.DIRECTION_LAST: values.alpha * rho, Column.DIRECTION_FOLDED: 1.0}
 
 
 _METHODS = {

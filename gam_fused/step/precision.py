@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import gam_fused
-from gam_fused.backends.tensor_lists import EMPTY
+from gam_fused.backends.operands import SquaredNorm
 from gam_fused.parallel.dtensor import forward_dtypes
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _tf32_is_allowed() -> bool:
 def _theta_norm(step: Step) -> Tensor:
     def square(b: Block) -> Tensor:
         partials = torch.zeros(2, b.layout.chunks, dtype=torch.float64, device=b.shared.device)
-        b.kernels.squared_norm(b.layout, b.theta, EMPTY, EMPTY, partials)
+        b.kernels.squared_norm(SquaredNorm(layout=b.layout, x=b.theta, partials=partials))
         return partials[0].sum().reshape(1)
 
     return step.plan.shards.totals(step.blocks, square)[0].sqrt()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
 from gam_fused.backends.tensor_lists import EMPTY, TensorList
 from gam_fused.base import hooks
 from gam_fused.constants import GUARD, Control
@@ -185,19 +186,21 @@ class Step:
         with torch.no_grad():
             for i, b in enumerate(self.blocks):
                 b.kernels.perturb_(
-                    b.layout,
-                    b.theta,
-                    b.backup if b.backed_up and ascent < 2 else EMPTY,
-                    x[i],
-                    minus[i] if minus else EMPTY,
-                    acc[i] if acc else EMPTY,
-                    EMPTY if b.backed_up else b.backup,
-                    b.shared.tables["oracle" if oracle else "gam"],
-                    b.shared.part("partials", ascent, 2),
-                    b.control,
-                    b.part("realised", ascent),
-                    ascent,
-                    self.optimizer.adaptive,
+                    Perturb(
+                        layout=b.layout,
+                        theta=b.theta,
+                        base=b.backup if b.backed_up and ascent < 2 else EMPTY,
+                        x=x[i],
+                        y=minus[i] if minus else EMPTY,
+                        folded=acc[i] if acc else EMPTY,
+                        backup=EMPTY if b.backed_up else b.backup,
+                        coefficients=b.shared.tables["oracle" if oracle else "gam"],
+                        partials=b.shared.part("partials", ascent, 2),
+                        control=b.control,
+                        realised=b.part("realised", ascent),
+                        ascent=ascent,
+                        adaptive=self.optimizer.adaptive,
+                    )
                 )
                 b.backed_up = True
         if not oracle:
@@ -210,7 +213,9 @@ class Step:
             if self.optimizer.adaptive and slot != GUARD:
                 weight = b.backup if b.backed_up and slot < 2 else b.theta
             y = minus[i] if minus else EMPTY
-            b.kernels.squared_norm(b.layout, x[i], y, weight, b.part("partials", slot, 2))
+            b.kernels.squared_norm(
+                SquaredNorm(layout=b.layout, x=x[i], y=y, weight=weight, partials=b.part("partials", slot, 2))
+            )
         self.plan.share(slot, 2)
 
     def accumulator(self, lists: Lists) -> Lists:
@@ -259,12 +264,14 @@ class Step:
     def _reduce_direction(self, x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int) -> None:
         for i, b in enumerate(self.blocks):
             b.kernels.direction_products(
-                b.layout,
-                x1[i] if x1 else EMPTY,
-                x3[i],
-                acc[i] if acc else EMPTY,
-                b.shared.tables[table],
-                b.part("partials", GUARD, rows),
+                DirectionProducts(
+                    layout=b.layout,
+                    g1=x1[i] if x1 else EMPTY,
+                    last=x3[i],
+                    folded=acc[i] if acc else EMPTY,
+                    coefficients=b.shared.tables[table],
+                    partials=b.part("partials", GUARD, rows),
+                )
             )
         self.plan.share(GUARD, rows)
 
@@ -287,20 +294,25 @@ class Step:
             b.state.ensure(base, self.plan.state_keys, optimizer.state, optimizer.param_groups, mask)
         with torch.no_grad():
             for i, b in enumerate(self.blocks):
+                state1, state2, state3 = b.state.lists
                 b.kernels.combined_update_(
-                    b.layout,
-                    b.theta,
-                    b.backup if b.backed_up else EMPTY,
-                    x1[i] if x1 else EMPTY,
-                    x3[i],
-                    acc[i] if acc else EMPTY,
-                    *b.state.lists,
-                    b.state.steps,
-                    b.shared.tables[table],
-                    b.shared.part("partials", GUARD, rows),
-                    b.control,
-                    b.part("direction"),
-                    int(base.algorithm),
+                    CombinedUpdate(
+                        layout=b.layout,
+                        theta=b.theta,
+                        backup=b.backup if b.backed_up else EMPTY,
+                        g1=x1[i] if x1 else EMPTY,
+                        last=x3[i],
+                        folded=acc[i] if acc else EMPTY,
+                        state1=state1,
+                        state2=state2,
+                        state3=state3,
+                        steps=b.state.steps,
+                        coefficients=b.shared.tables[table],
+                        partials=b.shared.part("partials", GUARD, rows),
+                        control=b.control,
+                        direction=b.part("direction"),
+                        algorithm=int(base.algorithm),
+                    )
                 )
                 b.backed_up = False
         hooks.note_step_of_base(optimizer.base_optimizer)
@@ -316,18 +328,20 @@ class Step:
         with torch.no_grad():
             for i, b in enumerate(self.blocks):
                 b.kernels.combine_(
-                    b.layout,
-                    x3[i],
-                    x1[i] if x1 else EMPTY,
-                    x3[i],
-                    acc[i] if acc else EMPTY,
-                    b.shared.tables[table],
-                    b.shared.part("partials", GUARD, rows),
-                    b.control,
-                    b.part("direction"),
+                    Combine(
+                        layout=b.layout,
+                        out=x3[i],
+                        g1=x1[i] if x1 else EMPTY,
+                        last=x3[i],
+                        folded=acc[i] if acc else EMPTY,
+                        coefficients=b.shared.tables[table],
+                        partials=b.shared.part("partials", GUARD, rows),
+                        control=b.control,
+                        direction=b.part("direction"),
+                    )
                 )
                 if b.backed_up:
-                    b.kernels.restore_(b.layout, b.theta, b.backup)
+                    b.kernels.restore_(Restore(layout=b.layout, theta=b.theta, backup=b.backup))
         if self.skipped:
             return
         for b, lst in zip(self.blocks, x3, strict=True):
@@ -384,7 +398,7 @@ class Step:
             self.plan.put_in_place()
             for b in self.blocks:
                 if b.backed_up:
-                    b.kernels.restore_(b.layout, b.theta, b.backup)
+                    b.kernels.restore_(Restore(layout=b.layout, theta=b.theta, backup=b.backup))
                     b.backed_up = False
             if not self._settled:
                 for part in (self._random, self._model):
