@@ -12,7 +12,8 @@
 
 namespace gam {
 
-// The numbers below repeat gam_fused/constants.py and gam_fused/backends/operators.py; tests/test_verbs.py compares them.
+// The numbers below repeat gam_fused/constants.py and gam_fused/backends/operators.py; tests/test_kernels.py compares
+// them.
 
 struct Column {
   enum : int {
@@ -21,9 +22,9 @@ struct Column {
     RADIUS_2 = 2,
     FOLD_0 = 3,
     FOLD_2 = 4,
-    DIRECTION_1 = 5,
-    DIRECTION_3 = 6,
-    DIRECTION_ACC = 7,
+    DIRECTION_G1 = 5,
+    DIRECTION_LAST = 6,
+    DIRECTION_FOLDED = 7,
     FLAGS = 8,
     LR = 9,
     WEIGHT_DECAY = 10,
@@ -57,6 +58,7 @@ struct Flag {
 
 struct Algorithm {
   enum : int { SGD = 0, ADAM = 1 };
+  static constexpr int COUNT = 2;
 };
 
 struct DType {
@@ -108,27 +110,28 @@ GAM_HOST_DEVICE C ascend_adaptive(C base, C scale, C x, C y) {
   return base + times(scale * (x - y), base * base);
 }
 
-// What later directions need of g0 and g2, kept in one vector: acc <- FOLD_0 acc + FOLD_2 x.
+// What later directions need of g0 and g2, kept in one vector: folded <- FOLD_0 folded + FOLD_2 x.
 template <class C>
-GAM_HOST_DEVICE C fold(C c0, C acc, C c2, C x) {
-  return c0 * acc + c2 * x;
+GAM_HOST_DEVICE C fold(C c0, C folded, C c2, C x) {
+  return c0 * folded + c2 * x;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The direction d: h_loss + alpha h_norm (Algorithm 1, line 10), or Algorithm 2's h+ - gamma (h- minus its projection).
 
-// u of Algorithm 2, and the factor that undoes the loss scale and clips |d|.
+// plus_scale of Algorithm 2, and the factor that undoes the loss scale and clips |d|.
 struct DirectionScale {
-  double u, unscale;
+  double plus_scale, unscale;
 };
 
 // `total`: sums over counted and over other tensors of h+ h+, h- h+ and h- h- (rows = 6), or of d^2 (rows = 2).
-GAM_HOST_DEVICE DirectionScale direction_scale(const double* total, int rows, double v, double loss_scale,
+GAM_HOST_DEVICE DirectionScale direction_scale(const double* total, int rows, double minus, double loss_scale,
                                                double max_norm) {
-  double u = 1.0, squared = total[0] + total[1];
+  double plus_scale = 1.0, squared = total[0] + total[1];
   if (rows == 6) {
-    u = 1.0 - v * (total[0] > 0.0 ? total[2] / total[0] : 0.0);
-    squared = u * u * squared + 2.0 * u * v * (total[2] + total[3]) + v * v * (total[4] + total[5]);
+    plus_scale = 1.0 - minus * (total[0] > 0.0 ? total[2] / total[0] : 0.0);
+    squared = plus_scale * plus_scale * squared + 2.0 * plus_scale * minus * (total[2] + total[3]) +
+              minus * minus * (total[4] + total[5]);
   }
   double clip = 1.0;
   if (max_norm > 0.0) {
@@ -136,25 +139,30 @@ GAM_HOST_DEVICE DirectionScale direction_scale(const double* total, int rows, do
     clip = max_norm / (norm + 1e-6);
     clip = clip < 1.0 ? clip : 1.0;
   }
-  return {u, clip / loss_scale};
+  return {plus_scale, clip / loss_scale};
 }
 
 template <class C>
 struct Direction {
-  C x1, x3, acc;
+  C g1, last, folded;
 };
 
-// Coefficients of x1, x3 and acc in d, from a row of the coefficient table.
+// Coefficients of g1, last and folded in d, from a row of the coefficient table.
 template <class C>
 GAM_HOST_DEVICE Direction<C> direction_of(const double* row, DirectionScale scale) {
-  double plus = scale.u * scale.unscale;
-  return {C(plus * row[Column::DIRECTION_1]), C(plus * row[Column::DIRECTION_3]),
-          C(scale.unscale * row[Column::DIRECTION_ACC])};
+  double plus = scale.plus_scale * scale.unscale;
+  return {C(plus * row[Column::DIRECTION_G1]), C(plus * row[Column::DIRECTION_LAST]),
+          C(scale.unscale * row[Column::DIRECTION_FOLDED])};
 }
 
 template <class C>
-GAM_HOST_DEVICE C direction(const Direction<C>& k, C x1, C x3, C acc) {
-  return k.x1 * x1 + k.x3 * x3 + k.acc * acc;
+GAM_HOST_DEVICE C h_plus(const Direction<C>& k, C g1, C last) {
+  return k.g1 * g1 + k.last * last;
+}
+
+template <class C>
+GAM_HOST_DEVICE C direction(const Direction<C>& k, C g1, C last, C folded) {
+  return h_plus(k, g1, last) + k.folded * folded;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

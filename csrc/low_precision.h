@@ -1,5 +1,6 @@
 // bfloat16 and float16 storage: conversions, rounding to nearest even, and stochastic rounding by a counter-based hash.
-// gam_fused/backends/rounding.py specifies the latter bit for bit. Written without branches, so that loops over it vectorise.
+// gam_fused/backends/rounding.py specifies the latter bit for bit. Written without branches, so that loops over it
+// vectorise.
 #pragma once
 
 #include <math.h>

@@ -16,11 +16,11 @@ class Column(IntEnum):
     RADIUS_0 = 0  # signed radius of the first ascent (negative where the group maximises, 0 where it is not perturbed)
     RADIUS_1 = 1  # of the second
     RADIUS_2 = 2  # of the third
-    FOLD_0 = 3  # acc <- FOLD_0 * acc + FOLD_2 * x in the third ascent
+    FOLD_0 = 3  # folded <- FOLD_0 * folded + FOLD_2 * x in the third ascent
     FOLD_2 = 4
-    DIRECTION_1 = 5  # d = u * (DIRECTION_1 * x1 + DIRECTION_3 * x3) + DIRECTION_ACC * acc
-    DIRECTION_3 = 6
-    DIRECTION_ACC = 7
+    DIRECTION_G1 = 5  # d = plus_scale * (DIRECTION_G1 * g1 + DIRECTION_LAST * last) + DIRECTION_FOLDED * folded
+    DIRECTION_LAST = 6
+    DIRECTION_FOLDED = 7
     FLAGS = 8  # a sum of `Flag`
     LR = 9
     WEIGHT_DECAY = 10

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gam_fused import backends
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, SquaredNorm
 from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
@@ -94,15 +95,15 @@ class Problem:
             row = dict.fromkeys(Column, 0.0)
             for column in (Column.RADIUS_0, Column.RADIUS_1, Column.RADIUS_2):
                 row[column] = self.radii * (group - 1)  # one group minimises, one stays, one maximises
-            row |= {Column.FOLD_0: 0.5, Column.FOLD_2: 0.25 + group, Column.DIRECTION_1: 0.6, Column.DIRECTION_3: 0.4}
-            row |= {Column.DIRECTION_ACC: -0.3, Column.FLAGS: float(self.flags), Column.LR: 0.1 / (1 + group)}
+            row |= {Column.FOLD_0: 0.5, Column.FOLD_2: 0.25 + group, Column.DIRECTION_G1: 0.6, Column.DIRECTION_LAST: 0.4}
+            row |= {Column.DIRECTION_FOLDED: -0.3, Column.FLAGS: float(self.flags), Column.LR: 0.1 / (1 + group)}
             row |= {Column.WEIGHT_DECAY: 0.01 * group, Column.MOMENTUM: 0.9, Column.DAMPENING: 0.1 * group}
             row |= {Column.BETA1: 0.9, Column.BETA2: 0.99, Column.EPS: 1e-4}
             rows.append([row[column] for column in Column])
         return torch.tensor(rows, dtype=torch.float64)
 
     def values(self, seed: int, *, gradient: bool = False, positive: bool = False, compute: bool = False) -> TensorList:
-        """Random values. gradient: may be missing, and carries the loss scale. compute: in the dtype of `acc`."""
+        """Random values. gradient: may be missing, and carries the loss scale. compute: in the dtype of `folded`."""
         generator = torch.Generator().manual_seed(seed)
         dtype, rounded_to = self.dtype, self.rounded_to
         if compute and rounded_to != torch.float64:
@@ -126,20 +127,28 @@ class Problem:
 def run_squared_norm(backend, p: Problem, *, y: bool, weight: bool) -> dict:
     partials = p.partials[:2]
     backend.squared_norm(
-        p.layout,
-        p.values(1, gradient=True),
-        p.values(2, gradient=True) if y else EMPTY,
-        p.values(3) if weight else EMPTY,
-        partials,
+        SquaredNorm(
+            layout=p.layout,
+            x=p.values(1, gradient=True),
+            y=p.values(2, gradient=True) if y else EMPTY,
+            weight=p.values(3) if weight else EMPTY,
+            partials=partials,
+        )
     )
     return {"partials": partials.sum(1)}
 
 
-def run_direction_products(backend, p: Problem, *, x1: bool, acc: bool = True) -> dict:
-    partials = p.partials if x1 else p.partials[:2]
-    lists = [p.values(1, gradient=True) if x1 else EMPTY, p.values(2, gradient=True)]
+def run_direction_products(backend, p: Problem, *, g1: bool, folded: bool = True) -> dict:
+    partials = p.partials if g1 else p.partials[:2]
     backend.direction_products(
-        p.layout, *lists, p.values(3, gradient=True, compute=True) if acc else EMPTY, p.coefficients, partials
+        DirectionProducts(
+            layout=p.layout,
+            g1=p.values(1, gradient=True) if g1 else EMPTY,
+            last=p.values(2, gradient=True),
+            folded=p.values(3, gradient=True, compute=True) if folded else EMPTY,
+            coefficients=p.coefficients,
+            partials=partials,
+        )
     )
     return {"partials": partials.sum(1)}
 
@@ -147,23 +156,25 @@ def run_direction_products(backend, p: Problem, *, x1: bool, acc: bool = True) -
 def run_perturb(backend, p: Problem, *, ascent: int, adaptive: bool = False, total: float = 9.0) -> dict:
     """Ascent 0 backs up, 1 starts from the backup with a difference, 2 starts from theta and folds."""
     theta, base, backup, x = p.values(0), p.values(5), p.values(6), p.values(1, gradient=True)
-    y, acc = p.values(2, gradient=True), p.values(3, compute=True)
+    y, folded = p.values(2, gradient=True), p.values(3, compute=True)
     backend.perturb_(
-        p.layout,
-        theta,
-        base if ascent == 1 else EMPTY,
-        x,
-        y if ascent == 1 else EMPTY,
-        acc if ascent == 2 else EMPTY,
-        backup if ascent == 0 else EMPTY,
-        p.coefficients,
-        p.finished(total * p.loss_scale**2, 1.0),
-        p.control,
-        p.sums,
-        ascent,
-        adaptive,
+        Perturb(
+            layout=p.layout,
+            theta=theta,
+            base=base if ascent == 1 else EMPTY,
+            x=x,
+            y=y if ascent == 1 else EMPTY,
+            folded=folded if ascent == 2 else EMPTY,
+            backup=backup if ascent == 0 else EMPTY,
+            coefficients=p.coefficients,
+            partials=p.finished(total * p.loss_scale**2, 1.0),
+            control=p.control,
+            realised=p.sums,
+            ascent=ascent,
+            adaptive=adaptive,
+        )
     )
-    return {"theta": theta, "backup": backup, "acc": acc, "realised": p.sums.sum(), "control": p.control}
+    return {"theta": theta, "backup": backup, "folded": folded, "realised": p.sums.sum(), "control": p.control}
 
 
 def run_combined_update(
@@ -171,42 +182,54 @@ def run_combined_update(
     p: Problem,
     algorithm: Algorithm,
     *,
-    x1: bool,
+    g1: bool,
     totals: tuple[float, ...],
     state: bool = True,
     backup: bool = True,
 ) -> dict:
     theta = p.values(0)
-    first, second, third = (p.values(7), p.values(8, positive=True), p.values(9, positive=True)) if state else (EMPTY,) * 3
+    state1, state2, state3 = (p.values(7), p.values(8, positive=True), p.values(9, positive=True)) if state else (EMPTY,) * 3
     backend.combined_update_(
-        p.layout,
-        theta,
-        p.values(5) if backup else EMPTY,
-        p.values(1, gradient=True) if x1 else EMPTY,
-        p.values(2, gradient=True),
-        p.values(3, gradient=True, compute=True),
-        first,
-        second if algorithm == Algorithm.ADAM else EMPTY,
-        third if p.flags & Flag.AMSGRAD else EMPTY,
-        p.steps,
-        p.coefficients,
-        p.finished(*[t * p.loss_scale**2 for t in totals]),
-        p.control,
-        p.sums,
-        algorithm,
+        CombinedUpdate(
+            layout=p.layout,
+            theta=theta,
+            backup=p.values(5) if backup else EMPTY,
+            g1=p.values(1, gradient=True) if g1 else EMPTY,
+            last=p.values(2, gradient=True),
+            folded=p.values(3, gradient=True, compute=True),
+            state1=state1,
+            state2=state2 if algorithm == Algorithm.ADAM else EMPTY,
+            state3=state3 if p.flags & Flag.AMSGRAD else EMPTY,
+            steps=p.steps,
+            coefficients=p.coefficients,
+            partials=p.finished(*[t * p.loss_scale**2 for t in totals]),
+            control=p.control,
+            direction=p.sums,
+            algorithm=algorithm,
+        )
     )
     kept = TensorList([s for s, size in zip(p.steps.tensors, p.layout.sizes, strict=True) if size])
-    return {"theta": theta, "first": first, "second": second, "third": third, "steps": kept, "direction": p.sums.sum(),
-            "control": p.control}  # fmt: skip
+    state = {"state1": state1, "state2": state2, "state3": state3}
+    return {"theta": theta, **state, "steps": kept, "direction": p.sums.sum(), "control": p.control}
 
 
-def run_combine(backend, p: Problem, *, x1: bool, totals: tuple[float, ...]) -> dict:
-    """`out` is x3 itself, as the optimizer has it."""
-    x3 = p.values(2, gradient=True)
-    lists = (x3, p.values(1, gradient=True) if x1 else EMPTY, x3, p.values(3, gradient=True, compute=True))
-    partials = p.finished(*[t * p.loss_scale**2 for t in totals])
-    backend.combine_(p.layout, *lists, p.coefficients, partials, p.control, p.sums)
-    return {"out": x3, "direction": p.sums.sum(), "control": p.control}
+def run_combine(backend, p: Problem, *, g1: bool, totals: tuple[float, ...]) -> dict:
+    """`out` is last itself, as the optimizer has it."""
+    last = p.values(2, gradient=True)
+    backend.combine_(
+        Combine(
+            layout=p.layout,
+            out=last,
+            g1=p.values(1, gradient=True) if g1 else EMPTY,
+            last=last,
+            folded=p.values(3, gradient=True, compute=True),
+            coefficients=p.coefficients,
+            partials=p.finished(*[t * p.loss_scale**2 for t in totals]),
+            control=p.control,
+            direction=p.sums,
+        )
+    )
+    return {"out": last, "direction": p.sums.sum(), "control": p.control}
 
 
 def _flat(value: TensorList | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -234,7 +257,7 @@ def errors(result: dict, exact: dict) -> dict[str, Tensor]:
 def assert_as_precise_as_torch(actual: dict, exact: dict, torch_error: dict[str, float], dtype: torch.dtype) -> None:
     """The tolerance rule: at most twice the error of plain torch at the same precision, plus one ulp."""
     for name, error in errors(actual, exact).items():
-        single = dtype != torch.float64 and name in ("acc", "partials", "realised", "direction", "control")
+        single = dtype != torch.float64 and name in ("folded", "partials", "realised", "direction", "control")
         wanted = _flat(exact[name])
         largest = wanted.abs().max().clamp(min=1e-300)
         step = ulp(wanted, torch.float32 if single else dtype) / largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gam_fused import available_backends
 from gam_fused.backends import triton
-from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.tensor_lists import EMPTY, TensorList
 
 CUDA = torch.device("cuda", 0)
 NO_DEVICE = "" if torch.cuda.is_available() else "no CUDA device"
@@ -53,18 +54,21 @@ class OnDevice:
         self.backend, self.device, self.lasting = get_backend(backend_name), device, lasting
 
     def __getattr__(self, kernel: str) -> Callable[..., None]:
-        def call(layout: Layout, *args: Any) -> None:
+        def call(operands: Any) -> None:
             copies: dict[int, Tensor] = {}
-            there = [self._moved(a, copies) for a in args]
-            getattr(self.backend, kernel)(layout, *there)
-            for here, gone in zip(args, there, strict=True):
-                for a, b in zip(_tensors(here), _tensors(gone), strict=True):
+            here = {field.name: getattr(operands, field.name) for field in fields(operands)}
+            there = {name: self._moved(value, copies) for name, value in here.items()}
+            getattr(self.backend, kernel)(type(operands)(**there))
+            for name, value in here.items():
+                for a, b in zip(_tensors(value), _tensors(there[name]), strict=True):
                     if a is not None:
                         a.copy_(b)
 
         return call
 
     def _moved(self, value: Any, copies: dict[int, Tensor]) -> Any:
+        if value is EMPTY:
+            return value
         if isinstance(value, TensorList):
             moved = [None if t is None else copies.setdefault(id(t), self._copy(t)) for t in value.tensors]
             return TensorList(moved, lasting=self.lasting)

@@ -1,17 +1,11 @@
-"""torch.compile: of the model, of the loss, of the code around the step, of the operators. Nothing is compiled twice."""
+"""torch.compile: of the model, of the loss, of the code around the step. Nothing is compiled twice."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from gam_helpers import METHODS, batch, make, mixed_net, same, weights
 from torch._dynamo.utils import counters
-
-from gam_fused.backends import cpp
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
-from gam_fused.constants import Algorithm, Column, Control
 
 BACKENDS = ["eager", "aot_eager"]  # inductor takes most of a minute on a CPU; it runs on the GPU
 
@@ -103,47 +97,3 @@ def test_inductor_on_a_gpu(method, options):
     assert counters["stats"]["unique_graphs"] == 1
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-# The operators.
-
-
-def arithmetic(layout, theta, backup, g0, g1, steps, coefficients, control, partials, sums):
-    """A step of SAM from its two gradients: every kernel that takes part, and the two that do not."""
-    theta, backup, g0, g1, steps = (TensorList(lst) for lst in (theta, backup, g0, g1, steps))
-    cpp.squared_norm(layout, g0, EMPTY, EMPTY, partials[:2])
-    cpp.perturb_(layout, theta, EMPTY, g0, EMPTY, EMPTY, backup, coefficients, partials[:2], control, sums, 0, False)
-    cpp.restore_(layout, theta, backup)
-    cpp.direction_products(layout, g0, g1, g0, coefficients, partials)
-    cpp.squared_norm(layout, g1, EMPTY, EMPTY, partials[:2])
-    cpp.combine_(layout, g1, EMPTY, g1, EMPTY, coefficients, partials[:2], control, sums)
-    cpp.combined_update_(
-        layout, theta, backup, EMPTY, g1, EMPTY, EMPTY, EMPTY, EMPTY, steps, coefficients, partials[:2], control, sums,
-        int(Algorithm.SGD),
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_operators_are_one_graph_whatever_lr_and_rho(backend):
-    sizes = [5, 4097, 1]
-    layout = Layout(sizes, [0] * 3, [True] * 3)
-    start = [[torch.randn(n) for n in sizes] for _ in range(4)]
-    compiled = torch.compile(arithmetic, fullgraph=True, backend=backend)
-    for i in range(4):
-        coefficients = torch.zeros(1, len(Column), dtype=torch.float64)
-        coefficients[0, Column.RADIUS_0], coefficients[0, Column.LR] = 0.1 * (1 + i), 0.05 / (1 + i)
-        coefficients[0, Column.DIRECTION_3] = 1.0
-        results = []
-        for function in (arithmetic, compiled):
-            lists = copy.deepcopy(start)
-            control = torch.zeros(len(Control), dtype=torch.float64)
-            control[Control.LOSS_SCALE] = 1.0
-            steps, partials = list(torch.zeros(3)), torch.zeros(6, layout.chunks, dtype=torch.float64)
-            sums = torch.zeros(layout.chunks, dtype=torch.float64)
-            function(layout, *lists, steps, coefficients, control, partials, sums)
-            results.append([*(t for lst in lists for t in lst), *steps, control, partials, sums])
-        for mine, expected in zip(results[1], results[0], strict=True):
-            assert torch.equal(mine, expected)
-        assert not torch.equal(results[0][0], start[0][0])
-    assert counters["stats"]["unique_graphs"] == 1

@@ -17,7 +17,8 @@ from test_kernels import ADAM, KERNELS, SGD, TWO, check
 
 from gam_fused import backends
 from gam_fused.backends import reference
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.backends.operands import CombinedUpdate, Restore, SquaredNorm
+from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
 pytestmark = [
@@ -84,8 +85,8 @@ def test_not_finite(backend, algorithm, bad):
     ascent = cases.run_perturb(backend, problem, ascent=1, total=bad)
     assert_same_bits({"theta": ascent["theta"]}, {"theta": problem.values(5)})
     assert ascent["control"][Control.FOUND_INF] == 1
-    result = cases.run_combined_update(backend, problem, algorithm, x1=False, totals=(bad, 1.0))
-    untouched = {"theta": problem.values(5), "first": problem.values(7), "second": problem.values(8, positive=True)}
+    result = cases.run_combined_update(backend, problem, algorithm, g1=False, totals=(bad, 1.0))
+    untouched = {"theta": problem.values(5), "state1": problem.values(7), "state2": problem.values(8, positive=True)}
     assert_same_bits(result, untouched)
     assert {float(s) for s in result["steps"].tensors} == {3.0}
     assert result["control"][Control.SKIPPED] == result["control"][Control.LAST_SKIPPED] == 1
@@ -117,20 +118,20 @@ def test_more_tensors_than_an_argument_block_holds(backend, count):
     """440 words travel in a small block, 4,000 in a large one, and more in several launches."""
     layout, (theta, x, y) = many(count, 3, torch.float32)
     sums = [torch.zeros(2, layout.chunks, dtype=torch.float64) for _ in range(2)]
-    for judge, partials in zip((backend, reference), sums, strict=True):
-        judge.squared_norm(layout, x, y, theta, partials)
+    for one, partials in zip((backend, reference), sums, strict=True):
+        one.squared_norm(SquaredNorm(layout=layout, x=x, y=y, weight=theta, partials=partials))
     torch.testing.assert_close(sums[0].sum(1), sums[1].sum(1), rtol=1e-6, atol=0)
-    backend.restore_(layout, theta, x)
+    backend.restore_(Restore(layout=layout, theta=theta, backup=x))
     assert all(torch.equal(a, b) for a, b in zip(theta.tensors, x.tensors, strict=True))
 
 
-def test_list_overload_sends_the_layout_along(backend):
+def test_a_layout_that_is_not_on_the_device_goes_along(monkeypatch, backend):
     """Without a map the layout travels in the words: the same result."""
     problem = Problem("empty tensors", torch.float32, torch.float32)
     x, expected, partials = problem.values(1), problem.partials[:2].clone(), problem.partials[:2]
-    backend.squared_norm(problem.layout, x, EMPTY, EMPTY, expected)
-    head = (problem.layout.table, torch.empty(0, dtype=torch.int64), problem.layout.chunk, 0)
-    backend._ops.squared_norm.default(*head, x.operands, [], [], partials)
+    backend.squared_norm(SquaredNorm(layout=problem.layout, x=x, partials=expected))
+    monkeypatch.setattr(backend, "map_of", lambda layout, device: torch.empty(0, dtype=torch.int64))
+    backend.squared_norm(SquaredNorm(layout=problem.layout, x=x, partials=partials))
     assert torch.equal(partials, expected)
 
 
@@ -143,8 +144,9 @@ def test_chunks_of_one_tensor_see_the_same_step(backend):
     coefficients = problem.coefficients[:1].clone()
     coefficients[0, Column.WEIGHT_DECAY] = 0.0
     sums = torch.zeros(layout.chunks, dtype=torch.float64)
-    tail = (coefficients, problem.finished(*TWO), problem.control, sums, Algorithm.ADAM)
-    backend.combined_update_(layout, theta, EMPTY, EMPTY, gradient, EMPTY, *state, EMPTY, steps, *tail)
+    lists = {"theta": theta, "last": gradient, "state1": state[0], "state2": state[1], "steps": steps}
+    tables = {"coefficients": coefficients, "partials": problem.finished(*TWO), "control": problem.control}
+    backend.combined_update_(CombinedUpdate(layout=layout, **lists, **tables, direction=sums, algorithm=Algorithm.ADAM))
     assert theta.tensors[0].unique().numel() == 1
     assert steps.tensors[0] == 1
 
@@ -186,7 +188,6 @@ def run_under_sanitizers() -> None:
             for run in KERNELS.values():
                 run(backend, Problem(kind, dtype, dtype))
     test_more_tensors_than_an_argument_block_holds(backend, 500)
-    test_list_overload_sends_the_layout_along(backend)
     test_chunks_of_one_tensor_see_the_same_step(backend)
     print("done")
 
@@ -199,12 +200,13 @@ def test_under_sanitizers():
 
 
 def test_sanitizers_see_an_access_out_of_bounds():
-    """A layout that promises one element more than the tensor has."""
+    """A layout that promises one element more than the tensor has, which nobody has looked at."""
     done = cuda_on_cpu.run_sanitized(
-        "import torch, cuda_on_cpu; from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList\n"
+        "import torch, cuda_on_cpu; from gam_fused.backends import compiled, operands as o\n"
+        "from gam_fused.backends.tensor_lists import Layout, TensorList; compiled.check_lists = lambda *_: None\n"
         "backend = cuda_on_cpu.backend(sanitized=True); layout = Layout([1001], [0], [True])\n"
         "x = TensorList([torch.ones(1000)])\n"
-        "backend.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))"
+        "backend.squared_norm(o.SquaredNorm(layout=layout, x=x, partials=torch.zeros(2, 1, dtype=torch.float64)))"
     )
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -8,7 +8,8 @@ from cases import DTYPES, SHAPES, Problem, assert_as_precise_as_torch, assert_sa
 from on_gpu import CUDA, OnDevice, gpu_backends
 from test_kernels import KERNELS, reference, torch_error
 
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.backends.operands import CombinedUpdate, Perturb, Restore, SquaredNorm
+from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
 pytestmark = pytest.mark.gpu
@@ -67,22 +68,21 @@ def test_more_elements_than_32_bits_count(backend_name):
     control = torch.zeros(len(Control), dtype=torch.float64, device=CUDA)
     control[Control.LOSS_SCALE] = 1.0
     row = torch.zeros(1, len(Column), dtype=torch.float64, device=CUDA)
-    row[0, Column.RADIUS_0], row[0, Column.DIRECTION_3], row[0, Column.LR] = 0.5, 1.0, 0.125
+    row[0, Column.RADIUS_0], row[0, Column.DIRECTION_LAST], row[0, Column.LR] = 0.5, 1.0, 0.125
     total = torch.tensor([[4.0], [1.0]], dtype=torch.float64, device=CUDA)
     lists = [TensorList([t]) for t in (theta, backup, ones)]
+    shared = {"layout": layout, "theta": lists[0], "coefficients": row, "partials": total, "control": control}
 
-    backend.squared_norm(layout, lists[2], EMPTY, EMPTY, partials)
+    backend.squared_norm(SquaredNorm(layout=layout, x=lists[2], partials=partials))
     assert partials[0].sum().item() == pytest.approx(count, rel=1e-12)
-    backend.perturb_(layout, lists[0], EMPTY, lists[2], EMPTY, EMPTY, lists[1], row, total, control, sums, 0, False)
+    backend.perturb_(Perturb(**shared, x=lists[2], backup=lists[1], realised=sums, ascent=0))
     assert holds(theta, 0.25)
     assert holds(backup, 0.0)
     steps = TensorList([torch.zeros((), device=CUDA)])
-    backend.combined_update_(
-        *(layout, lists[0], lists[1], EMPTY, lists[2], EMPTY, EMPTY, EMPTY, EMPTY, steps),
-        *(row, total, control, sums, Algorithm.SGD),
-    )
+    update = {"backup": lists[1], "last": lists[2], "steps": steps, "direction": sums, "algorithm": Algorithm.SGD}
+    backend.combined_update_(CombinedUpdate(**shared, **update))
     assert holds(theta, -0.125)
-    backend.restore_(layout, lists[0], lists[2])
+    backend.restore_(Restore(layout=layout, theta=lists[0], backup=lists[2]))
     assert holds(theta, 1.0)
 
 
@@ -96,13 +96,13 @@ def test_kernels_in_a_graph_run_on_what_the_lists_hold_then(backend_name, count)
     source = [torch.ones(n, device=CUDA) for n in sizes]
     partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
     zeros = [torch.zeros(n, device=CUDA) for n in sizes]
-    backend.restore_(layout, theta, TensorList(source))
-    backend.squared_norm(layout, TensorList(source), TensorList(zeros), EMPTY, partials)
+    backend.restore_(Restore(layout=layout, theta=theta, backup=TensorList(source)))
+    backend.squared_norm(SquaredNorm(layout=layout, x=TensorList(source), y=TensorList(zeros), partials=partials))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x = TensorList([t * 2 for t in source])
-        backend.squared_norm(layout, x, TensorList(zeros), EMPTY, partials)
-        backend.restore_(layout, theta, x)
+        backend.squared_norm(SquaredNorm(layout=layout, x=x, y=TensorList(zeros), partials=partials))
+        backend.restore_(Restore(layout=layout, theta=theta, backup=x))
         del x
     for value in (1.0, 3.0):
         for t in source:
@@ -111,5 +111,6 @@ def test_kernels_in_a_graph_run_on_what_the_lists_hold_then(backend_name, count)
         graph.replay()
         assert partials[0].sum().item() == pytest.approx(4 * value**2 * sum(sizes), rel=1e-12)
         assert all((t == 2 * value).all() for t in theta.tensors)
-    backend.restore_(layout, theta, TensorList(source))  # outside again: not from tables that only a replay fills
+    # Outside again: not from tables that only a replay fills.
+    backend.restore_(Restore(layout=layout, theta=theta, backup=TensorList(source)))
     assert all((t == 3.0).all() for t in theta.tensors)

@@ -9,7 +9,8 @@ from float64_gam import Gam64
 from gam_helpers import METHODS, make
 from test_rounding import tables
 
-from gam_fused.backends import foreach_lists
+from gam_fused.backends.foreach import lists as foreach_lists
+from gam_fused.backends.operands import CombinedUpdate, Perturb, SquaredNorm
 from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Flag
 
@@ -46,12 +47,12 @@ class Pair:
     def __init__(self, backend_name: str, kind: type, options: dict, dtype: torch.dtype):
         self.backend, self.dtype, adam = get_backend(backend_name), dtype, kind is not SGD
         self.compute = torch.float64 if dtype == torch.float64 else torch.float32
-        self.judge = torch.nn.Parameter(weights(dtype).to(self.compute))
-        self.optimizer = kind([self.judge], lr=options.pop("lr", 0.125), **options)
+        self.plain = torch.nn.Parameter(weights(dtype).to(self.compute))
+        self.optimizer = kind([self.plain], lr=options.pop("lr", 0.125), **options)
         group = self.optimizer.param_groups[0]
         flags = Flag.NESTEROV * group.get("nesterov", False) | Flag.MAXIMIZE * group["maximize"]
         flags |= Flag.AMSGRAD * group.get("amsgrad", False) | Flag.DECOUPLED * (kind is ADAMW)
-        columns = {"DIRECTION_3": 1.0, "FLAGS": flags, "LR": group["lr"], "WEIGHT_DECAY": group["weight_decay"]}
+        columns = {"DIRECTION_LAST": 1.0, "FLAGS": flags, "LR": group["lr"], "WEIGHT_DECAY": group["weight_decay"]}
         if adam:
             columns |= {"BETA1": group["betas"][0], "BETA2": group["betas"][1], "EPS": group["eps"]}
         else:
@@ -60,26 +61,28 @@ class Pair:
         self.algorithm = Algorithm.ADAM if adam else Algorithm.SGD
         self.theta = TensorList([weights(dtype)])
         used = (adam or bool(group["momentum"]), adam, bool(flags & Flag.AMSGRAD))
-        self.state = [TensorList([torch.zeros_like(weights(dtype))]) if there else EMPTY for there in used]
+        names = [name for name, there in zip(("state1", "state2", "state3"), used, strict=True) if there]
+        self.state = {name: TensorList([torch.zeros_like(weights(dtype))]) for name in names}
         self.steps = TensorList([torch.tensor(0.0)])
 
     def step(self) -> None:
-        gradient, size = gradients(self.dtype), self.judge.numel()
+        gradient, size = gradients(self.dtype), self.plain.numel()
         layout, sums = Layout([size], [0], [True]), torch.zeros(1, dtype=torch.float64)
-        lists = (self.theta, EMPTY, EMPTY, TensorList([gradient]), EMPTY, *self.state, self.steps)
         partials = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-        self.backend.combined_update_(layout, *lists, self.coefficients, partials, self.control, sums, self.algorithm)
-        self.judge.grad = gradient.to(self.compute)
+        tables_ = {"coefficients": self.coefficients, "partials": partials, "control": self.control, "direction": sums}
+        lists = {"theta": self.theta, "last": TensorList([gradient]), "steps": self.steps} | self.state
+        self.backend.combined_update_(CombinedUpdate(layout=layout, **lists, **tables_, algorithm=self.algorithm))
+        self.plain.grad = gradient.to(self.compute)
         self.optimizer.step()
-        for kept in (self.judge.data, *self.optimizer.state[self.judge].values()):
+        for kept in (self.plain.data, *self.optimizer.state[self.plain].values()):
             if isinstance(kept, torch.Tensor) and kept.dim():
                 kept.copy_(kept.to(self.dtype))
 
     def check(self) -> None:
-        state = self.optimizer.state[self.judge]
+        state = self.optimizer.state[self.plain]
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.algorithm == Algorithm.ADAM else ("momentum_buffer",)
-        wanted = [self.judge.data, *[state[name] for name in names if state.get(name) is not None]]
-        actual = [self.theta.tensors[0], *[lst.tensors[0] for lst in self.state if len(lst)]]
+        wanted = [self.plain.data, *[state[name] for name in names if state.get(name) is not None]]
+        actual = [self.theta.tensors[0], *[lst.tensors[0] for lst in self.state.values()]]
         eps = torch.finfo(self.dtype).eps
         for a, b in zip(actual, wanted, strict=True):
             torch.testing.assert_close(a.to(self.compute), b, rtol=4 * eps, atol=4 * eps, equal_nan=True)
@@ -95,7 +98,7 @@ def test_updates_are_torchs(backend_name, update, weight_decay, dtype):
     for _ in range(3):
         pair.step()
         pair.check()
-    assert torch.equal(pair.theta.tensors[0].isnan(), pair.judge.isnan())
+    assert torch.equal(pair.theta.tensors[0].isnan(), pair.plain.isnan())
     if weight_decay == 0.0 or kind is ADAMW:
         assert torch.equal(pair.theta.tensors[0][3::7], weights(dtype)[3::7])
 
@@ -123,8 +126,9 @@ def perturb(backend_name: str, theta, x, y=None, *, base=None, total=1.0, radius
     """theta <- base + radius * (x - y) / sqrt(total), without xi. Returns the realised length, squared."""
     layout, (coefficients, control) = Layout([theta.numel()], [0], [True]), tables(RADIUS_1=radius)
     partials, realised = torch.tensor([[total], [0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    lists = [EMPTY if t is None else TensorList([t]) for t in (theta, base, x, y)]
-    get_backend(backend_name).perturb_(layout, *lists, EMPTY, EMPTY, coefficients, partials, control, realised, 1, adaptive)
+    lists = {name: TensorList([t]) for name, t in {"theta": theta, "base": base, "x": x, "y": y}.items() if t is not None}
+    tables_ = {"coefficients": coefficients, "partials": partials, "control": control, "realised": realised}
+    get_backend(backend_name).perturb_(Perturb(layout=layout, **lists, **tables_, ascent=1, adaptive=adaptive))
     return realised.item()
 
 
@@ -166,13 +170,14 @@ def test_gradients_close_to_zero_leave_elements_without_gradient(backend_name):
 @pytest.mark.parametrize("difference", [False, True])
 def test_adaptive_norms_pass_over_what_has_no_gradient(backend_name, difference, dtype):
     x, weight, partials = gradients(dtype), weights(dtype), torch.zeros(2, 1, dtype=torch.float64)
-    lists = (TensorList([x]), TensorList([x * 0]) if difference else EMPTY, TensorList([weight]))
-    get_backend(backend_name).squared_norm(Layout([63], [0], [True]), *lists, partials)
+    lists = {"x": TensorList([x]), "y": TensorList([x * 0]) if difference else EMPTY, "weight": TensorList([weight])}
+    norm = SquaredNorm(layout=Layout([63], [0], [True]), **lists, partials=partials)
+    get_backend(backend_name).squared_norm(norm)
     wanted = torch.where(x == 0, 0.0, x.double() * weight.double()).square().sum().item()
     assert partials.sum().item() == pytest.approx(wanted, rel=1e-2 if dtype.itemsize == 2 else 1e-6)
     # Where an infinite weight has a gradient the norm is not finite, and the step is skipped.
     x[3] = 1.0
-    get_backend(backend_name).squared_norm(Layout([63], [0], [True]), *lists, partials)
+    get_backend(backend_name).squared_norm(norm)
     assert not partials.isfinite().all()
 
 
@@ -202,15 +207,15 @@ def test_steps_with_a_forbidden_transition(method, base, adaptive, options, back
 @pytest.mark.parametrize("base", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_judge_of_whole_steps_agrees(method, adaptive, base):
+def test_whole_steps_in_float64_agree(method, adaptive, base):
     kind = {"sgd": SGD, "adam": ADAM, "adamw": ADAMW}[base]
     start = torch.tensor([0.3, -torch.inf, 0.1], dtype=torch.float64)
     theta = torch.nn.Parameter(start.clone())
     optimizer = make([theta], kind, method, lr=0.1, adaptive=adaptive)
     settings = {k: getattr(optimizer, k) for k in ("rho_prime", "alpha", "beta", "gamma") if hasattr(optimizer, k)}
     group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "eps" if base == "sgd" else "")}
-    judge = Gam64([{"params": [start], **group}], method=method, base=base, adaptive=adaptive, **settings)
+    exact = Gam64([{"params": [start], **group}], method=method, base=base, adaptive=adaptive, **settings)
     for _ in range(3):
         optimizer.step(lambda: masked_loss(theta))
-        judge.step(lambda params, k: masked_loss(params[0]))
-    torch.testing.assert_close(theta.detach(), judge.theta[0], rtol=1e-9, atol=1e-12)
+        exact.step(lambda params, k: masked_loss(params[0]))
+    torch.testing.assert_close(theta.detach(), exact.theta[0], rtol=1e-9, atol=1e-12)

@@ -30,8 +30,9 @@ from cases import (
 
 from gam_fused import constants
 from gam_fused.backends import foreach, reference
+from gam_fused.backends.operands import CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
 from gam_fused.backends.operators import DTYPES as DTYPE_CODES
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
 SGD, ADAM = Algorithm.SGD, Algorithm.ADAM
@@ -41,19 +42,19 @@ KERNELS = {
     "norm": partial(run_squared_norm, y=False, weight=False),
     "norm of a difference": partial(run_squared_norm, y=True, weight=False),
     "adaptive norm": partial(run_squared_norm, y=True, weight=True),
-    "products": partial(run_direction_products, x1=True),
-    "squares of d": partial(run_direction_products, x1=False),
-    "squares without acc": partial(run_direction_products, x1=False, acc=False),
+    "products": partial(run_direction_products, g1=True),
+    "squares of d": partial(run_direction_products, g1=False),
+    "squares without folded": partial(run_direction_products, g1=False, folded=False),
     "first ascent": partial(run_perturb, ascent=0),
     "second ascent": partial(run_perturb, ascent=1),
     "third ascent": partial(run_perturb, ascent=2),
     "adaptive ascent": partial(run_perturb, ascent=1, adaptive=True),
-    "sgd": partial(run_combined_update, algorithm=SGD, x1=False, totals=TWO, state=False),
-    "sgd momentum": partial(run_combined_update, algorithm=SGD, x1=True, totals=SIX),
-    "adam": partial(run_combined_update, algorithm=ADAM, x1=True, totals=SIX),
-    "adam in place": partial(run_combined_update, algorithm=ADAM, x1=False, totals=TWO, backup=False),
-    "combine": partial(run_combine, x1=True, totals=SIX),
-    "combine two": partial(run_combine, x1=False, totals=TWO),
+    "sgd": partial(run_combined_update, algorithm=SGD, g1=False, totals=TWO, state=False),
+    "sgd momentum": partial(run_combined_update, algorithm=SGD, g1=True, totals=SIX),
+    "adam": partial(run_combined_update, algorithm=ADAM, g1=True, totals=SIX),
+    "adam in place": partial(run_combined_update, algorithm=ADAM, g1=False, totals=TWO, backup=False),
+    "combine": partial(run_combine, g1=True, totals=SIX),
+    "combine two": partial(run_combine, g1=False, totals=TWO),
 }
 
 backend_names = pytest.mark.parametrize("backend_name", BACKENDS)
@@ -128,9 +129,11 @@ class TestNotFinite:
             x.tensors[0 if poisoned == "counted" else 1][3999] = bad
             partials = torch.zeros(6, layout.chunks, dtype=torch.float64)
             coefficients = torch.full((1, len(Column)), 0.5, dtype=torch.float64)
-            get_backend(backend_name).squared_norm(layout, x, EMPTY, EMPTY, partials[:2])
+            get_backend(backend_name).squared_norm(SquaredNorm(layout=layout, x=x, partials=partials[:2]))
             assert not partials.sum(1).isfinite().all()
-            get_backend(backend_name).direction_products(layout, x, x, EMPTY, coefficients, partials)
+            get_backend(backend_name).direction_products(
+                DirectionProducts(layout=layout, g1=x, last=x, coefficients=coefficients, partials=partials)
+            )
             assert not partials.sum(1).isfinite().all()
 
     def test_ascent_stays_at_its_base(self, backend_name, dtype, bad):
@@ -147,8 +150,8 @@ class TestNotFinite:
     @pytest.mark.parametrize("algorithm", [SGD, ADAM])
     def test_update_is_skipped(self, backend_name, dtype, bad, algorithm):
         problem = Problem("chunk edges", dtype, dtype, flags=Flag.AMSGRAD, steps_so_far=3.0)
-        result = run_combined_update(get_backend(backend_name), problem, algorithm, x1=False, totals=(bad, 1.0))
-        untouched = {"theta": problem.values(5), "first": problem.values(7), "second": problem.values(8, positive=True)}
+        result = run_combined_update(get_backend(backend_name), problem, algorithm, g1=False, totals=(bad, 1.0))
+        untouched = {"theta": problem.values(5), "state1": problem.values(7), "state2": problem.values(8, positive=True)}
         assert_same_bits(result, untouched)
         assert {float(s) for s in result["steps"].tensors} == {3.0}
         assert result["direction"] == 0
@@ -164,9 +167,21 @@ def test_zero_step_leaves_the_bits(backend_name, dtype):
     layout, grads = problem.layout, problem.values(2, gradient=True)
     theta = TensorList([torch.full_like(t, -0.0) for t in grads.tensors])
     for algorithm in (SGD, ADAM):
-        state = (problem.values(7), problem.values(8, positive=True), EMPTY)
-        tail = (problem.coefficients, problem.finished(*TWO), problem.control, problem.sums, algorithm)
-        get_backend(backend_name).combined_update_(layout, theta, EMPTY, EMPTY, grads, EMPTY, *state, problem.steps, *tail)
+        get_backend(backend_name).combined_update_(
+            CombinedUpdate(
+                layout=layout,
+                theta=theta,
+                last=grads,
+                state1=problem.values(7),
+                state2=problem.values(8, positive=True),
+                steps=problem.steps,
+                coefficients=problem.coefficients,
+                partials=problem.finished(*TWO),
+                control=problem.control,
+                direction=problem.sums,
+                algorithm=algorithm,
+            )
+        )
         assert all(t.signbit().all() and not t.any() for t in theta.tensors)
 
 
@@ -178,7 +193,7 @@ def test_restore_is_bit_for_bit(backend_name):
             theta, backup = problem.values(0), problem.values(5)
             for t in backup.tensors:
                 t.view(-1)[:1].fill_(float("nan")) if t.is_contiguous() else None
-            get_backend(backend_name).restore_(problem.layout, theta, backup)
+            get_backend(backend_name).restore_(Restore(layout=problem.layout, theta=theta, backup=backup))
             for a, b in zip(theta.tensors, backup.tensors, strict=True):
                 assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else True
 
@@ -245,13 +260,14 @@ def test_large_lists_give_the_same_bits_as_small_ones():
         theta, backup, gradient = (TensorList([v[:size].clone()]) for v in values)
         sums = torch.zeros(layout.chunks, dtype=torch.float64)
         backend = get_backend("cpp")
-        head = (problem.coefficients, problem.finished(*TWO), problem.control, sums)
-        backend.perturb_(layout, theta, EMPTY, gradient, EMPTY, EMPTY, backup, *head, 0, False)
+        shared = {"coefficients": problem.coefficients, "partials": problem.finished(*TWO), "control": problem.control}
+        shared |= {"layout": layout, "theta": theta}
+        backend.perturb_(Perturb(**shared, x=gradient, backup=backup, realised=sums, ascent=0))
         first = theta.tensors[0].clone()
-        backend.perturb_(layout, theta, backup, gradient, theta, EMPTY, EMPTY, *head, 1, False)
+        backend.perturb_(Perturb(**shared, base=backup, x=gradient, y=theta, realised=sums, ascent=1))
         second, momentum = theta.tensors[0].clone(), TensorList([torch.ones(size)])
-        lists = (theta, backup, EMPTY, gradient, EMPTY, momentum, EMPTY, EMPTY, problem.steps)
-        backend.combined_update_(layout, *lists, *head, SGD)
+        update = {"backup": backup, "last": gradient, "state1": momentum, "steps": problem.steps}
+        backend.combined_update_(CombinedUpdate(**shared, **update, direction=sums, algorithm=SGD))
         results.append([t[:small] for t in (first, second, theta.tensors[0], backup.tensors[0], momentum.tensors[0])])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW
 from gam_fused import backends, graphs
 from gam_fused.backends import triton
 from gam_fused.backends.compiled import CompiledBackend
+from gam_fused.backends.operands import KERNELS
 
 BACKENDS = ["torch", "cuda", "triton"]
 SHAPES = [(4, 3), (4,), ()]
@@ -29,7 +30,7 @@ class Operators:
     """In place of the CUDA backend's operators: they look at where their operands are."""
 
     def __getattr__(self, kernel):
-        return SimpleNamespace(addresses=check_operands)
+        return SimpleNamespace(default=check_operands)
 
 
 def check_operands(table, map_, chunk, dtype, *rest):
@@ -56,9 +57,9 @@ def watched(monkeypatch):
     compiled = CompiledBackend("CUDA", "_cuda", "", lambda: "", Operators())
     compiled._reason = ""
     monkeypatch.setitem(backends._BACKENDS, "cuda", (compiled, ("cuda",)))
-    monkeypatch.setitem(backends._BACKENDS, "triton", (triton, ("cuda",)))
+    monkeypatch.setitem(backends._BACKENDS, "triton", (triton.backend, ("cuda",)))
     monkeypatch.setattr(triton, "reason", lambda: "")
-    monkeypatch.setattr(triton, "kernels", lambda: dict.fromkeys(triton._ELEMENTS, Kernel()))
+    monkeypatch.setattr(triton, "kernels", lambda: dict.fromkeys(KERNELS, Kernel()))
     monkeypatch.setattr(triton, "constants", lambda kernel, dtype: {})
     monkeypatch.setattr(triton, "options", lambda kernel, dtype, device_type: {})
     monkeypatch.setattr(triton, "_TABLES", triton._Tables(8))

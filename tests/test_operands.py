@@ -6,35 +6,20 @@ import cuda_on_cpu
 import pytest
 import torch
 from cases import Problem
-from test_operators import FLOAT32, NO_MAP, OPS, problem, samples
+from test_operators import OPS, arguments, record
 from torch._subclasses import FakeTensorMode
 
 from gam_fused.backends import cpp
-from gam_fused.backends.operators import _KERNELS
-from gam_fused.backends.tensor_lists import EMPTY, TensorList
+from gam_fused.backends.operands import KERNELS
+from gam_fused.backends.operators import schema
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 META = torch.device("meta")
 
 
-def parameters(kernel: str) -> list[str]:
-    lists, rest = _KERNELS[kernel]
-    return [
-        "layout",
-        "map",
-        "chunk",
-        "dtype",
-        *lists.replace("!", "").split(),
-        *(p.split()[-1] for p in rest.split(", ") if p),
-    ]
-
-
-def address_samples() -> dict[str, tuple]:
-    """Arguments of the overload `addresses` of every kernel; of tensors that are gone, so nothing may follow them."""
-    return {
-        kernel: tuple(TensorList(a).addresses if isinstance(a, list) else a for a in arguments)
-        for kernel, arguments in samples().items()
-    }
+def samples(kernel: str) -> dict:
+    """Arguments of the operator, with addresses of tensors that are gone, so nothing may follow them."""
+    return arguments(kernel)
 
 
 def strided(t: torch.Tensor) -> torch.Tensor:
@@ -42,110 +27,102 @@ def strided(t: torch.Tensor) -> torch.Tensor:
     return torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
 
 
-# The lists that the samples use: a row of no addresses has no strides.
-ROWS = [
-    (kernel, name)
-    for kernel, arguments in address_samples().items()
-    for name in _KERNELS[kernel][0].replace("!", "").split()
-    if arguments[parameters(kernel).index(name)].numel()
-]
-TABLES = [("layout", kernel) for kernel in _KERNELS] + [
-    (name, kernel)
-    for kernel in _KERNELS
-    for name in ("coefficients", "partials", "control", "realised", "direction")
-    if name in parameters(kernel)
+# Rows that the samples use: one of no addresses has no strides.
+ROWS = [(name, row) for name, kernel in KERNELS.items() for row in kernel.lists if samples(name)[row].numel()]
+TABLES = [("layout", name) for name in KERNELS] + [
+    (table, name) for name, kernel in KERNELS.items() for table in kernel.rest if schema(kernel)[table].startswith("Tensor")
 ]
 
 
 @pytest.mark.parametrize(("kernel", "name"), ROWS)
 def test_rows_of_addresses_with_gaps_are_refused(kernel, name):
-    arguments = list(address_samples()[kernel])
-    position = parameters(kernel).index(name)
-    arguments[position] = strided(arguments[position])
+    given = samples(kernel)
     with pytest.raises(RuntimeError, match=rf"{name} must be \d int64 addresses, contiguous.*strides \[2\]"):
-        getattr(OPS, kernel).addresses(*arguments)
+        getattr(OPS, kernel)(**given | {name: strided(given[name])})
 
 
 @pytest.mark.parametrize(("name", "kernel"), TABLES)
 def test_tables_with_gaps_are_refused(name, kernel):
-    arguments = list(address_samples()[kernel])
-    position = parameters(kernel).index(name)
-    table = strided(arguments[position])
-    arguments[position] = table if table.shape[-1] > 1 else table.expand(2, 2)
+    given = samples(kernel)
+    table = strided(given[name])
+    given[name] = table if table.shape[-1] > 1 else table.expand(2, 2)
     with pytest.raises(RuntimeError, match=rf"{name} must .*strides"):
-        getattr(OPS, kernel).addresses(*arguments)
+        getattr(OPS, kernel)(**given)
 
 
 def test_rows_of_sums_that_share_memory_are_refused():
-    arguments = list(address_samples()["squared_norm"])
-    arguments[-1] = arguments[-1][:1].expand(2, -1)
+    given = samples("squared_norm")
+    given["partials"] = given["partials"][:1].expand(2, -1)
     with pytest.raises(RuntimeError, match=r"partials must have rows that do not overlap.*strides \[0, 1\]"):
-        OPS.squared_norm.addresses(*arguments)
+        OPS.squared_norm(**given)
 
 
-@pytest.mark.parametrize("kernel", _KERNELS)
-@pytest.mark.parametrize("overload", ["default", "addresses"])
-def test_one_operand_on_meta_is_refused(kernel, overload):
+@pytest.mark.parametrize("g1", [True, False])
+def test_products_have_as_many_rows_as_there_are(g1):
+    p = Problem("0-dim", torch.float32, torch.float32)
+    given = arguments("direction_products", record("direction_products", p))
+    given |= {"partials": p.partials[:2]} if g1 else {"g1": given["g1"][:0]}
+    with pytest.raises(RuntimeError, match=f"partials must have {6 if g1 else 2} rows, got {2 if g1 else 6}"):
+        OPS.direction_products(**given)
+
+
+@pytest.mark.parametrize(
+    "change", [{"ascent": 3}, {"ascent": -1}, {"algorithm": 2}, {"algorithm": -1}, {"dtype": 4}], ids=str
+)
+def test_numbers_that_stand_for_nothing_are_refused(change):
+    for kernel in KERNELS:
+        if change.keys() <= samples(kernel).keys():
+            with pytest.raises(RuntimeError, match=rf"{next(iter(change))}.* {next(iter(change.values()))}"):
+                getattr(OPS, kernel)(**samples(kernel) | change)
+
+
+def test_state_that_the_update_would_write_must_be_there():
+    given = samples("combined_update_")
+    for name in ("state1", "state2"):
+        full = given | {"algorithm": 1, "state1": given["theta"], "state2": given["theta"], name: given["theta"][:0]}
+        with pytest.raises(RuntimeError, match=rf"{name}\[1\] is missing"):
+            OPS.combined_update_(**full)
+    with pytest.raises(RuntimeError, match=r"steps\[1\] is missing"):
+        OPS.combined_update_(**given | {"steps": given["steps"][:0]})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_operand_on_meta_is_refused(kernel):
     """torch then takes the fake, which computes nothing."""
-    whole = samples()[kernel] if overload == "default" else address_samples()[kernel]
-    for position, name in enumerate(parameters(kernel)):
-        value = whole[position] if position < len(whole) else None
-        changed, named = None, name
+    given = samples(kernel)
+    for name, value in given.items():
         if isinstance(value, torch.Tensor):
-            changed = value.to(META)
-        elif isinstance(value, list) and value:
-            changed, named = [*value[:-1], value[-1].to(META)], rf"{name}\[{len(value) - 1}\]"
-        if changed is None:
-            continue
-        with pytest.raises(RuntimeError, match=f"{named} is on meta, other operands are on cpu"):
-            getattr(getattr(OPS, kernel), overload)(*whole[:position], changed, *whole[position + 1 :])
+            with pytest.raises(RuntimeError, match=f"{name} is on meta, other operands are on cpu"):
+                getattr(OPS, kernel)(**given | {name: value.to(META)})
 
 
-def moved(arguments: tuple, device: torch.device | str, *, but: tuple[str, ...] = (), kernel: str) -> list:
+def moved(given: dict, device: torch.device | str, *, but: tuple[str, ...] = ()) -> dict:
     """The arguments on another device, those named in `but` as they are."""
-    result = []
-    for name, value in zip(parameters(kernel), arguments, strict=False):
-        if name in but:
-            result.append(value)
-        elif isinstance(value, list):
-            result.append([torch.empty(t.shape, dtype=t.dtype, device=device) for t in value])
-        elif isinstance(value, torch.Tensor):
-            result.append(torch.empty(value.shape, dtype=value.dtype, device=device))
-        else:
-            result.append(value)
-    return result
+    there = {name: value for name, value in given.items() if isinstance(value, torch.Tensor) and name not in but}
+    return given | {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in there.items()}
 
 
-@pytest.mark.parametrize("kernel", _KERNELS)
-@pytest.mark.parametrize("overload", ["default", "addresses"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("but", [(), ("layout",), ("layout", "map")])
-def test_all_on_meta_is_a_trace(kernel, overload, but):
-    whole = samples()[kernel] if overload == "default" else address_samples()[kernel]
-    getattr(getattr(OPS, kernel), overload)(*moved(whole, META, but=but, kernel=kernel))
+def test_all_on_meta_is_a_trace(kernel, but):
+    getattr(OPS, kernel)(**moved(samples(kernel), META, but=but))
 
 
-@pytest.mark.parametrize("kernel", _KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_traced_operands_of_two_devices_are_refused(kernel):
-    """Only the layout, an empty map, missing tensors and rows of addresses may be on the CPU, and on no second GPU."""
-    rows = address_samples()[kernel]
+    """Only the layout, an empty map and rows of addresses may be on the CPU, and on no second GPU."""
+    given = samples(kernel)
     with FakeTensorMode():
         layout, no_map = (torch.empty(3, 7, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-        right = moved(samples()[kernel], "cuda:0", kernel=kernel)
-        right[:2] = layout, no_map
-        operator = getattr(OPS, kernel).default
-        operator(*right)
-        position = 4  # the first list
-        for device in ("cpu", "cuda:1"):
-            largest = max(range(len(right[position])), key=lambda i: right[position][i].numel())
-            wrong = list(right[position])
-            wrong[largest] = torch.empty_like(wrong[largest], device=device)
-            with pytest.raises(RuntimeError, match=rf"\w+\[{largest}\] is on {device}, other operands are on cuda:0"):
-                operator(*right[:position], wrong, *right[position + 1 :])
-        rows = moved(rows, "cuda:0", kernel=kernel)
-        rows[:2] = layout, no_map
-        getattr(OPS, kernel).addresses(*rows)
-        rows[4] = torch.empty(rows[4].shape, dtype=torch.int64)
-        getattr(OPS, kernel).addresses(*rows)
+        right = moved(given, "cuda:0") | {"layout": layout, "map": no_map}
+        operator, row = getattr(OPS, kernel), list(KERNELS[kernel].lists)[-1]
+        operator(**right)
+        operator(**right | {row: torch.empty(given[row].shape, dtype=torch.int64)})
+        names = [row, *(n for n in KERNELS[kernel].rest if isinstance(given[n], torch.Tensor))]
+        for name, device in [(n, "cuda:1") for n in names] + [(n, "cpu") for n in names[1:]]:
+            wrong = torch.empty(given[name].shape, dtype=given[name].dtype, device=device)
+            with pytest.raises(RuntimeError, match=rf"{name} is on {device}, other operands are on cuda:0"):
+                operator(**right | {name: wrong})
 
 
 LAYOUTS = {
@@ -160,23 +137,21 @@ LAYOUTS = {
 
 
 def refuse(ops, kernel: str, layout: list, message: str) -> None:
-    arguments = list(address_samples()[kernel])
-    arguments[0] = torch.tensor(layout)
     with pytest.raises(RuntimeError, match=message):
-        getattr(ops, kernel).addresses(*arguments)
+        getattr(ops, kernel)(**samples(kernel) | {"layout": torch.tensor(layout)})
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("kernel", _KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_numbers_that_64_bits_do_not_hold(kernel, kind):
     refuse(OPS, kernel, *LAYOUTS[kind])
 
 
 def test_a_large_chunk_beside_few_elements():
     p = Problem("0-dim", torch.float32, torch.float32, missing=False)
-    theta, backup = p.values(0), p.values(1)
-    OPS.restore_.addresses(p.layout.table, NO_MAP, 2**30, FLOAT32, theta.addresses, backup.addresses)
-    assert all(torch.equal(a, b) for a, b in zip(theta.tensors, backup.tensors, strict=True))
+    operands = record("restore_", p)
+    OPS.restore_(**arguments("restore_", operands) | {"chunk": 2**30})
+    assert all(torch.equal(a, b) for a, b in zip(operands.theta.tensors, operands.backup.tensors, strict=True))
 
 
 @pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
@@ -187,18 +162,9 @@ def test_checks_under_sanitizers():
         "import cuda_on_cpu, torch, test_operands as t\n"
         "cuda_on_cpu.backend(sanitized=True)\n"
         "ops = getattr(torch.ops, cuda_on_cpu.NAMESPACE)\n"
-        "for kernel in t._KERNELS:\n"
+        "for kernel in t.KERNELS:\n"
         "    for layout, message in t.LAYOUTS.values():\n"
         "        t.refuse(ops, kernel, layout, message)\n"
     )
     done = cuda_on_cpu.run_sanitized(code)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_keywords_are_looked_at_too():
-    p = problem(missing=False)
-    with pytest.raises(RuntimeError, match=r"weight\[0\] is on meta, other operands are on cpu"):
-        OPS.squared_norm.default(
-            p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, p.values(0).operands, EMPTY.operands,
-            weight=[t.to(META) for t in p.values(0).operands], partials=p.partials[:2],
-        )  # fmt: skip

@@ -1,127 +1,205 @@
-"""The kernels as torch operators: schemas, torch.compile, version counters, and what they refuse."""
+"""The kernels as torch operators: schemas, fakes, version counters, what checks refuse, and the C++ twin of the records."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from cases import Problem, assert_same_bits, get_backend, run_combine, run_combined_update, run_perturb
+from cases import BACKENDS, SHAPES, Problem, get_backend
 
 from gam_fused.backends import cpp
-from gam_fused.backends.operators import DTYPES
-from gam_fused.backends.tensor_lists import EMPTY, TensorList
+from gam_fused.backends.operands import KERNELS, OfTensors, Restore, SquaredNorm
+from gam_fused.backends.operators import DTYPES, schema
+from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 OPS = torch.ops.gam_fused
 FLOAT32 = DTYPES[torch.float32]
 NO_MAP = torch.empty(0, dtype=torch.int64)
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def problem(**options) -> Problem:
     return Problem("empty tensors", torch.float32, torch.float32, **options)
 
 
-def samples() -> dict[str, tuple]:
-    """Arguments of the list overload of every kernel."""
-    p = problem()
-    head, tail = (p.layout.table, NO_MAP, p.layout.chunk, FLOAT32), (p.coefficients, p.finished(9.0, 1.0), p.control)
-    gradient = [p.values(seed, gradient=True).operands for seed in range(4)]
-    weights = [p.values(seed).operands for seed in range(4, 9)]
-    steps = p.steps.operands
-    return {
-        "squared_norm": (*head, gradient[0], gradient[1], weights[0], p.partials[:2]),
-        "direction_products": (*head, *gradient[:3], p.coefficients, p.partials),
-        "perturb_": (*head, weights[0], [], gradient[0], gradient[1], weights[3], weights[1], *tail, p.sums, 0, True),
-        "combined_update_": (*head, *weights[:2], [], gradient[0], gradient[1], weights[2], [], [], steps, *tail, p.sums, 0),
-        "combine_": (*head, weights[0], [], gradient[1], gradient[2], *tail, p.sums),
-        "restore_": (*head, weights[0], weights[1]),
-    }  # fmt: skip
+def record(name: str, p: Problem | None = None, **changes: Any) -> Any:
+    """Operands of the kernel `name`. Run again, it gives the same: it begins at lists that it does not write to."""
+    p = p or problem()
+    x, y, g = (p.values(seed, gradient=True) for seed in range(3))
+    theta, base, backup = (p.values(seed) for seed in range(4, 7))
+    tables = {"coefficients": p.coefficients, "partials": p.finished(9.0, 1.0), "control": p.control}
+    operands: dict[str, Any] = {
+        "squared_norm": {"x": x, "y": y, "weight": theta, "partials": p.partials[:2]},
+        "direction_products": {"g1": x, "last": y, "folded": g, "partials": p.partials},
+        "perturb_": {"theta": theta, "base": base, "x": x, "y": y, "backup": backup, **tables, "realised": p.sums},
+        "combined_update_": {"theta": theta, "backup": base, "last": x, "folded": g, "state1": backup, **tables},
+        "combine_": {"out": theta, "last": y, "folded": g, **tables, "direction": p.sums},
+        "restore_": {"theta": theta, "backup": base},
+    }[name]
+    if name == "direction_products":
+        operands |= {"coefficients": p.coefficients}
+    if name == "perturb_":
+        operands |= {"ascent": 1, "adaptive": True}
+    if name == "combined_update_":
+        operands |= {"steps": p.steps, "direction": p.sums, "algorithm": int(Algorithm.SGD)}
+    return KERNELS[name].record(**({"layout": p.layout} | operands | changes))
 
 
-@pytest.mark.parametrize("kernel", samples())
-def test_opcheck(kernel):
-    torch.library.opcheck(getattr(OPS, kernel).default, samples()[kernel])
+def arguments(name: str, operands: Any = None) -> dict[str, Any]:
+    """What the operator is called with. Its addresses are valid as long as the record is."""
+    operands, kernel = operands or record(name), KERNELS[name]
+    rows = {n: lst.addresses for n, lst in zip(kernel.lists, kernel.lists_of(operands), strict=True)}
+    head = {"layout": operands.layout.table, "map": NO_MAP, "chunk": operands.layout.chunk, "dtype": FLOAT32}
+    return head | rows | dict(zip(kernel.rest, kernel.rest_of(operands), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("run", "arguments"),
-    [
-        (run_perturb, {"ascent": 2}),
-        (run_combined_update, {"algorithm": Algorithm.ADAM, "x1": True, "totals": (4.0, 1.0, 1.0, 0.5, 3.0, 0.5)}),
-        (run_combine, {"x1": False, "totals": (4.0, 1.0)}),
-    ],
-)
-def test_torch_compile_gives_the_same_bits(run, arguments):
-    """`run` prepares operands; the backend it is given records the call, which is then made eagerly and compiled."""
-
-    class Recorder:
-        def __getattr__(self, kernel):
-            return lambda *args: calls.append((kernel, args))
-
-    results = []
-    for mode in ("eager", "compiled"):
-        calls: list[tuple] = []
-        run(Recorder(), problem(), **arguments)
-        ((kernel, (layout, *args)),) = calls
-        lists = [a.tensors for a in args if isinstance(a, TensorList)]
-        others = [a for a in args if not isinstance(a, TensorList)]
-
-        def call(lists, others, kernel=kernel, layout=layout):
-            getattr(cpp, kernel)(layout, *[TensorList(lst) for lst in lists], *others)
-
-        call = call if mode == "eager" else torch.compile(call, fullgraph=True, backend="aot_eager")
-        call(lists, others)
-        tensors = [o for o in others if isinstance(o, torch.Tensor)]
-        results.append({**{f"list {i}": TensorList(lst) for i, lst in enumerate(lists)}, "tensors": TensorList(tensors)})
-    assert_same_bits(results[1], results[0])
+@pytest.mark.parametrize("name", KERNELS)
+def test_opcheck(name):
+    operands = record(name)
+    torch.library.opcheck(getattr(OPS, name).default, tuple(arguments(name, operands).values()))
 
 
-@pytest.mark.parametrize("kernel", ["perturb_", "combined_update_", "restore_"])
-def test_autograd_sees_that_weights_changed(kernel):
-    weight = torch.randn(4, requires_grad=True)
+@pytest.mark.parametrize("name", KERNELS)
+def test_cpp_has_the_same_operands_in_the_same_order(name):
+    """csrc/operands.h: kinds and names of the fields. A list that must be there has a kind of its own in C++."""
+    source = re.sub(r"\\\n\s*", " ", (CSRC / "operands.h").read_text())
+    struct, macro = re.search(rf'KERNEL\((\w+), \w+, "{name}", (\w+)\)', source).groups()
+    found = re.findall(r"FIELD\((\w+), (\w+)\)", re.search(rf"#define {macro}\(FIELD\)(.*)", source)[1])
+    kinds = {field.name: field.type for field in fields(KERNELS[name].record) if field.name != "layout"}
+    wanted = [("Source" if (name, n) == ("restore_", "backup") else kind, n) for n, kind in kinds.items()]
+    assert struct == KERNELS[name].record.__name__
+    assert found == wanted
+    assert list(schema(KERNELS[name]))[4:] == [n for _, n in found]
+
+
+def test_cpp_and_triton_have_the_same_kernels():
+    source = (CSRC / "operands.h").read_text()
+    assert re.findall(r'KERNEL\(\w+, \w+, "(\w+)"', source) == list(KERNELS)
+    for kernel in KERNELS.values():
+        for path in (f"csrc/cpu/{kernel.stem}.h", f"csrc/cuda/{kernel.stem}.cuh", f"triton_kernels/{kernel.stem}.py"):
+            assert (CSRC.parent / path).exists()
+
+
+@pytest.mark.parametrize("backend_name", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_write_to_nothing_but_what_the_record_says(backend_name, name):
+    p = Problem("chunk edges", torch.float32, torch.float32)
+    operands, kernel = record(name, p), KERNELS[name]
+    held = {n: getattr(operands, n) for n in (*kernel.lists, *kernel.rest)}
+    values = {n: v.tensors if isinstance(v, TensorList) else [v] for n, v in held.items()}
+    tensors = {n: [t for t in v if isinstance(t, torch.Tensor)] for n, v in values.items()}
+    before = {n: [t.clone() for t in v] for n, v in tensors.items()}
+    getattr(get_backend(backend_name), name)(operands)
+    written = {n for n, kind in (kernel.lists | kernel.rest).items() if getattr(kind, "written", False)}
+    for n, copies in before.items():
+        if n not in written:
+            assert all(torch.equal(a, b) for a, b in zip(tensors[n], copies, strict=True)), n
+    changed = {n for n in before if any(not torch.equal(a, b) for a, b in zip(tensors[n], before[n], strict=True))}
+    assert changed
+
+
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.saved])
+def test_autograd_sees_that_weights_changed(name):
+    weight = torch.randn(5, requires_grad=True)
     loss = (weight * weight).sum()
     p = Problem("0-dim", torch.float32, torch.float32)
-    p.layout = type(p.layout)([4], [0], [True])
-    theta, other = TensorList([weight.detach()]), TensorList([torch.randn(4)])
-    tail = (p.coefficients, p.finished(1.0, 0.0), p.control, p.sums)
-    if kernel == "restore_":
-        cpp.restore_(p.layout, theta, other)
-    elif kernel == "perturb_":
-        cpp.perturb_(p.layout, theta, EMPTY, other, EMPTY, EMPTY, EMPTY, *tail, 0, False)
-    else:
-        steps = TensorList(p.steps.tensors[:1])
-        cpp.combined_update_(p.layout, theta, EMPTY, EMPTY, other, EMPTY, EMPTY, EMPTY, EMPTY, steps, *tail, 0)
+    p.layout = Layout([5], [0], [True])
+    lists = {n: TensorList([torch.randn(5)]) for n, kind in KERNELS[name].lists.items() if kind.dtype != "counter"}
+    lists |= {"theta": TensorList([weight.detach()])}
+    if name == "combined_update_":
+        lists |= {"steps": TensorList([torch.tensor(0.0)]), "g1": EMPTY, "state2": EMPTY, "state3": EMPTY}
+    p.sums = torch.zeros(1, dtype=torch.float64)
+    getattr(cpp, name)(record(name, p, **lists))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+def strided(t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([t, t], -1)[..., 0]
+
+
+SPOILED = {
+    "too few elements": (lambda t: t[:-1].clone(), r"\[1\] has shape \(2,\).*: 2 elements, the layout says 3"),
+    "another dtype": (lambda t: t.double(), r"\[1\] has shape \(3,\), torch.float64.* the first tensor of the list is"),
+    "gaps": (strided, r"\[1\] has shape \(3,\).*strides \(2,\): it has gaps or overlaps"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t[:-1], r"x\[1\] has shape \[2\], dtype \w+: 2 elements, the layout says 3"),
-        (lambda t: t.double(), r"x\[1\] has shape \[3\], dtype Double, expected dtype Float"),
-        (lambda t: torch.stack([t, t], 1)[:, 0], r"x\[1\] \(shape \[3\].*gaps"),
-    ],
+    ("name", "field"),
+    [(k, f) for k, kernel in KERNELS.items() for f, kind in kernel.lists.items() if kind.dtype != "counter"],
 )
-def test_list_overload_names_what_is_wrong(change, message):
-    args = list(samples()["squared_norm"])
-    args[4] = list(problem(missing=False).values(0).operands)
-    args[4][1] = change(args[4][1])
-    with pytest.raises(RuntimeError, match=message):
-        OPS.squared_norm.default(*args)
+def test_a_tensor_that_does_not_fit_is_named(name, field, how):
+    """In every list of every kernel, on the way that the optimizer takes."""
+    p, (spoil, message) = problem(missing=False), SPOILED[how]
+    operands = record(name, p)
+    lst = p.values(0, compute=KERNELS[name].lists[field].dtype == "compute")
+    lst.replace(1, spoil(lst.tensors[1]))
+    setattr(operands, field, lst)
+    with pytest.raises((ValueError, TypeError), match=field + message):
+        getattr(cpp, name)(operands)
 
 
-def test_list_overload_refuses_other_memory_orders_and_missing_weights():
+@pytest.mark.parametrize(
+    ("name", "field", "kind"), [(k, f, kind) for k, kernel in KERNELS.items() for f, kind in kernel.lists.items()]
+)
+def test_a_list_that_does_not_fit_is_named(name, field, kind: OfTensors):
+    p = problem(missing=False)
+    like = getattr(record(name, p), field)
+    like = p.values(0) if like is EMPTY else like
+    count, kernel = len(p.layout.sizes), getattr(cpp, name)
+    with pytest.raises(ValueError, match=f"{field} has {count - 1} tensors, the layout {count}"):
+        kernel(record(name, p, **{field: TensorList(like.tensors[1:])}))
+    if field != next(iter(KERNELS[name].lists)):  # the first tells the dtype of storage
+        with pytest.raises(TypeError, match=rf"{field} has torch.float64, expected torch.float32"):
+            kernel(record(name, p, **{field: TensorList([t.double() for t in like.tensors])}))
+    gap = TensorList([None if i == 3 else t for i, t in enumerate(like.tensors)])
+    if kind.complete:
+        with pytest.raises(ValueError, match=rf"{field}\[3\] is missing, the layout gives it 4100 elements"):
+            kernel(record(name, p, **{field: gap}))
+    if kind.complete and field in KERNELS[name].required:
+        with pytest.raises(ValueError, match=f"{field} must not be an empty list"):
+            kernel(record(name, p, **{field: EMPTY}))
+
+
+def test_the_same_list_is_looked_at_anew_for_another_dtype_and_layout():
+    p = Problem("0-dim", torch.bfloat16, torch.bfloat16, missing=False)
+    theta, x = p.values(0), p.values(1)
+    tables = {"coefficients": p.coefficients, "partials": p.finished(9.0, 1.0), "control": p.control, "realised": p.sums}
+    cpp.squared_norm(SquaredNorm(layout=p.layout, x=x, partials=p.partials[:2]))
+    with pytest.raises(TypeError, match=r"folded has torch.bfloat16, expected torch.float32"):
+        cpp.perturb_(KERNELS["perturb_"].record(layout=p.layout, theta=theta, x=x, folded=x, **tables, ascent=2))
+    other = Layout([size + 1 for size in p.layout.sizes], p.layout.groups, p.layout.counted)
+    with pytest.raises(ValueError, match=r"x\[0\] has shape \(\).*1 elements, the layout says 2"):
+        cpp.squared_norm(SquaredNorm(layout=other, x=x, partials=p.partials[:2]))
+
+
+def test_lists_in_different_memory_orders_are_refused():
     p = Problem("transposed", torch.float32, torch.float32, missing=False)
-    weights, copies = p.values(0).tensors, [t.contiguous() for t in p.values(1).tensors]
-    with pytest.raises(RuntimeError, match=r"backup\[0\].*another order"):
-        OPS.restore_.default(p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights, copies)
-    with pytest.raises(RuntimeError, match=r"backup\[1\] is missing"):
-        OPS.restore_.default(
-            p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights, [p.values(1).tensors[0], torch.empty(0)]
-        )
-    with pytest.raises(RuntimeError, match="theta has 1 tensors, the layout 2"):
-        OPS.restore_.default(p.layout.table, NO_MAP, p.layout.chunk, FLOAT32, weights[:1], weights)
+    weights, copies = p.values(0), TensorList([t.contiguous() for t in p.values(1).tensors])
+    with pytest.raises(ValueError, match=r"backup\[0\].*another order"):
+        cpp.restore_(Restore(layout=p.layout, theta=weights, backup=copies))
+    x, partials = TensorList([None, p.values(1).tensors[1]]), p.partials[:2]
+    for ordered in (weights, copies):
+        some = TensorList([ordered.tensors[0], None])
+        cpp.squared_norm(SquaredNorm(layout=p.layout, x=x, y=some, partials=partials))
+    with pytest.raises(ValueError, match=r"weight\[0\].*another order"):
+        cpp.squared_norm(SquaredNorm(layout=p.layout, x=x, y=TensorList([copies.tensors[0], None]), weight=weights,
+                                     partials=partials))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_what_fits_is_let_through(kind):
+    p = Problem(kind, torch.float32, torch.float32)
+    for name in KERNELS:
+        getattr(cpp, name)(record(name, p))
 
 
 @pytest.mark.parametrize(
@@ -137,15 +215,13 @@ def test_list_overload_refuses_other_memory_orders_and_missing_weights():
 )
 def test_layouts_that_kernels_cannot_follow_are_refused(change, chunk, message):
     p = Problem("0-dim", torch.float32, torch.float32, missing=False)
-    weights, copies = p.values(0).tensors, p.values(1).tensors
+    given = arguments("restore_", record("restore_", p))
     with pytest.raises(RuntimeError, match=message):
-        OPS.restore_.addresses(
-            change(p.layout.table), NO_MAP, chunk, FLOAT32, TensorList(weights).addresses, TensorList(copies).addresses
-        )
+        OPS.restore_(**given | {"layout": change(p.layout.table), "chunk": chunk})
 
 
 def test_unsupported_dtype_is_named():
     p = problem(missing=False)
     integers = TensorList([t.to(torch.int32) for t in p.values(0).tensors])
     with pytest.raises(TypeError, match=r"not torch\.int32"):
-        get_backend("cpp").squared_norm(p.layout, integers, EMPTY, EMPTY, p.partials[:2])
+        get_backend("cpp").squared_norm(SquaredNorm(layout=p.layout, x=integers, partials=p.partials[:2]))

@@ -7,7 +7,8 @@ import torch
 from cases import BACKENDS, get_backend
 
 from gam_fused.backends import rounding
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.backends.operands import Combine, Perturb
+from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Column, Control
 
 SEED, STEP, SCALE = 77, 5, 2.0**-6
@@ -31,17 +32,20 @@ def ascend(backend_name: str, theta: list, x: list, ascent: int = 0, radius: flo
     layout = Layout([t.numel() for t in theta], [0] * len(theta), [True] * len(theta))
     coefficients, control = tables(**{f"RADIUS_{ascent}": radius})
     partials, realised = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.zeros(layout.chunks, dtype=torch.float64)
-    lists = (TensorList(theta), EMPTY, TensorList(x), EMPTY, EMPTY, EMPTY)
-    get_backend(backend_name).perturb_(layout, *lists, coefficients, partials, control, realised, ascent, False)
+    tables_ = {"coefficients": coefficients, "partials": partials, "control": control, "realised": realised}
+    get_backend(backend_name).perturb_(
+        Perturb(layout=layout, theta=TensorList(theta), x=TensorList(x), **tables_, ascent=ascent)
+    )
 
 
-def combine(backend_name: str, out: torch.Tensor, x3: torch.Tensor | None, acc: torch.Tensor | None) -> torch.Tensor:
-    """out <- x3 + acc."""
+def combine(backend_name: str, out: torch.Tensor, last: torch.Tensor | None, folded: torch.Tensor | None) -> torch.Tensor:
+    """out <- last + folded."""
     layout = Layout([out.numel()], [0], [True])
-    coefficients, control = tables(DIRECTION_3=1.0, DIRECTION_ACC=1.0)
-    sums = torch.zeros(layout.chunks, dtype=torch.float64)
-    lists = (TensorList([out]), EMPTY, TensorList([x3]), TensorList([acc]))
-    get_backend(backend_name).combine_(layout, *lists, coefficients, torch.zeros(2, 1, dtype=torch.float64), control, sums)
+    coefficients, control = tables(DIRECTION_LAST=1.0, DIRECTION_FOLDED=1.0)
+    sums, partials = torch.zeros(layout.chunks, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    lists = {"out": TensorList([out]), "last": TensorList([last]), "folded": TensorList([folded])}
+    tables_ = {"coefficients": coefficients, "partials": partials, "control": control, "direction": sums}
+    get_backend(backend_name).combine_(Combine(layout=layout, **lists, **tables_))
     return out
 
 

@@ -7,7 +7,8 @@ import torch
 from cases import DTYPES, SHAPES, Problem, assert_as_precise_as_torch, assert_same_bits, run_combined_update, run_perturb
 from test_kernels import ADAM, KERNELS, SGD, torch_error
 
-from gam_fused.backends import foreach, foreach_lists, reference
+from gam_fused.backends import foreach, reference
+from gam_fused.backends.foreach import lists as foreach_lists
 from gam_fused.constants import Control, Flag
 
 KINDS = ["chunk edges", "empty tensors", "misaligned", "transposed", "0-dim"]
@@ -57,8 +58,8 @@ def test_flags_that_the_host_does_not_read(monkeypatch, kernel, flags, steps):
 @pytest.mark.parametrize("algorithm", [SGD, ADAM])
 def test_an_update_is_skipped_without_asking_the_host(as_on_a_device, algorithm, dtype):
     problem = Problem("chunk edges", dtype, dtype, flags=Flag.AMSGRAD, steps_so_far=3.0)
-    result = run_combined_update(foreach, problem, algorithm, x1=False, totals=(float("nan"), 1.0))
-    assert_same_bits(result, {"theta": problem.values(5), "first": problem.values(7)})
+    result = run_combined_update(foreach, problem, algorithm, g1=False, totals=(float("nan"), 1.0))
+    assert_same_bits(result, {"theta": problem.values(5), "state1": problem.values(7)})
     assert {float(s) for s in result["steps"].tensors} == {3.0}
     assert result["direction"] == 0
     assert result["control"][Control.SKIPPED] == 1
@@ -76,7 +77,7 @@ def test_an_ascent_stays_without_asking_the_host(as_on_a_device, dtype):
 @pytest.mark.parametrize("kind", [k for k in SHAPES if k not in ("many small", "many chunks")])
 def test_stretches_give_what_whole_tensors_do(monkeypatch, kind, dtype):
     """Element by element the same bits (stochastic rounding too); sums in another order."""
-    elementwise = ("theta", "backup", "acc", "first", "second", "third", "steps", "out")
+    elementwise = ("theta", "backup", "folded", "state1", "state2", "state3", "steps", "out")
     for kernel, run in KERNELS.items():
         whole = run(foreach, Problem(kind, dtype, dtype))
         with monkeypatch.context() as patch:

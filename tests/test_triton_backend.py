@@ -10,19 +10,21 @@ import pytest
 import torch
 
 from gam_fused import FusedGAM, available_backends, backends
-from gam_fused.backends import triton as backend
+from gam_fused.backends import triton
+from gam_fused.backends.operands import Combine
 from gam_fused.backends.tensor_lists import EMPTY, Layout
+from gam_fused.backends.triton import backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def _reason_asked_anew(monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETED", False)
-    backend.reason.cache_clear()
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    triton.reason.cache_clear()
     yield
     monkeypatch.undo()
-    backend.reason.cache_clear()
+    triton.reason.cache_clear()
 
 
 def triton_is(monkeypatch, version: str | None, *, gpu: bool) -> None:
@@ -39,7 +41,7 @@ def triton_is(monkeypatch, version: str | None, *, gpu: bool) -> None:
         ("3.7.1", False, "Triton is installed, but torch sees no GPU to compile for. With TRITON_INTERPRET=1"),
     ],
 )
-def test_reason_and_mend_where_it_is_not_there(monkeypatch, version, gpu, message):
+def test_reason_and_remedy_where_it_is_not_there(monkeypatch, version, gpu, message):
     triton_is(monkeypatch, version, gpu=gpu)
     weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match=f"backend='triton' is not available: {message}"):
@@ -74,4 +76,4 @@ def test_tables_that_kernels_would_misread_are_refused(name):
     tables = {n: torch.zeros(shape, dtype=torch.float64) for n, shape in shapes.items()}
     tables[name] = torch.stack([tables[name]] * 2, -1)[..., 0]
     with pytest.raises(ValueError, match=rf"{name} must .* strides \(.*2,?\); pass .contiguous"):
-        backend.combine_(Layout([8], [0], [True]), EMPTY, EMPTY, EMPTY, EMPTY, *tables.values())
+        backend.combine_(Combine(layout=Layout([8], [0], [True]), out=EMPTY, last=EMPTY, **tables))

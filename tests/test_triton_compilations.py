@@ -13,11 +13,13 @@ from gam_helpers import SETTINGS
 from torch import nn
 
 from gam_fused import FusedGAM, backends
-from gam_fused.backends import triton as backend
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.backends import triton as module
+from gam_fused.backends.operands import Restore, SquaredNorm
+from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.triton import backend
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install --no-deps triton==3.7.1")
-pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
+pytestmark = pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 
 class RecordingDriver:
@@ -52,7 +54,7 @@ class RecordingDriver:
 def driver(monkeypatch):
     active = RecordingDriver()
     monkeypatch.setattr(triton.runtime.driver, "_active", active)  # its own reset asks for a GPU
-    for kernel in backend.kernels().values():
+    for kernel in module.kernels().values():
         kernel.device_caches.pop(active.get_current_device(), None)
     monkeypatch.setattr(backend, "reason", lambda: "")
     monkeypatch.setitem(backends._BACKENDS, "triton", (backend, ("cpu",)))
@@ -97,7 +99,8 @@ def test_each_kind_of_update_is_compiled_once(driver):
 def test_a_program_per_chunk(driver):
     layout = Layout([5_000_000, 3], [0, 0], [True, True])
     x = TensorList([torch.zeros(5_000_000), None])
-    backend.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, layout.chunks, dtype=torch.float64))
+    partials = torch.zeros(2, layout.chunks, dtype=torch.float64)
+    backend.squared_norm(SquaredNorm(layout=layout, x=x, partials=partials))
     (launch,) = driver.launches
     assert launch[0] == layout.chunks <= 1024
     assert [a.tolist() for a in launch if isinstance(a, torch.Tensor)][1] == [x.tensors[0].data_ptr(), 0]
@@ -106,7 +109,8 @@ def test_a_program_per_chunk(driver):
 def test_autograd_sees_that_weights_changed(driver):
     weight = torch.randn(4, requires_grad=True)
     loss = (weight * weight).sum()
-    backend.restore_(Layout([4], [0], [True]), TensorList([weight.detach()]), TensorList([torch.randn(4)]))
+    lists = {"theta": TensorList([weight.detach()]), "backup": TensorList([torch.randn(4)])}
+    backend.restore_(Restore(layout=Layout([4], [0], [True]), **lists))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -115,4 +119,4 @@ def test_other_dtypes_are_named(driver):
     layout = Layout([4], [0], [True])
     integers = TensorList([torch.zeros(4, dtype=torch.int32)])
     with pytest.raises(TypeError, match=r"not torch\.int32; use backend='torch'"):
-        backend.squared_norm(layout, integers, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))
+        backend.squared_norm(SquaredNorm(layout=layout, x=integers, partials=torch.zeros(2, 1, dtype=torch.float64)))

@@ -26,29 +26,29 @@ GENERATIONS = {80: "A100", 90: "H100, H200", 100: "B200"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 # As the optimizer launches them: the kernel, the lists that are not used, its constants, 16-byte reads and writes of a block
-# (acc counts twice in bfloat16: it is kept in float32).
+# (folded counts twice in bfloat16: it is kept in float32).
 KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str, str]] = {
     "norm": ("squared_norm", ("y", "weight"), {}, "x", ""),
     "norm of a difference": ("squared_norm", ("weight",), {}, "x y", ""),
-    "products": ("direction_products", (), {}, "x1 x3 acc", ""),
-    "first ascent": ("perturb", ("base", "y", "acc"), {"ADAPTIVE": False}, "theta x", "theta backup"),
-    "second ascent": ("perturb", ("acc", "backup"), {"ADAPTIVE": False}, "base x y", "theta"),
-    "third ascent": ("perturb", ("base", "y", "backup"), {"ADAPTIVE": False}, "theta x acc", "theta acc"),
-    "combine": ("combine", (), {"ROWS": 6}, "x1 x3 acc", "out"),
-    "restore": ("restore", (), {}, "backup", "theta"),
+    "products": ("direction_products", (), {}, "g1 last folded", ""),
+    "first ascent": ("perturb_", ("base", "y", "folded"), {"ADAPTIVE": False}, "theta x", "theta backup"),
+    "second ascent": ("perturb_", ("folded", "backup"), {"ADAPTIVE": False}, "base x y", "theta"),
+    "third ascent": ("perturb_", ("base", "y", "backup"), {"ADAPTIVE": False}, "theta x folded", "theta folded"),
+    "combine": ("combine_", (), {"ROWS": 6}, "g1 last folded", "out"),
+    "restore": ("restore_", (), {}, "backup", "theta"),
     "sgd": (
-        "combined_update",
-        ("x1", "second", "third"),
+        "combined_update_",
+        ("g1", "state2", "state3"),
         {"ROWS": 2, "ALGORITHM": SGD},
-        "backup x3 acc first",
-        "theta first",
+        "backup last folded state1",
+        "theta state1",
     ),
     "adam": (
-        "combined_update",
-        ("x1", "third"),
+        "combined_update_",
+        ("g1", "state3"),
         {"ROWS": 2, "ALGORITHM": ADAM},
-        "backup x3 acc first second",
-        "theta first second",
+        "backup last folded state1 state2",
+        "theta state1 state2",
     ),
 }
 # The budget. Registers as the backend allows them: 4, 3 and 2 programs of 256 threads on a multiprocessor (norms in float32
@@ -61,9 +61,9 @@ SPILLED = {torch.float32: 64, torch.bfloat16: 96, torch.float64: 128}
 
 @cache
 def compiled(name: str, dtype: torch.dtype, generation: int) -> Any:
-    kernel, unused, constants, _, _ = KERNELS[name]
-    kernel = backend.kernels()[kernel]
-    constants = constants | backend.constants(kernel, dtype)
+    which, unused, constants, _, _ = KERNELS[name]
+    kernel = backend.kernels()[which]
+    constants = constants | backend.constants(which, dtype)
     numbers = ("tensors", "chunk", "stride", "columns", "ascent")
     sums = ("coefficients", "partials", "control", "realised", "sums_of_d")
     signature, values = {}, {}
@@ -74,7 +74,7 @@ def compiled(name: str, dtype: torch.dtype, generation: int) -> Any:
             signature[argument] = "i32" if argument in numbers else "*fp64" if argument in sums else "*i64"
     source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
     target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
-    return triton.compile(source, target=target, options=backend.options(kernel, dtype, "cuda"))
+    return triton.compile(source, target=target, options=backend.options(which, dtype, "cuda"))
 
 
 def resources(kernel: Any, folder: Path) -> tuple[int, int]:
@@ -113,10 +113,10 @@ def bytes_by_kind(ptx: str) -> Counter:
 def test_whole_blocks_are_read_and_written_16_bytes_at_a_time(name, dtype):
     kernel, _, _, reads, writes = KERNELS[name]
     per_thread = backend.constants(kernel, dtype)["BLOCK"] // 256
-    wide = max(dtype.itemsize, 4)  # of acc
+    wide = max(dtype.itemsize, 4)  # of folded
 
     def size(lists: str) -> int:
-        return sum(per_thread * (wide if lst == "acc" else dtype.itemsize) for lst in lists.split())
+        return sum(per_thread * (wide if lst == "folded" else dtype.itemsize) for lst in lists.split())
 
     found = bytes_by_kind(compiled(name, dtype, 90).asm["ptx"])
     again = 2 if name == "sgd" or name == "adam" else 1  # a skipped step restores, in a loop of its own
@@ -135,5 +135,5 @@ def test_hardware_rounds_to_nearest_even(generation):
 def test_sums_use_no_float_atomics():
     for name in KERNELS:
         atomics = re.findall(r"\b(?:atom|red)\.\S+", compiled(name, torch.float32, 90).asm["ptx"])
-        allowed = ["atom.global.gpu.acq_rel.add.u32"] if KERNELS[name][0] == "combined_update" else []
+        allowed = ["atom.global.gpu.acq_rel.add.u32"] if KERNELS[name][0] == "combined_update_" else []
         assert atomics == allowed, name

@@ -8,8 +8,10 @@ from gam_helpers import batch, mlp, regression, trainer
 from on_gpu import CUDA, why_not
 
 from gam_fused import available_backends, backends
-from gam_fused.backends import triton as backend
-from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
+from gam_fused.backends import triton
+from gam_fused.backends.operands import SquaredNorm
+from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.triton import backend
 
 WHY = why_not("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY), reason=WHY or "there")]
@@ -24,7 +26,7 @@ def test_auto_takes_a_compiled_backend():
 
 def test_nothing_is_compiled_after_the_first_step():
     def compiled() -> int:
-        return sum(len(caches[0]) for kernel in backend.kernels().values() for caches in kernel.device_caches.values())
+        return sum(len(caches[0]) for kernel in triton.kernels().values() for caches in kernel.device_caches.values())
 
     model = mlp().to(CUDA)
     x, y = (t.to(CUDA) for t in batch())
@@ -40,12 +42,13 @@ def test_nothing_is_compiled_after_the_first_step():
 
 def test_a_gradient_list_that_lies_where_the_last_one_lay_is_not_sent_again(monkeypatch):
     sent = []
-    monkeypatch.setattr(backend, "upload", lambda host, device: sent.append(host) or host.to(device))
+    monkeypatch.setattr(triton, "upload", lambda host, device: sent.append(host) or host.to(device))
     layout = Layout([5000], [0], [True])
     gradients = [torch.ones(5000, device=CUDA)]
     partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
     for _ in range(3):
-        backend.squared_norm(layout, TensorList(gradients), EMPTY, EMPTY, partials)
+        backend.squared_norm(SquaredNorm(layout=layout, x=TensorList(gradients), partials=partials))
     assert len(sent) == 1
-    backend.squared_norm(layout, TensorList([g.clone() for g in gradients]), EMPTY, EMPTY, partials)
+    clones = TensorList([g.clone() for g in gradients])
+    backend.squared_norm(SquaredNorm(layout=layout, x=clones, partials=partials))
     assert len(sent) == 2

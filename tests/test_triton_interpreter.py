@@ -19,13 +19,15 @@ from test_kernels import KERNELS, check
 
 from gam_fused import available_backends
 from gam_fused.backends import rounding
-from gam_fused.backends import triton as backend
+from gam_fused.backends import triton as module
+from gam_fused.backends.operands import Restore
 from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.triton import backend
 from gam_fused.constants import Control, Flag
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install --no-deps triton==3.7.1")
 interpreted = pytest.mark.skipif(
-    not backend.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
+    not module.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
 )
 
 # From other files, for every backend that is there.
@@ -40,7 +42,7 @@ OTHERS = ("one element", "misaligned", "channels_last", "transposed")
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(backend.INTERPRETED, reason="is what the test starts")
+@pytest.mark.skipif(module.INTERPRETED, reason="is what the test starts")
 @pytest.mark.parametrize("tests", [("tests/test_triton_interpreter.py",), ELSEWHERE], ids=["below", "elsewhere"])
 def test_everything_in_the_interpreter(tests):
     command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", *tests]
@@ -105,7 +107,8 @@ def test_restore_keeps_every_bit():
         width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
         backup = torch.randint(-(2**15), 2**15, (5000,)).to(width).view(dtype)
         theta = torch.zeros_like(backup)
-        backend.restore_(Layout([5000], [0], [True]), TensorList([theta]), TensorList([backup]))
+        lists = {"theta": TensorList([theta]), "backup": TensorList([backup])}
+        backend.restore_(Restore(layout=Layout([5000], [0], [True]), **lists))
         assert torch.equal(theta.view(width), backup.view(width))
 
 
@@ -186,7 +189,7 @@ def test_rounding_has_the_specified_bits_across_a_multiple_of_2_to_the_32(dtype)
     size, before, first = 2048, 1000, 512
     values, out, key = torch.randn(size), torch.empty(size, dtype=dtype), rounding.key(77, 5, 1)
     starts = torch.tensor([2**32 - before - first, first])
-    round_block[(1,)](values, out, torch.tensor([key]), starts, backend.constants("perturb", dtype)["DTYPE"], size)
+    round_block[(1,)](values, out, torch.tensor([key]), starts, module.constants("perturb_", dtype)["DTYPE"], size)
     noise = rounding.noise(values.shape, key, 2**32 - before, values.device)
     assert torch.equal(out, rounding.stochastic_round(values, dtype, noise))
     assert not torch.equal(out, values.to(dtype))

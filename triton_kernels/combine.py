@@ -1,4 +1,4 @@
-"""Verb `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_` shares
+"""Kernel `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_` shares
 with it: the close of the step and d of a block."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from gam_fused.triton_kernels.gam_math import (
-    DIRECTION_ACC,
+    DIRECTION_FOLDED,
     FOUND_INF,
     LAST_SKIPPED,
     LOSS_SCALE,
@@ -41,18 +41,18 @@ def close_step(partials, stride, columns, control, coefficients, ROWS: tl.conste
         tl.store(control + SKIPPED, tl.load(control + SKIPPED) + skip.to(tl.float64))
         tl.store(control + NOISE_STEP, tl.load(control + NOISE_STEP) + 1.0)
     loss_scale, max_norm = tl.load(control + LOSS_SCALE), tl.load(control + MAX_NORM)
-    return Close(skip, direction_scale(total, tl.load(coefficients + DIRECTION_ACC), loss_scale, max_norm))
+    return Close(skip, direction_scale(total, tl.load(coefficients + DIRECTION_FOLDED), loss_scale, max_norm))
 
 
 @triton.jit
 def direction_block(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
-    """d of a block; `lists` and `at`: x1, x3, acc and their addresses."""
-    x1, x3, acc = lists
+    """d of a block; `lists` and `at`: g1, last, folded and their addresses."""
+    g1, last, folded = lists
     return direction(
         k,
-        read(x1, at[0], block, WHOLE, DTYPE, C),
-        read(x3, at[1], block, WHOLE, DTYPE, C),
-        read(acc, at[2], block, WHOLE, C, C),
+        read(g1, at[0], block, WHOLE, DTYPE, C),
+        read(last, at[1], block, WHOLE, DTYPE, C),
+        read(folded, at[2], block, WHOLE, C, C),
     )
 
 
@@ -65,18 +65,18 @@ def combine_block(lists, at, out_at, k, block, WHOLE: tl.constexpr, DTYPE: tl.co
 
 @triton.jit(do_not_specialize=RUNTIME)
 def combine_kernel(
-    layout, tensors, chunk, out, x1, x3, acc, coefficients, partials, stride, columns, control, sums_of_d,
+    layout, tensors, chunk, out, g1, last, folded, coefficients, partials, stride, columns, control, sums_of_d,
     ROWS: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     close = close_step(partials, stride, columns, control, coefficients, ROWS)
-    lists = x1, x3, acc
+    lists = g1, last, folded
     tensor, position, end = chunk_of(layout, tensors, chunk)
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
         k = direction_of(row_of(layout, tensors, coefficients, tensor), close.scale, C)
         out_at = address(out, tensor, span, DTYPE)
-        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
+        at = address(g1, tensor, span, DTYPE), address(last, tensor, span, DTYPE), address(folded, tensor, span, C)
         together = out_at | at[0] | at[1] | at[2]
         for offset in range(0, tl.where(out_at != 0, span.high, 0), BLOCK):
             if is_whole(span, offset, together, BLOCK):

@@ -1,4 +1,4 @@
-"""Verb `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass."""
+"""Kernel `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass."""
 
 from __future__ import annotations
 
@@ -40,55 +40,55 @@ def update_block(
     C: tl.constexpr,
 ):
     """One block of theta and of the optimizer's state. Returns d^2."""
-    theta_at, first_at, second_at, third_at = state_at
-    first, third = state
+    theta_at, state1_at, state2_at, state3_at = state_at
+    state1, state3 = state
     d = direction_block(lists, at, k, block, WHOLE, DTYPE, C)
     old = widen(load(old_at, block, WHOLE, DTYPE), C)
     if ALGORITHM == SGD:
-        if first is None:
+        if state1 is None:
             new = sgd(h, old, d)
         else:
-            new, moved = sgd_momentum(h, old, d, widen(load(first_at, block, WHOLE, DTYPE), C))
-            store(first_at, block, narrow(moved, DTYPE), WHOLE, DTYPE)
+            new, moved = sgd_momentum(h, old, d, widen(load(state1_at, block, WHOLE, DTYPE), C))
+            store(state1_at, block, narrow(moved, DTYPE), WHOLE, DTYPE)
     else:
-        maximum = widen(load(third_at, block, WHOLE, DTYPE), C) if third is not None else None
-        exp_avg, exp_avg_sq = widen(load(first_at, block, WHOLE, DTYPE), C), widen(load(second_at, block, WHOLE, DTYPE), C)
+        maximum = widen(load(state3_at, block, WHOLE, DTYPE), C) if state3 is not None else None
+        exp_avg, exp_avg_sq = widen(load(state1_at, block, WHOLE, DTYPE), C), widen(load(state2_at, block, WHOLE, DTYPE), C)
         new, exp_avg, exp_avg_sq, maximum = adam(h, old, d, exp_avg, exp_avg_sq, maximum)
-        store(first_at, block, narrow(exp_avg, DTYPE), WHOLE, DTYPE)
-        store(second_at, block, narrow(exp_avg_sq, DTYPE), WHOLE, DTYPE)
-        if third is not None:
-            store(third_at, block, narrow(maximum, DTYPE), WHOLE, DTYPE)
+        store(state1_at, block, narrow(exp_avg, DTYPE), WHOLE, DTYPE)
+        store(state2_at, block, narrow(exp_avg_sq, DTYPE), WHOLE, DTYPE)
+        if state3 is not None:
+            store(state3_at, block, narrow(maximum, DTYPE), WHOLE, DTYPE)
     store(theta_at, block, narrow(new, DTYPE), WHOLE, DTYPE)
     return square(d)
 
 
 @triton.jit
-def base_of(row, step, has_first, ALGORITHM: tl.constexpr, C: tl.constexpr):
+def base_of(row, step, has_state1, ALGORITHM: tl.constexpr, C: tl.constexpr):
     """The base optimizer's scalars. A tensor without a momentum buffer takes d as its momentum, as in a first step."""
     if ALGORITHM == SGD:
-        return sgd_of(row, tl.where(has_first, step, 1.0), C)
+        return sgd_of(row, tl.where(has_state1, step, 1.0), C)
     else:
         return adam_of(row, step, C)
 
 
 @triton.jit
-def advance_steps(tensors, x1, x3, acc, steps):
+def advance_steps(tensors, g1, last, folded, steps):
     """steps += 1 for every tensor that was updated."""
     for first in range(0, tensors, TENSOR_BLOCK):
         tensor = first + tl.arange(0, TENSOR_BLOCK)
         there = tensor < tensors
-        updated = tl.load(x3 + tensor, there, other=0)
-        if x1 is not None:
-            updated = updated | tl.load(x1 + tensor, there, other=0)
-        if acc is not None:
-            updated = updated | tl.load(acc + tensor, there, other=0)
+        updated = tl.load(last + tensor, there, other=0)
+        if g1 is not None:
+            updated = updated | tl.load(g1 + tensor, there, other=0)
+        if folded is not None:
+            updated = updated | tl.load(folded + tensor, there, other=0)
         counter = tl.load(steps + tensor, there, other=0).to(tl.pointer_type(tl.float32))
         tl.store(counter, tl.load(counter, updated != 0, other=0.0) + 1.0, updated != 0)
 
 
 @triton.jit
 def is_last_program(control):
-    """Whether all other programs have read what only the last may change. Leaves the ticket at 0 for the next verb."""
+    """Whether all other programs have read what only the last may change. Leaves the ticket at 0 for the next kernel."""
     tl.debug_barrier()  # all threads of this program have read it before it draws
     ticket = (control + TICKET).to(tl.pointer_type(tl.int32))
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
@@ -99,20 +99,20 @@ def is_last_program(control):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def combined_update_kernel(
-    layout, tensors, chunk, theta, backup, x1, x3, acc, first, second, third, steps,
+    layout, tensors, chunk, theta, backup, g1, last, folded, state1, state2, state3, steps,
     coefficients, partials, stride, columns, control, sums_of_d,
     ALGORITHM: tl.constexpr, ROWS: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     close = close_step(partials, stride, columns, control, coefficients, ROWS)
-    lists = x1, x3, acc
-    state = first, third
+    lists = g1, last, folded
+    state = state1, state3
     tensor, position, end = chunk_of(layout, tensors, chunk)
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
         theta_at = address(theta, tensor, span, DTYPE)
-        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
+        at = address(g1, tensor, span, DTYPE), address(last, tensor, span, DTYPE), address(folded, tensor, span, C)
         if close.skip | ((at[0] | at[1] | at[2]) == 0):
             if backup is not None:
                 restore_span(theta_at, address(backup, tensor, span, DTYPE), span, DTYPE, BLOCK)
@@ -120,9 +120,9 @@ def combined_update_kernel(
             old_at = theta_at if backup is None else address(backup, tensor, span, DTYPE)
             state_at = (
                 theta_at,
-                address(first, tensor, span, DTYPE),
-                address(second, tensor, span, DTYPE),
-                address(third, tensor, span, DTYPE),
+                address(state1, tensor, span, DTYPE),
+                address(state2, tensor, span, DTYPE),
+                address(state3, tensor, span, DTYPE),
             )
             row = row_of(layout, tensors, coefficients, tensor)
             step = tl.load(tl.load(steps + tensor).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1.0
@@ -142,4 +142,4 @@ def combined_update_kernel(
         tensor += 1
     tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))
     if is_last_program(control) & (close.skip == 0):
-        advance_steps(tensors, x1, x3, acc, steps)
+        advance_steps(tensors, g1, last, folded, steps)

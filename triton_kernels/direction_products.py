@@ -1,21 +1,21 @@
-"""Verb `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping."""
+"""Kernel `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import DIRECTION_1, DIRECTION_3, DIRECTION_ACC, Direction, direction
+from gam_fused.triton_kernels.gam_math import DIRECTION_FOLDED, DIRECTION_G1, DIRECTION_LAST, Direction, direction
 from gam_fused.triton_kernels.sums import put
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, row_of, span_at
 
 
 @triton.jit
 def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
-    """h+ h+, h- h+ and h- h-. Without x1 there is one product, d^2, in place of the first."""
-    x1, x3, acc = lists
-    minus = read(acc, at[2], block, WHOLE, C, C)
-    # With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete (k.acc is not 0).
-    plus = direction(k, read(x1, at[0], block, WHOLE, DTYPE, C), read(x3, at[1], block, WHOLE, DTYPE, C), minus).to(
+    """h+ h+, h- h+ and h- h-. Without g1 there is one product, d^2, in place of the first."""
+    g1, last, folded = lists
+    minus = read(folded, at[2], block, WHOLE, C, C)
+    # With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete (k.folded is not 0).
+    plus = direction(k, read(g1, at[0], block, WHOLE, DTYPE, C), read(last, at[1], block, WHOLE, DTYPE, C), minus).to(
         tl.float64
     )
     minus = minus.to(tl.float64)
@@ -24,10 +24,10 @@ def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: t
 
 @triton.jit(do_not_specialize=RUNTIME)
 def direction_products_kernel(
-    layout, tensors, chunk, x1, x3, acc, coefficients, partials, stride,
+    layout, tensors, chunk, g1, last, folded, coefficients, partials, stride,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    lists = x1, x3, acc
+    lists = g1, last, folded
     tensor, position, end = chunk_of(layout, tensors, chunk)
     zero = tl.full((), 0.0, tl.float64)
     pp, mp, mm = zero, zero, zero  # over counted tensors
@@ -35,9 +35,9 @@ def direction_products_kernel(
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
         row = row_of(layout, tensors, coefficients, tensor)
-        of_acc = zero if x1 is not None else tl.load(row + DIRECTION_ACC)
-        k = Direction(tl.load(row + DIRECTION_1).to(C), tl.load(row + DIRECTION_3).to(C), of_acc.to(C))
-        at = address(x1, tensor, span, DTYPE), address(x3, tensor, span, DTYPE), address(acc, tensor, span, C)
+        of_folded = zero if g1 is not None else tl.load(row + DIRECTION_FOLDED)
+        k = Direction(tl.load(row + DIRECTION_G1).to(C), tl.load(row + DIRECTION_LAST).to(C), of_folded.to(C))
+        at = address(g1, tensor, span, DTYPE), address(last, tensor, span, DTYPE), address(folded, tensor, span, C)
         aa = tl.zeros([BLOCK], tl.float64)
         ab = tl.zeros([BLOCK], tl.float64)
         bb = tl.zeros([BLOCK], tl.float64)
@@ -48,7 +48,7 @@ def direction_products_kernel(
             else:
                 a, b, c = products(lists, at, k, block_at(span, offset, BLOCK), False, DTYPE, C)
             aa += a
-            if x1 is not None:
+            if g1 is not None:
                 ab += b
                 bb += c
         counts = is_counted(layout, tensors, tensor)
@@ -59,6 +59,6 @@ def direction_products_kernel(
         position = span.end
         tensor += 1
     put(partials, stride, 0, pp, other_pp)
-    if x1 is not None:
+    if g1 is not None:
         put(partials, stride, 2, mp, other_mp)
         put(partials, stride, 4, mm, other_mm)

@@ -21,9 +21,9 @@ from gam_fused.constants import Algorithm, Column, Control, Flag
 RADIUS_0 = tl.constexpr(int(Column.RADIUS_0))
 FOLD_0 = tl.constexpr(int(Column.FOLD_0))
 FOLD_2 = tl.constexpr(int(Column.FOLD_2))
-DIRECTION_1 = tl.constexpr(int(Column.DIRECTION_1))
-DIRECTION_3 = tl.constexpr(int(Column.DIRECTION_3))
-DIRECTION_ACC = tl.constexpr(int(Column.DIRECTION_ACC))
+DIRECTION_G1 = tl.constexpr(int(Column.DIRECTION_G1))
+DIRECTION_LAST = tl.constexpr(int(Column.DIRECTION_LAST))
+DIRECTION_FOLDED = tl.constexpr(int(Column.DIRECTION_FOLDED))
 FLAGS = tl.constexpr(int(Column.FLAGS))
 LR = tl.constexpr(int(Column.LR))
 WEIGHT_DECAY = tl.constexpr(int(Column.WEIGHT_DECAY))
@@ -207,57 +207,63 @@ def ascend_adaptive(base, scale, x, y):
 
 
 @triton.jit
-def fold(c0, acc, c2, x):
-    """What later directions need of g0 and g2, kept in one vector: acc <- FOLD_0 acc + FOLD_2 x."""
-    return c0 * acc + c2 * x
+def fold(c0, folded, c2, x):
+    """What later directions need of g0 and g2, kept in one vector: folded <- FOLD_0 folded + FOLD_2 x."""
+    return c0 * folded + c2 * x
 
 
 # The direction d: h_loss + alpha h_norm (Algorithm 1, line 10), or Algorithm 2's h+ - gamma (h- minus its projection).
 
 
 class DirectionScale(NamedTuple):
-    """u of Algorithm 2, and the factor that undoes the loss scale and clips |d|."""
+    """plus_scale of Algorithm 2, and the factor that undoes the loss scale and clips |d|."""
 
-    u: Any
+    plus_scale: Any
     unscale: Any
 
 
 @triton.jit
-def direction_scale(total, v, loss_scale, max_norm):
+def direction_scale(total, minus, loss_scale, max_norm):
     """`total`: sums over counted and over other tensors of h+ h+, h- h+ and h- h- (6 of them), or of d^2 (2)."""
-    u = loss_scale * 0.0 + 1.0
+    plus_scale = loss_scale * 0.0 + 1.0
     squared = total[0] + total[1]
     if len(total) == 6:
-        u = 1.0 - v * tl.where(total[0] > 0.0, total[2] / total[0], 0.0)
-        squared = u * u * squared + 2.0 * u * v * (total[2] + total[3]) + v * v * (total[4] + total[5])
+        plus_scale = 1.0 - minus * tl.where(total[0] > 0.0, total[2] / total[0], 0.0)
+        crossed = 2.0 * plus_scale * minus * (total[2] + total[3])
+        squared = plus_scale * plus_scale * squared + crossed + minus * minus * (total[4] + total[5])
     norm = square_root(tl.where(squared > 0.0, squared, 0.0)) / loss_scale
     norm = tl.where(is_finite(squared), norm, float("inf"))
     clip = tl.where(max_norm > 0.0, max_norm / (norm + 1e-6), 1.0)
-    return DirectionScale(u, tl.where(clip < 1.0, clip, 1.0) / loss_scale)
+    return DirectionScale(plus_scale, tl.where(clip < 1.0, clip, 1.0) / loss_scale)
 
 
 class Direction(NamedTuple):
-    """Coefficients of x1, x3 and acc in d."""
+    """Coefficients of g1, last and folded in d."""
 
-    x1: Any
-    x3: Any
-    acc: Any
+    g1: Any
+    last: Any
+    folded: Any
 
 
 @triton.jit
 def direction_of(row, scale, C: tl.constexpr):
     """From a row of the coefficient table."""
-    plus = scale.u * scale.unscale
+    plus = scale.plus_scale * scale.unscale
     return Direction(
-        (plus * tl.load(row + DIRECTION_1)).to(C),
-        (plus * tl.load(row + DIRECTION_3)).to(C),
-        (scale.unscale * tl.load(row + DIRECTION_ACC)).to(C),
+        (plus * tl.load(row + DIRECTION_G1)).to(C),
+        (plus * tl.load(row + DIRECTION_LAST)).to(C),
+        (scale.unscale * tl.load(row + DIRECTION_FOLDED)).to(C),
     )
 
 
 @triton.jit
-def direction(k, x1, x3, acc):
-    return k.x1 * x1 + k.x3 * x3 + k.acc * acc
+def h_plus(k, g1, last):
+    return k.g1 * g1 + k.last * last
+
+
+@triton.jit
+def direction(k, g1, last, folded):
+    return h_plus(k, g1, last) + k.folded * folded
 
 
 # Base optimizers, in torch.optim's order of operations.

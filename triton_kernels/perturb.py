@@ -1,4 +1,4 @@
-"""Verb `perturb_`: theta <- base + radius * (x - y) / (norm + eps), with the backup and the fold of acc on the way."""
+"""Kernel `perturb_`: theta <- base + radius * (x - y) / (norm + eps), with the backup and the fold of folded on the way."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def perturb_block(
     C: tl.constexpr,
 ):
     """One block of every list. Returns (theta - base)^2 as stored."""
-    base, x, y, acc, backup = lists
-    theta_at, base_at, x_at, y_at, acc_at, backup_at = at
+    base, x, y, folded, backup = lists
+    theta_at, base_at, x_at, y_at, folded_at, backup_at = at
     before = load(theta_at if base is None else base_at, block, WHOLE, DTYPE)
     if backup is not None:
         store(backup_at, block, before if base is None else load(theta_at, block, WHOLE, DTYPE), WHOLE, DTYPE)
@@ -69,8 +69,8 @@ def perturb_block(
         moved = ascend(origin, scale, gradient, read(y, y_at, block, WHOLE, DTYPE, C))
     after = tl.where(active, to_storage(moved, span, block, key, DTYPE), before)
     store(theta_at, block, after, WHOLE, DTYPE)
-    if acc is not None:
-        store(acc_at, block, fold(folds[0], load(acc_at, block, WHOLE, C), folds[1], gradient), WHOLE, C)
+    if folded is not None:
+        store(folded_at, block, fold(folds[0], load(folded_at, block, WHOLE, C), folds[1], gradient), WHOLE, C)
     change = tl.where(active, change_of(widen(after, C), origin), 0.0)
     if not WHOLE:
         change = tl.where(block.inside, change, 0.0)
@@ -79,7 +79,7 @@ def perturb_block(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def perturb_kernel(
-    layout, tensors, chunk, theta, base, x, y, acc, backup,
+    layout, tensors, chunk, theta, base, x, y, folded, backup,
     coefficients, partials, stride, columns, control, realised, ascent, ADAPTIVE: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def perturb_kernel(
     key = noise_key(tl.load(control + NOISE_SEED), tl.load(control + NOISE_STEP), ascent)
     loss_scale, eps = tl.load(control + LOSS_SCALE), tl.load(control + XI)
 
-    lists = base, x, y, acc, backup
+    lists = base, x, y, folded, backup
     tensor, position, end = chunk_of(layout, tensors, chunk)
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
@@ -103,7 +103,7 @@ def perturb_kernel(
             address(base, tensor, span, DTYPE),
             address(x, tensor, span, DTYPE),
             address(y, tensor, span, DTYPE),
-            address(acc, tensor, span, C),
+            address(folded, tensor, span, C),
             address(backup, tensor, span, DTYPE),
         )
         scale = tl.where(stay, 0.0, ascent_scale(tl.load(row + RADIUS_0 + ascent), total[0], loss_scale, eps))

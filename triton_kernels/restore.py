@@ -1,4 +1,4 @@
-"""Verb `restore_`: theta <- backup, bit for bit."""
+"""Kernel `restore_`: theta <- backup, bit for bit."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from gam_fused.triton_kernels.gam_math import COLUMNS, widen
 # Arguments of kernels that are not compiled in: no new kernel for another alignment, or for a number that is 1 or even.
 RUNTIME = (
     *("layout", "tensors", "chunk", "coefficients", "partials", "stride", "columns", "control", "ascent"),
-    *("realised", "sums_of_d", "theta", "base", "backup", "x", "y", "x1", "x3", "acc", "weight", "out"),
-    *("first", "second", "third", "steps"),
+    *("realised", "sums_of_d", "theta", "base", "backup", "x", "y", "g1", "last", "folded", "weight", "out"),
+    *("state1", "state2", "state3", "steps"),
 )
 
 

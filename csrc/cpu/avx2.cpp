@@ -1,9 +1,9 @@
-// The verbs for x86-64 with AVX2.
+// The kernels for x86-64 with AVX2.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "verbs.h"
+#include "operands.h"
 
 #ifdef GAM_X86
 #include <immintrin.h>

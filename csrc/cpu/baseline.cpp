@@ -1,3 +1,3 @@
-// The verbs for whatever the compiler targets by itself.
+// The kernels for whatever the compiler targets by itself.
 #define GAM_KERNELS baseline_kernels
 #include "kernels.h"

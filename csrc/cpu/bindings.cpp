@@ -1,8 +1,8 @@
-// The CPU room: the kernels for this processor, and how operands reach them.
+// The CPU backend: the kernels for this processor, and how operands reach them.
 #include <stdlib.h>
 
 #include "../operators.h"
-#include "verbs.h"
+#include "operands.h"
 
 namespace gam {
 namespace {
@@ -30,41 +30,36 @@ void parallel_for(int64_t count, int64_t grain, Body body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-class CpuRoom : public Operands<CpuRoom>, public Verbs<Layout, Addresses> {
+class CpuBackend : public Arguments<CpuBackend>, public Operands<Layout, AddressRow> {
  public:
   static constexpr bool ON_CPU = true;
-  using Operands<CpuRoom>::Operands;
+  using Arguments<CpuBackend>::Arguments;
 
   Layout layout() const { return {starts(), groups(), counted(), tensors(), chunk()}; }
-  static Addresses list(const Operand& operand) { return operand.host; }
-  static bool used(Addresses list) { return list != nullptr; }
+  static AddressRow list(const Addresses& addresses) { return addresses.host; }
+  static bool used(AddressRow list) { return list != nullptr; }
 
-  void run(const SquaredNorm& v) const { kernels().squared_norm(code(), v, parallel_for); }
-  void run(const DirectionProducts& v) const { kernels().direction_products(code(), v, parallel_for); }
-  void run(const Perturb& v) const { kernels().perturb(code(), v, parallel_for); }
-  void run(const CombinedUpdate& v) const { kernels().combined_update(code(), v, parallel_for); }
-  void run(const Combine& v) const { kernels().combine(code(), v, parallel_for); }
-  void run(const Restore& v) const { kernels().restore(code(), v, parallel_for); }
+#define GAM_RUN(Name, function, operator_, FIELDS) \
+  void run(const Name& v) const { kernels().function(static_cast<int>(dtype()), v, parallel_for); }
+  GAM_EACH_KERNEL(GAM_RUN)
+#undef GAM_RUN
 
   // State that the update will write must be there.
   void require_state(const CombinedUpdate& v) const {
-    auto present = [](Addresses list, int64_t i) { return list && list[i]; };
+    auto present = [](AddressRow list, int64_t i) { return list && list[i]; };
     for (int64_t i = 0; i < tensors(); ++i) {
-      if (!present(v.x1, i) && !present(v.x3, i) && !present(v.acc, i)) continue;
+      if (!present(v.g1, i) && !present(v.last, i) && !present(v.folded, i)) continue;
       require("steps", v.steps, i);
       if (v.algorithm != Algorithm::ADAM) continue;
-      require("first", v.first, i);
-      require("second", v.second, i);
+      require("state1", v.state1, i);
+      require("state2", v.state2, i);
       const double* row = v.coefficients + groups()[i] * COLUMNS;
-      if (static_cast<int>(row[Column::FLAGS]) & Flag::AMSGRAD) require("third", v.third, i);
+      if (static_cast<int>(row[Column::FLAGS]) & Flag::AMSGRAD) require("state3", v.state3, i);
     }
   }
-
- private:
-  int code() const { return static_cast<int>(dtype()); }
 };
 
 }  // namespace
 }  // namespace gam
 
-STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, m) { gam::register_verbs<gam::CpuRoom>(m); }
+STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, m) { gam::register_operators<gam::CpuBackend>(m); }

@@ -1,4 +1,4 @@
-// Verb `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_`
+// Kernel `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_`
 // shares with it: the close of the step and d of a tile.
 #pragma once
 
@@ -21,23 +21,23 @@ inline Close close_step(const Matrix& partials, double* control, const double* c
   control[Control::LAST_SKIPPED] = skip;
   control[Control::SKIPPED] += skip;
   control[Control::NOISE_STEP] += 1.0;
-  return {skip, direction_scale(total, int(partials.rows), coefficients[Column::DIRECTION_ACC],
+  return {skip, direction_scale(total, int(partials.rows), coefficients[Column::DIRECTION_FOLDED],
                                 control[Control::LOSS_SCALE], control[Control::MAX_NORM])};
 }
 
 // d of a tile into `d`.
-template <class S, class Verb>
-void direction_tile(const Verb& v, const Span& tile, const Direction<Compute<S>>& k, Compute<S>* d) {
+template <class S, class Record>
+void direction_tile(const Record& v, const Span& tile, const Direction<Compute<S>>& k, Compute<S>* d) {
   using C = Compute<S>;
   alignas(64) C buffers[3][TILE];
-  const C* x3 = Tiles<S>::read(v.x3, tile, buffers[0]);
-  const C* acc = Tiles<C>::read(v.acc, tile, buffers[1]);
-  if (!has(v.x1, tile.tensor)) {
-    for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, C(0), x3[i], acc[i]);
+  const C* last = Tiles<S>::read(v.last, tile, buffers[0]);
+  const C* folded = Tiles<C>::read(v.folded, tile, buffers[1]);
+  if (!has(v.g1, tile.tensor)) {
+    for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, C(0), last[i], folded[i]);
     return;
   }
-  const C* x1 = Tiles<S>::read(v.x1, tile, buffers[2]);
-  for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, x1[i], x3[i], acc[i]);
+  const C* g1 = Tiles<S>::read(v.g1, tile, buffers[2]);
+  for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, g1[i], last[i], folded[i]);
 }
 
 template <class S>

@@ -1,4 +1,4 @@
-// Verb `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass.
+// Kernel `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass.
 #pragma once
 
 #include "combine.h"
@@ -24,7 +24,7 @@ struct Updated {
   }
 
   // A state tensor, to be changed in place and then written.
-  C* state(Addresses list, const Span& tile, int buffer) {
+  C* state(AddressRow list, const Span& tile, int buffer) {
     return const_cast<C*>(Tiles<S>::read(list, tile, buffers[buffer]));
   }
 };
@@ -34,34 +34,34 @@ void sgd_tile(const CombinedUpdate& v, const Span& tile, const Sgd<Compute<S>>& 
   using C = Compute<S>;
   const C *d = t.d, *old = t.old;
   C* theta = t.theta;
-  if (!has(v.first, tile.tensor)) {
+  if (!has(v.state1, tile.tensor)) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd(h, old[i], d[i]);
     return;
   }
-  C* momentum = t.state(v.first, tile, 2);
+  C* momentum = t.state(v.state1, tile, 2);
 #pragma GCC ivdep
   for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd_momentum(h, old[i], d[i], momentum[i]);
-  Tiles<S>::write(at<S>(v.first, tile), momentum, tile.count);
+  Tiles<S>::write(at<S>(v.state1, tile), momentum, tile.count);
 }
 
 template <class S>
 void adam_tile(const CombinedUpdate& v, const Span& tile, const Adam<Compute<S>>& h, bool amsgrad, Updated<S>& t) {
   using C = Compute<S>;
   const C *d = t.d, *old = t.old;
-  C *theta = t.theta, *m = t.state(v.first, tile, 2), *s = t.state(v.second, tile, 3);
+  C *theta = t.theta, *m = t.state(v.state1, tile, 2), *s = t.state(v.state2, tile, 3);
   if (amsgrad) {
-    C* maximum = t.state(v.third, tile, 4);
+    C* maximum = t.state(v.state3, tile, 4);
 #pragma GCC ivdep
     for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<true>(h, old[i], d[i], m[i], s[i], maximum[i]);
-    Tiles<S>::write(at<S>(v.third, tile), maximum, tile.count);
+    Tiles<S>::write(at<S>(v.state3, tile), maximum, tile.count);
   } else {
     C unused = 0;
 #pragma GCC ivdep
     for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<false>(h, old[i], d[i], m[i], s[i], unused);
   }
-  Tiles<S>::write(at<S>(v.first, tile), m, tile.count);
-  Tiles<S>::write(at<S>(v.second, tile), s, tile.count);
+  Tiles<S>::write(at<S>(v.state1, tile), m, tile.count);
+  Tiles<S>::write(at<S>(v.state2, tile), s, tile.count);
 }
 
 // The base optimizer's scalars of one tensor. Neighbours mostly share group and step, so they are kept between tensors.
@@ -100,7 +100,7 @@ double update_tile(const CombinedUpdate& v, const Span& tile, const Scalars<Comp
 }
 
 inline bool is_updated(const CombinedUpdate& v, int64_t tensor) {
-  return has(v.x1, tensor) || has(v.x3, tensor) || has(v.acc, tensor);
+  return has(v.g1, tensor) || has(v.last, tensor) || has(v.folded, tensor);
 }
 
 template <class S>

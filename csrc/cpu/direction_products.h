@@ -1,4 +1,4 @@
-// Verb `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
+// Kernel `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
 #pragma once
 
 #include "sums.h"
@@ -11,19 +11,19 @@ void add_direction_products(const DirectionProducts& v, const Span& tile, double
   using C = Compute<S>;
   alignas(64) C buffers[3][TILE];
   const double* row = v.coefficients + v.layout.groups[tile.tensor] * COLUMNS;
-  const C* x1 = Tiles<S>::read(v.x1, tile, buffers[0]);
-  const C* x3 = Tiles<S>::read(v.x3, tile, buffers[1]);
-  const C* minus = Tiles<C>::read(v.acc, tile, buffers[2]);
-  // With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete.
-  const Direction<C> k = {C(row[Column::DIRECTION_1]), C(row[Column::DIRECTION_3]),
-                          v.x1 ? C(0) : C(row[Column::DIRECTION_ACC])};
+  const C* g1 = Tiles<S>::read(v.g1, tile, buffers[0]);
+  const C* last = Tiles<S>::read(v.last, tile, buffers[1]);
+  const C* minus = Tiles<C>::read(v.folded, tile, buffers[2]);
+  // With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete.
+  const Direction<C> k = {C(row[Column::DIRECTION_G1]), C(row[Column::DIRECTION_LAST]),
+                          v.g1 ? C(0) : C(row[Column::DIRECTION_FOLDED])};
   C* value = buffers[0];
-  if (!v.x1) {
-    for (int64_t i = 0; i < tile.count; ++i) value[i] = direction(k, C(0), x3[i], minus[i]);
+  if (!v.g1) {
+    for (int64_t i = 0; i < tile.count; ++i) value[i] = direction(k, C(0), last[i], minus[i]);
     sums[0] += sum_of_squares(value, tile.count);
     return;
   }
-  for (int64_t i = 0; i < tile.count; ++i) value[i] = k.x1 * x1[i] + k.x3 * x3[i];
+  for (int64_t i = 0; i < tile.count; ++i) value[i] = h_plus(k, g1[i], last[i]);
   add_three_products(value, minus, tile.count, sums);
 }
 
@@ -33,7 +33,7 @@ void direction_products(const DirectionProducts& v, ParallelFor parallel_for) {
   for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
     double sums[6] = {};
     for_each_span(v.layout, chunk, [&](const Span& span) {
-      if (!has(v.x1, span.tensor) && !has(v.x3, span.tensor) && !has(v.acc, span.tensor)) return;
+      if (!has(v.g1, span.tensor) && !has(v.last, span.tensor) && !has(v.folded, span.tensor)) return;
       double* first = sums + (v.layout.counted[span.tensor] ? 0 : 1);
       for_each_tile(span, [&](const Span& tile) { add_direction_products<S>(v, tile, first); });
     });

@@ -1,4 +1,5 @@
-// Verb `perturb_`: theta <- base + radius * (x - y) / (norm + eps), with the backup and the fold of acc on the way.
+// Kernel `perturb_`: theta <- base + radius * (x - y) / (norm + eps), with the backup and the fold of folded on the
+// way.
 #pragma once
 
 #include "sums.h"
@@ -48,10 +49,10 @@ void fold_tile(const Perturb& v, const Span& tile, const double* row) {
   using C = Compute<S>;
   alignas(64) C buffer[TILE];
   const C c0 = C(row[Column::FOLD_0]), c2 = C(row[Column::FOLD_2]);
-  C* acc = at<C>(v.acc, tile);
+  C* folded = at<C>(v.folded, tile);
   const C* x = Tiles<S>::read(v.x, tile, buffer);
 #pragma GCC ivdep
-  for (int64_t i = 0; i < tile.count; ++i) acc[i] = fold(c0, acc[i], c2, x[i]);
+  for (int64_t i = 0; i < tile.count; ++i) folded[i] = fold(c0, folded[i], c2, x[i]);
 }
 
 template <class S>
@@ -64,7 +65,7 @@ double perturb_tile(const Perturb& v, const Span& tile, double scale, uint32_t k
                           : ascend_tile<S, false>(v, tile, Compute<S>(scale), key);
   else if (v.base)
     memcpy(theta, at<S>(v.base, tile), tile.count * sizeof(S));
-  if (has(v.acc, tile.tensor)) fold_tile<S>(v, tile, v.coefficients + v.layout.groups[tile.tensor] * COLUMNS);
+  if (has(v.folded, tile.tensor)) fold_tile<S>(v, tile, v.coefficients + v.layout.groups[tile.tensor] * COLUMNS);
   return realised;
 }
 

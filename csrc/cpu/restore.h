@@ -1,4 +1,4 @@
-// Verb `restore_`: theta <- backup, bit for bit.
+// Kernel `restore_`: theta <- backup, bit for bit.
 #pragma once
 
 #include "walk.h"
@@ -7,7 +7,7 @@ namespace gam {
 namespace {
 
 template <class S>
-void restore_span(Addresses theta, Addresses backup, const Span& span, bool stream) {
+void restore_span(AddressRow theta, AddressRow backup, const Span& span, bool stream) {
   copy_tile(at<S>(theta, span), at<S>(backup, span), span.count * sizeof(S), stream);
 }
 

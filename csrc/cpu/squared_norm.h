@@ -1,4 +1,4 @@
-// Verb `squared_norm`: sums of ((x - y) * weight)^2.
+// Kernel `squared_norm`: sums of ((x - y) * weight)^2.
 #pragma once
 
 #include "sums.h"

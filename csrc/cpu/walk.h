@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../gam_math.h"
-#include "verbs.h"
+#include "operands.h"
 
 namespace gam {
 namespace {
@@ -69,11 +69,11 @@ void for_each_tile(const Span& span, Visit visit) {
   }
 }
 
-inline bool has(Addresses list, int64_t tensor) { return list != nullptr && list[tensor] != 0; }
+inline bool has(AddressRow list, int64_t tensor) { return list != nullptr && list[tensor] != 0; }
 
 // The tile's first element in a list that has this tensor.
 template <class S>
-S* at(Addresses list, const Span& tile) {
+S* at(AddressRow list, const Span& tile) {
   return reinterpret_cast<S*>(list[tile.tensor]) + tile.offset;
 }
 
@@ -112,7 +112,7 @@ struct Tiles {
   static constexpr bool direct = sizeof(S) == sizeof(C);
 
   // The values of a tile; `buffer` has room for TILE elements.
-  static const C* read(Addresses list, const Span& tile, C* buffer) {
+  static const C* read(AddressRow list, const Span& tile, C* buffer) {
     if (!has(list, tile.tensor)) return zeros;
     const S* source = at<S>(list, tile);
     if constexpr (direct) {

@@ -1,6 +1,6 @@
-// The CUDA room: how operands reach the kernels. Torch is known here, the math is not.
+// The CUDA backend: how operands reach the kernels. Torch is known here, the math is not.
 #include "../operators.h"
-#include "verbs.h"
+#include "operands.h"
 
 #ifdef USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,14 +28,14 @@ struct Device {
 };
 #endif
 
-class CudaRoom : public Operands<CudaRoom>, public Verbs<Layout, List> {
+class CudaBackend : public Arguments<CudaBackend>, public Operands<Layout, List> {
  public:
 #ifdef USE_CUDA
   static constexpr bool ON_CPU = false;
 #else
   static constexpr bool ON_CPU = true;
 #endif
-  using Operands<CudaRoom>::Operands;
+  using Arguments<CudaBackend>::Arguments;
 
   Layout layout() {
     Layout result = {map(), -1, static_cast<int32_t>(tensors()), static_cast<int32_t>(chunks()), chunk()};
@@ -49,11 +49,11 @@ class CudaRoom : public Operands<CudaRoom>, public Verbs<Layout, List> {
     return result;
   }
 
-  List list(const Operand& operand) {
-    if (operand.device) return {operand.device, -1};
-    if (!operand.host) return {nullptr, -1};
+  List list(const Addresses& addresses) {
+    if (addresses.device) return {addresses.device, -1};
+    if (!addresses.host) return {nullptr, -1};
     const int32_t word = static_cast<int32_t>(words_.size());
-    words_.insert(words_.end(), operand.host, operand.host + tensors());
+    words_.insert(words_.end(), addresses.host, addresses.host + tensors());
     return {nullptr, word};
   }
 
@@ -62,12 +62,12 @@ class CudaRoom : public Operands<CudaRoom>, public Verbs<Layout, List> {
   // State that the update will write must be there, as far as the host can see.
   void require_state(const CombinedUpdate& v) const {
     STD_TORCH_CHECK(used(v.steps) || tensors() == 0, "gam_fused: steps must not be an empty list");
-    STD_TORCH_CHECK(v.algorithm != Algorithm::ADAM || (used(v.first) && used(v.second)) || tensors() == 0,
-                    "gam_fused: Adam needs the lists first and second");
+    STD_TORCH_CHECK(v.algorithm != Algorithm::ADAM || (used(v.state1) && used(v.state2)) || tensors() == 0,
+                    "gam_fused: Adam needs the lists state1 and state2");
   }
 
-  template <class Verb>
-  void run(const Verb& v) {
+  template <class Record>
+  void run(const Record& v) {
     if (tensors() == 0 && device() < 0 && !ON_CPU) return;
     Device there(device());
     Words words = {words_.data(), static_cast<int32_t>(words_.size()), nullptr};
@@ -104,4 +104,4 @@ class CudaRoom : public Operands<CudaRoom>, public Verbs<Layout, List> {
 }  // namespace
 }  // namespace gam
 
-STABLE_TORCH_LIBRARY_IMPL(GAM_LIBRARY, GAM_DISPATCH, m) { gam::register_verbs<gam::CudaRoom>(m); }
+STABLE_TORCH_LIBRARY_IMPL(GAM_LIBRARY, GAM_DISPATCH, m) { gam::register_operators<gam::CudaBackend>(m); }

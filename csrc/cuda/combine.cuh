@@ -1,4 +1,4 @@
-// Verb `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_`
+// Kernel `combine_`: the direction d, written out for base optimizers that are not fused; and what `combined_update_`
 // shares with it: the close of the step.
 #pragma once
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ Close close_of(const Matrix& partials, const double* 
   double total[ROWS];
   row_totals(partials, total, shared);
   return {control[Control::FOUND_INF] != 0.0 || !all_finite(total),
-          direction_scale(total, ROWS, coefficients[Column::DIRECTION_ACC], control[Control::LOSS_SCALE],
+          direction_scale(total, ROWS, coefficients[Column::DIRECTION_FOLDED], control[Control::LOSS_SCALE],
                           control[Control::MAX_NORM])};
 }
 
@@ -38,8 +38,8 @@ template <class S>
 struct CombineSpan {
   using C = Compute<S>;
   Span span;
-  Part<S> out, x1, x3;
-  Part<C> acc;
+  Part<S> out, g1, last;
+  Part<C> folded;
   Direction<C> k;
   double squares;
 
@@ -50,9 +50,9 @@ struct CombineSpan {
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
-      load(a[s], x1, e);
-      load(b[s], x3, e);
-      load(c[s], acc, e);
+      load(a[s], g1, e);
+      load(b[s], last, e);
+      load(c[s], folded, e);
     }
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
@@ -82,9 +82,9 @@ __device__ __forceinline__ void combine(const Combine& v, const int64_t* words) 
     Fetch fetch(slots, words, span);
     CombineSpan<S> body{span,
                         fetch.part<S>(v.out),
-                        fetch.part<S>(v.x1),
-                        fetch.part<S>(v.x3),
-                        fetch.part<C>(v.acc),
+                        fetch.part<S>(v.g1),
+                        fetch.part<S>(v.last),
+                        fetch.part<C>(v.folded),
                         direction_of<C>(v.coefficients + map.group(span.tensor) * COLUMNS, close.scale),
                         0.0};
     for_each_element<VECTOR<S>, STEPS>(span, turn, fetch.aligned(), body);

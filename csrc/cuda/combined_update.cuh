@@ -1,4 +1,4 @@
-// Verb `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass.
+// Kernel `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass.
 #pragma once
 
 #include "combine.cuh"
@@ -35,8 +35,8 @@ struct UpdateSpan {
   using P = Pack<S, COUNT>;
   double& squares;  // sum of d^2
   Span span;
-  Part<S> theta, from, x1, x3, first, second, third;
-  Part<C> acc;
+  Part<S> theta, from, g1, last, state1, state2, state3;
+  Part<C> folded;
   const Scalars<C, ALGORITHM>* h;
 
   template <int COUNT, int STEPS>
@@ -46,12 +46,12 @@ struct UpdateSpan {
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
-      load(a[s], x1, e);
-      load(b[s], x3, e);
-      load(c[s], acc, e);
+      load(a[s], g1, e);
+      load(b[s], last, e);
+      load(c[s], folded, e);
       load(old[s], from, e);
-      load(state[s][0], first, e);
-      if (ALGORITHM == Algorithm::ADAM) load(state[s][1], second, e);
+      load(state[s][0], state1, e);
+      if (ALGORITHM == Algorithm::ADAM) load(state[s][1], state2, e);
     }
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
@@ -72,7 +72,7 @@ struct UpdateSpan {
 
   template <int COUNT>
   __device__ __forceinline__ void sgd_step(const Pack<C, COUNT>& d, P<COUNT>& point, P<COUNT>& momentum_buffer, int e) {
-    const bool momentum = bool(first);
+    const bool momentum = bool(state1);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const C old = point.get(i);
@@ -80,23 +80,23 @@ struct UpdateSpan {
       point.set(i, momentum ? sgd_momentum(h->sgd, old, d.get(i), moved) : sgd(h->sgd, old, d.get(i)));
       momentum_buffer.set(i, moved);
     }
-    if (momentum) store(momentum_buffer, first, e);
+    if (momentum) store(momentum_buffer, state1, e);
   }
 
   template <int COUNT>
   __device__ __forceinline__ void adam_step(const Pack<C, COUNT>& d, P<COUNT>& point, P<COUNT>& exp_avg,
                                             P<COUNT>& exp_avg_sq, int e) {
-    if (MAXIMUM && third) {
+    if (MAXIMUM && state3) {
       P<COUNT> maximum;
-      load(maximum, third, e);
+      load(maximum, state3, e);
       adam_elements<true>(d, point, exp_avg, exp_avg_sq, maximum);
-      store(maximum, third, e);
+      store(maximum, state3, e);
     } else {
       P<COUNT> unused = {};
       adam_elements<false>(d, point, exp_avg, exp_avg_sq, unused);
     }
-    store(exp_avg, first, e);
-    store(exp_avg_sq, second, e);
+    store(exp_avg, state1, e);
+    store(exp_avg_sq, state2, e);
   }
 
   template <bool AMSGRAD, int COUNT>
@@ -114,7 +114,7 @@ struct UpdateSpan {
 };
 
 __device__ __forceinline__ bool is_updated(const CombinedUpdate& v, const int64_t* words, int tensor) {
-  return address(v.x1, words, tensor) || address(v.x3, words, tensor) || address(v.acc, words, tensor);
+  return address(v.g1, words, tensor) || address(v.last, words, tensor) || address(v.folded, words, tensor);
 }
 
 __device__ __forceinline__ float* step_of(const CombinedUpdate& v, const int64_t* words, int tensor) {
@@ -181,12 +181,12 @@ __device__ __forceinline__ void combined_update(const CombinedUpdate& v, const i
     body.span = span;
     body.theta = fetch.part<S>(v.theta);
     body.from = fetch.part<S>(v.backup, v.theta);
-    body.x1 = fetch.part<S>(v.x1);
-    body.x3 = fetch.part<S>(v.x3);
-    body.acc = fetch.part<C>(v.acc);
-    body.first = fetch.part<S>(v.first);
-    body.second = fetch.part<S>(v.second);
-    body.third = fetch.part<S>(v.third);
+    body.g1 = fetch.part<S>(v.g1);
+    body.last = fetch.part<S>(v.last);
+    body.folded = fetch.part<C>(v.folded);
+    body.state1 = fetch.part<S>(v.state1);
+    body.state2 = fetch.part<S>(v.state2);
+    body.state3 = fetch.part<S>(v.state3);
     body.h = current;
     for_each_element<WIDTH, STEPS>(span, turn, fetch.aligned(), body);
   });

@@ -1,4 +1,4 @@
-// Verb `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
+// Kernel `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
 #pragma once
 
 #include "multi_tensor.cuh"
@@ -9,8 +9,8 @@ template <class S, bool THREE>
 struct DirectionProductsSpan {
   using C = Compute<S>;
   Span span;
-  Part<S> x1, x3;
-  Part<C> acc;
+  Part<S> g1, last;
+  Part<C> folded;
   Direction<C> k;
   double sums[THREE ? 3 : 1];
 
@@ -21,9 +21,9 @@ struct DirectionProductsSpan {
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
-      if (THREE) load(a[s], x1, e);
-      load(b[s], x3, e);
-      load(c[s], acc, e);
+      if (THREE) load(a[s], g1, e);
+      load(b[s], last, e);
+      load(c[s], folded, e);
     }
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
@@ -31,7 +31,7 @@ struct DirectionProductsSpan {
       for (int i = 0; i < COUNT; ++i) {
         const C minus = c[s].get(i);
         if constexpr (THREE) {
-          const C plus = k.x1 * a[s].get(i) + k.x3 * b[s].get(i);
+          const C plus = h_plus(k, a[s].get(i), b[s].get(i));
           sums[0] = add_product(sums[0], plus, plus);
           sums[1] = add_product(sums[1], minus, plus);
           sums[2] = add_product(sums[2], minus, minus);
@@ -55,14 +55,14 @@ __device__ __forceinline__ void direction_products(const DirectionProducts& v, c
   int turn = 0;
   for_each_span<S>(v.layout, map, [&](const Span& span) {
     const double* row = v.coefficients + map.group(span.tensor) * COLUMNS;
-    // With x1 the projection is not known yet: h+ stands alone, h- is acc. Without, d is complete.
+    // With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete.
     Fetch fetch(slots, words, span);
     DirectionProductsSpan<S, THREE> body{
         span,
-        fetch.part<S>(v.x1),
-        fetch.part<S>(v.x3),
-        fetch.part<C>(v.acc),
-        {C(row[Column::DIRECTION_1]), C(row[Column::DIRECTION_3]), C(row[Column::DIRECTION_ACC])},
+        fetch.part<S>(v.g1),
+        fetch.part<S>(v.last),
+        fetch.part<C>(v.folded),
+        {C(row[Column::DIRECTION_G1]), C(row[Column::DIRECTION_LAST]), C(row[Column::DIRECTION_FOLDED])},
         {}};
     for_each_element<VECTOR<S>, STEPS>(span, turn, fetch.aligned(), body);
     const bool counted = map.counted(span.tensor);

@@ -1,4 +1,4 @@
-// Launches: one kernel entry for every verb, arguments with room for few or many words, a verb for all dtypes.
+// Launches: one entry for every kernel, arguments with space for few or many words, a kernel for all dtypes.
 #pragma once
 
 #include <string.h>
@@ -7,41 +7,42 @@
 
 namespace gam {
 
-template <class Verb, int WORDS>
-struct Arguments {
-  Verb verb;
+template <class Record, int WORDS>
+struct LaunchArguments {
+  Record record;
   const int64_t* words_elsewhere;
   int64_t words[WORDS];
 };
 
-template <class Verb, int WORDS, void (*BODY)(const Verb&, const int64_t*), int BLOCKS>
-__global__ void __launch_bounds__(THREADS, BLOCKS) entry(const __grid_constant__ Arguments<Verb, WORDS> arguments) {
-  BODY(arguments.verb, arguments.words_elsewhere ? arguments.words_elsewhere : arguments.words);
+template <class Record, int WORDS, void (*BODY)(const Record&, const int64_t*), int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    entry(const __grid_constant__ LaunchArguments<Record, WORDS> arguments) {
+  BODY(arguments.record, arguments.words_elsewhere ? arguments.words_elsewhere : arguments.words);
 }
 
-template <class Verb, int WORDS, void (*BODY)(const Verb&, const int64_t*), int BLOCKS>
-const char* launch_with(const Verb& verb, unsigned int blocks, const Words& words, void* stream) {
-  using A = Arguments<Verb, WORDS>;
+template <class Record, int WORDS, void (*BODY)(const Record&, const int64_t*), int BLOCKS>
+const char* launch_with(const Record& record, unsigned int blocks, const Words& words, void* stream) {
+  using A = LaunchArguments<Record, WORDS>;
   static_assert(sizeof(A) <= (WORDS > FEW_WORDS ? 32764 : 4096), "more arguments than a kernel takes");
   A arguments;
-  arguments.verb = verb;
+  arguments.record = record;
   arguments.words_elsewhere = words.device;
   if (!words.device) memcpy(arguments.words, words.host, words.count * sizeof(int64_t));
   void* pointers[] = {&arguments};
-  cudaLaunchKernel(entry<Verb, WORDS, BODY, BLOCKS>, dim3(blocks), dim3(THREADS), pointers, 0,
+  cudaLaunchKernel(entry<Record, WORDS, BODY, BLOCKS>, dim3(blocks), dim3(THREADS), pointers, 0,
                    static_cast<cudaStream_t>(stream));
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // BLOCKS: how many blocks shall be resident on a multiprocessor.
-template <class Verb, void (*BODY)(const Verb&, const int64_t*), int BLOCKS = RESIDENT>
-const char* launch(const Verb& verb, unsigned int blocks, const Words& words, void* stream) {
+template <class Record, void (*BODY)(const Record&, const int64_t*), int BLOCKS = RESIDENT>
+const char* launch(const Record& record, unsigned int blocks, const Words& words, void* stream) {
 #ifdef GAM_MANY_WORDS
   if (!words.device && words.count > FEW_WORDS)
-    return launch_with<Verb, MANY_WORDS, BODY, BLOCKS>(verb, blocks, words, stream);
+    return launch_with<Record, MANY_WORDS, BODY, BLOCKS>(record, blocks, words, stream);
 #endif
-  return launch_with<Verb, FEW_WORDS, BODY, BLOCKS>(verb, blocks, words, stream);
+  return launch_with<Record, FEW_WORDS, BODY, BLOCKS>(record, blocks, words, stream);
 }
 
 // pick(S{}) with the storage type S of `dtype`, a DType.

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../gam_math.h"
-#include "verbs.h"
+#include "operands.h"
 
 namespace gam {
 

@@ -1,4 +1,5 @@
-// Verb `perturb_`: theta <- base + radius * (x - y) / (norm + eps), with the backup and the fold of acc on the way.
+// Kernel `perturb_`: theta <- base + radius * (x - y) / (norm + eps), with the backup and the fold of folded on the
+// way.
 #pragma once
 
 #include "multi_tensor.cuh"
@@ -31,7 +32,7 @@ struct PerturbSpan {
   using C = Compute<S>;
   Span span;
   Part<S> theta, base, x, y, backup;  // base: theta itself where there is none
-  Part<C> acc;
+  Part<C> folded;
   int64_t position;  // of the span's origin in the flat vector
   C scale, fold_0, fold_2;
   uint32_t key;
@@ -52,7 +53,7 @@ struct PerturbSpan {
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
       if (backup) back_up(origin[s], e);
-      if (acc) fold_step(a[s], e);
+      if (folded) fold_step(a[s], e);
       if (moves) ascend_step(origin[s], a[s], b[s], e);
       store(origin[s], theta, e);
     }
@@ -67,11 +68,11 @@ struct PerturbSpan {
 
   template <int COUNT>
   __device__ __forceinline__ void fold_step(const Pack<S, COUNT>& a, int e) {
-    Pack<C, COUNT> folded;
-    load(folded, acc, e);
+    Pack<C, COUNT> value;
+    load(value, folded, e);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) folded.set(i, fold(fold_0, folded.get(i), fold_2, a.get(i)));
-    store(folded, acc, e);
+    for (int i = 0; i < COUNT; ++i) value.set(i, fold(fold_0, value.get(i), fold_2, a.get(i)));
+    store(value, folded, e);
   }
 
   template <int COUNT>
@@ -120,7 +121,7 @@ __device__ __forceinline__ void perturb(const Perturb& v, const int64_t* words) 
     body.base = fetch.part<S>(v.base, v.theta);
     body.x = fetch.part<S>(v.x);
     body.y = fetch.part<S>(v.y);
-    body.acc = fetch.part<C>(v.acc);
+    body.folded = fetch.part<C>(v.folded);
     body.backup = fetch.part<S>(v.backup);
     const bool is_aligned = fetch.aligned();
     const double scale = stay ? 0.0 : row[Column::RADIUS_0 + v.ascent] * unit;

@@ -8,14 +8,13 @@ import torch
 
 from gam_fused.backends import foreach, reference, triton
 from gam_fused.backends.compiled import cpp, cuda
+from gam_fused.backends.operands import Backend as Backend
 
-Backend = Any  # a module or an object with the kernels of `reference` and `reason()`
-
-# In order of preference for "auto"; `reference` is the judge, never chosen.
-_BACKENDS: dict[str, tuple[Backend, tuple[str, ...] | None]] = {
+# In order of preference for "auto"; `reference`, which the others are compared with, is never chosen.
+_BACKENDS: dict[str, tuple[Any, tuple[str, ...] | None]] = {
     "cpp": (cpp, ("cpu",)),
     "cuda": (cuda, ("cuda",)),
-    "triton": (triton, triton.DEVICES),
+    "triton": (triton.backend, triton.DEVICES),
     "torch": (foreach, None),
     "reference": (reference, None),
 }
@@ -28,7 +27,7 @@ def available_backends() -> dict[str, str]:
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError for an unknown name, RuntimeError with the reason and the mend for a backend that is not there."""
+    """Raises ValueError for an unknown name, RuntimeError with the reason for a backend that is not there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
     if backend != "auto" and (why := _BACKENDS[backend][0].reason()):
@@ -46,14 +45,16 @@ def backend_for(backend: str, device: torch.device, *, dense: bool = True) -> Ba
             module
             for module, devices in _BACKENDS.values()
             if (devices is None or (device.type in devices and dense))
-            and not (module is triton and triton.INTERPRETED)
+            and not (module is triton.backend and triton.INTERPRETED)
             and not module.reason()
         )
-        return next(serves)
+        first: Backend = next(serves)
+        return first
     module, devices = _BACKENDS[backend]
     if devices is not None and device.type not in devices:
         raise RuntimeError(f"backend={backend!r} serves {', '.join(devices)} tensors, not {device}; use backend='auto'")
-    return module if dense or devices is None else foreach
+    chosen: Backend = module if dense or devices is None else _BACKENDS["torch"][0]
+    return chosen
 
 
 def copying_backend(backend: str, device: torch.device) -> Backend | None:
@@ -62,4 +63,4 @@ def copying_backend(backend: str, device: torch.device) -> Backend | None:
         chosen = backend_for(backend, device)
     except RuntimeError:  # a named backend that serves other devices
         return None
-    return None if chosen in (foreach, reference) else chosen
+    return None if chosen is _BACKENDS["torch"][0] or chosen is _BACKENDS["reference"][0] else chosen

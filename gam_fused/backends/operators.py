@@ -1,58 +1,38 @@
-"""The kernels as torch operators: their schemas and fakes. `backends/reference.py` specifies what they do.
+"""The kernels as torch operators: schemas and fakes, which follow from the records in `operands`.
 
-Each kernel has two overloads with the same arguments. The default takes lists as `Tensor[]`, with mutation declared, for
-torch.compile and direct callers; a tensor without elements stands for a missing one. `addresses` is the hot path: an int64
-tensor of addresses (`TensorList.addresses`, or for a GPU `TensorList.on`) in place of each list, which the caller vouches
-for. `layout` is `Layout.table`, `map` what `Layout.on` gives for a GPU; it may be empty.
-
-Implementations register themselves for their device (`csrc/cpu/bindings.cpp`); `csrc/arguments.h` checks arguments.
+An operator takes `layout`, which is `Layout.table`; `map`, what `Layout.on` gives for a GPU, or an empty tensor; the chunk's
+size and the code of the dtype of storage; for each list an int64 tensor of addresses (`TensorList.addresses`, or for a GPU
+`TensorList.on`); then the rest of the record. Addresses say nothing of what lies there: `checks.check_lists` has looked, and
+torch.compile, which could not follow them, is kept out by `compiled`. Implementations register themselves for their device
+(`csrc/cpu/bindings.cpp`); `csrc/arguments.h` checks what can be seen there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gam_fused.backends.operands import KERNELS, Kernel, Scalar
+
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Lists of each kernel (those it writes end in "!"), then its other arguments.
-_KERNELS = {
-    "squared_norm": ("x y weight", "Tensor(a!) partials"),
-    "direction_products": ("x1 x3 acc", "Tensor coefficients, Tensor(a!) partials"),
-    "perturb_": (
-        "theta! base x y acc! backup!",
-        "Tensor coefficients, Tensor partials, Tensor(a!) control, Tensor(b!) realised, int ascent, bool adaptive",
-    ),
-    "combined_update_": (
-        "theta! backup x1 x3 acc first! second! third! steps!",
-        "Tensor coefficients, Tensor partials, Tensor(a!) control, Tensor(b!) direction, int algorithm",
-    ),
-    "combine_": (
-        "out! x1 x3 acc",
-        "Tensor coefficients, Tensor partials, Tensor(a!) control, Tensor(b!) direction",
-    ),
-    "restore_": ("theta! backup", ""),
-}
+
+def schema(kernel: Kernel) -> dict[str, str]:
+    """The operator's parameters, name and type."""
+    types = {"layout": "Tensor", "map": "Tensor", "chunk": "int", "dtype": "int", **dict.fromkeys(kernel.lists, "Tensor")}
+    letters = iter("abcdefgh")
+    for name, kind in kernel.rest.items():
+        types[name] = (
+            kind.type.__name__ if isinstance(kind, Scalar) else f"Tensor({next(letters)}!)" if kind.written else "Tensor"
+        )
+    return types
 
 
-def _parameters(lists: str, rest: str, *, addresses: bool) -> list[str]:
-    """The parameters of one overload, as in its schema."""
-    parameters = ["Tensor layout", "Tensor map", "int chunk", "int dtype"]
-    letters = iter("cdefghijklm")
-    for name in lists.split():
-        if addresses:
-            parameters.append(f"Tensor {name.rstrip('!')}")
-        else:
-            alias = f"({next(letters)}!)" if name.endswith("!") else ""
-            parameters.append(f"Tensor{alias}[] {name.rstrip('!')}")
-    return parameters + (rest.split(", ") if rest else [])
-
-
-def _fake(names: Sequence[str], rows: Sequence[str]) -> Callable[..., None]:
+def _fake(names: Sequence[str], rows: Collection[str]) -> Callable[..., None]:
     """The fake of an operator. No kernel returns anything or allocates, so there is nothing to do but to look at devices.
 
     torch takes it for traced operands, and for real ones too as soon as one of them is on the meta device: nothing would
@@ -68,10 +48,10 @@ def _fake(names: Sequence[str], rows: Sequence[str]) -> Callable[..., None]:
     return fake
 
 
-def _check_devices(arguments: dict[str, Any], rows: Sequence[str]) -> None:
+def _check_devices(arguments: dict[str, Any], rows: Collection[str]) -> None:
     """Raises RuntimeError for an operand that is on another device than the others; names it and both devices.
 
-    The layout is on the CPU, where rows of addresses, missing tensors and an empty map may be as well.
+    The layout is on the CPU, where rows of addresses and an empty map may be as well.
     """
     named = dict(_tensors(arguments))
     devices = Counter(t.device for t in named.values())
@@ -89,27 +69,19 @@ def _check_devices(arguments: dict[str, Any], rows: Sequence[str]) -> None:
 
 
 def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor among them, those of lists as `x[0]`, `x[1]`, ..."""
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, (list, tuple)):
-            yield from ((f"{name}[{i}]", t) for i, t in enumerate(value))
+    return ((name, value) for name, value in arguments.items() if isinstance(value, Tensor))
 
 
 _libraries: list[torch.library.Library] = []  # operators last as long as these
 
 
 def define(namespace: str) -> None:
-    """Define every kernel's operators in `namespace`; implementations register themselves there."""
-    library = torch.library.Library(namespace, "DEF")
-    for kernel, (lists, rest) in _KERNELS.items():
-        for addresses in (False, True):
-            name, parameters = kernel + ".addresses" * addresses, _parameters(lists, rest, addresses=addresses)
-            library.define(f"{name}({', '.join(parameters)}) -> ()")
-            names = [parameter.split()[-1] for parameter in parameters]
-            rows = lists.replace("!", "").split() if addresses else []
-            torch.library.register_fake(f"{namespace}::{name}", _fake(names, rows), lib=library)
+    """Define every kernel's operator in `namespace`; implementations register themselves there."""
+    library: Any = torch.library.Library(namespace, "DEF")
+    for name, kernel in KERNELS.items():
+        types = schema(kernel)
+        library.define(f"{name}({', '.join(f'{t} {n}' for n, t in types.items())}) -> ()")
+        torch.library.register_fake(f"{namespace}::{name}", _fake(list(types), kernel.lists), lib=library)
     _libraries.append(library)
 
 

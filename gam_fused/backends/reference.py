@@ -1,13 +1,6 @@
 """The reference backend: every kernel one tensor at a time, in float64, rounded once to storage. It specifies the others.
 
-Shared vocabulary of the kernels (DESIGN: "five kernels"):
-    layout        `Layout` of the block: tensor sizes, param groups, which tensors count in norms.
-    lists         `TensorList`s of that layout; `EMPTY` where an operand is not used; `None` entries are zero vectors.
-    coefficients  float64 [groups, len(Column)], on the block's device.
-    control       float64 [len(Control)], on the block's device.
-    partials      float64 [2 * k, P]: row 2*j holds partial sums of the j-th product over counted tensors, row 2*j + 1 over
-                  the others, which are guarded but not counted. P may exceed the block's chunks: the columns of all blocks
-                  stand side by side, and a kernel that finishes a reduction adds up all of them.
+`operands` says what each kernel takes, and what its operands have in common.
 No kernel allocates storage for its results, and none asks the host anything on a device.
 """
 
@@ -20,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gam_fused.backends import rounding
-from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
+from gam_fused.backends.tensor_lists import TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
 
@@ -29,187 +23,131 @@ def reason() -> str:
     return ""
 
 
-def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorList, partials: Tensor) -> None:
-    """partials <- sums of ((x - y) * weight)^2, element by element; `y` and `weight` may be `EMPTY`.
-
-    Args:
-        partials: float64 [2, layout.chunks], this block's columns.
-    """
-    partials.zero_()
-    for i in range(len(x)):
-        difference = torch.as_tensor(_value(x, i) - _value(y, i), device=partials.device)
-        if len(weight):
-            difference = _times(difference, _value(weight, i))
-        partials[0 if layout.counted[i] else 1, 0] += difference.square().sum()
+def squared_norm(o: SquaredNorm) -> None:
+    """partials <- sums of ((x - y) * weight)^2, element by element."""
+    o.partials.zero_()
+    for i in range(len(o.x)):
+        difference = torch.as_tensor(_value(o.x, i) - _value(o.y, i), device=o.partials.device)
+        if len(o.weight):
+            difference = _times(difference, _value(o.weight, i))
+        o.partials[0 if o.layout.counted[i] else 1, 0] += difference.square().sum()
 
 
-def direction_products(
-    layout: Layout, x1: TensorList, x3: TensorList, acc: TensorList, coefficients: Tensor, partials: Tensor
-) -> None:
+def direction_products(o: DirectionProducts) -> None:
     """What Algorithm 2's projection, or the clipping of d, has to know about the last gradients.
 
-    With `x1`: partials <- sums of h+ h+, h- h+ and h- h-, where h+ = DIRECTION_1 x1 + DIRECTION_3 x3 and h- = acc ([6, P]).
-    Without:   partials <- sums of d^2, where d = DIRECTION_3 x3 + DIRECTION_ACC acc ([2, P]).
+    With `g1` (6 rows): sums of h+ h+, h- h+ and h- h-, where h+ = DIRECTION_G1 g1 + DIRECTION_LAST last and h- = folded.
+    Without (2 rows): sums of d^2, where d = DIRECTION_LAST last + DIRECTION_FOLDED folded.
     """
-    partials.zero_()
-    for i in range(len(x3)):
-        row = 0 if layout.counted[i] else 1
-        c = coefficients[layout.groups[i]]
-        plus = c[Column.DIRECTION_1] * _value(x1, i) + c[Column.DIRECTION_3] * _value(x3, i)
-        minus = _value(acc, i)
-        products: tuple
-        if len(x1):
+    o.partials.zero_()
+    for i in range(len(o.last)):
+        row = 0 if o.layout.counted[i] else 1
+        c = o.coefficients[o.layout.groups[i]]
+        plus = c[Column.DIRECTION_G1] * _value(o.g1, i) + c[Column.DIRECTION_LAST] * _value(o.last, i)
+        minus = _value(o.folded, i)
+        products: tuple[Any, ...]
+        if len(o.g1):
             products = (plus * plus, minus * plus, minus * minus + 0 * plus)
         else:
-            products = ((plus + c[Column.DIRECTION_ACC] * minus) ** 2,)
+            products = ((plus + c[Column.DIRECTION_FOLDED] * minus) ** 2,)
         for j, product in enumerate(products):
-            partials[2 * j + row, 0] += product.sum()
+            o.partials[2 * j + row, 0] += product.sum()
 
 
-def perturb_(
-    layout: Layout,
-    theta: TensorList,
-    base: TensorList,
-    x: TensorList,
-    y: TensorList,
-    acc: TensorList,
-    backup: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    realised: Tensor,
-    ascent: int,
-    adaptive: bool,
-) -> None:
+def perturb_(o: Perturb) -> None:
     """theta <- base + radius * (x - y) / (norm + eps), Appendix D; with `adaptive`, radius * base^2 * (x - y) / norm.
 
     `norm` is the root of the sum of row 0 of `partials`, divided by the loss scale. A row that is not finite sets
     control[FOUND_INF], and theta <- base: passes after a bad one run at a safe point.
 
-    Args:
-        theta: written. base: the point to start from; `EMPTY` means theta itself.
-        x, y: the gradients; `y` may be `EMPTY`. `None` in both leaves that tensor at its base, bit for bit.
-        acc: acc <- FOLD_0 * acc + FOLD_2 * x, or `EMPTY`. backup: backup <- theta before it is perturbed, or `EMPTY`.
-        partials: float64 [2, P], complete: all blocks, all devices.
-        realised: float64 [layout.chunks] <- partial sums of (theta - base)^2 as stored.
-        ascent: 0, 1 or 2: which radius column; 0 also clears control[FOUND_INF] of the step before.
+    `None` in both `x` and `y` leaves that tensor at its base, bit for bit.
     """
-    total = partials.sum(1)
+    total = o.partials.sum(1)
     bad = not bool(torch.isfinite(total).all())
-    if bad or ascent == 0:
-        control[Control.FOUND_INF] = float(bad)
-    loss_scale, eps = control[Control.LOSS_SCALE].item(), control[Control.EPS].item()
+    if bad or o.ascent == 0:
+        o.control[Control.FOUND_INF] = float(bad)
+    loss_scale, eps = o.control[Control.LOSS_SCALE].item(), o.control[Control.EPS].item()
     norm = math.sqrt(total[0].item()) / loss_scale if not bad else math.inf
-    key = rounding.key(control[Control.NOISE_SEED].item(), control[Control.NOISE_STEP].item(), ascent)
-    realised.zero_()
+    key = rounding.key(o.control[Control.NOISE_SEED].item(), o.control[Control.NOISE_STEP].item(), o.ascent)
+    o.realised.zero_()
     start = 0
-    for i, size in enumerate(layout.sizes):
-        target, origin = theta.tensors[i], (base if len(base) else theta).tensors[i].clone()
-        if len(backup):
-            backup.tensors[i].copy_(target)
-        radius = coefficients[layout.groups[i], Column.RADIUS_0 + ascent].item()
-        scale = 0.0 if bad or control[Control.FOUND_INF] else _ascent_scale(radius, norm + eps, loss_scale)
-        missing = x.tensors[i] is None and (not len(y) or y.tensors[i] is None)
+    for i, size in enumerate(o.layout.sizes):
+        target, origin = o.theta.tensors[i], (o.base if len(o.base) else o.theta).tensors[i].clone()
+        if len(o.backup):
+            o.backup.tensors[i].copy_(target)
+        radius = o.coefficients[o.layout.groups[i], Column.RADIUS_0 + o.ascent].item()
+        scale = 0.0 if bad or o.control[Control.FOUND_INF] else _ascent_scale(radius, norm + eps, loss_scale)
+        missing = o.x.tensors[i] is None and (not len(o.y) or o.y.tensors[i] is None)
         if scale == 0.0 or missing:
             target.copy_(origin)
         else:
-            step = scale * (_value(x, i) - _value(y, i))
-            if adaptive:
+            step = scale * (_value(o.x, i) - _value(o.y, i))
+            if o.adaptive:
                 step = _times(step, origin.double().square())
             rounding.store_(target, origin.double() + step, key, start)
         change = torch.where(target == origin, 0.0, target.double() - origin.double())
-        realised[0] += change.square().sum()
-        if len(acc) and acc.tensors[i] is not None:
-            c = coefficients[layout.groups[i]]
-            acc.tensors[i].copy_(c[Column.FOLD_0] * _value(acc, i) + c[Column.FOLD_2] * _value(x, i))
+        o.realised[0] += change.square().sum()
+        if len(o.folded) and o.folded.tensors[i] is not None:
+            c = o.coefficients[o.layout.groups[i]]
+            o.folded.tensors[i].copy_(c[Column.FOLD_0] * _value(o.folded, i) + c[Column.FOLD_2] * _value(o.x, i))
         start += size
 
 
-def combined_update_(
-    layout: Layout,
-    theta: TensorList,
-    backup: TensorList,
-    x1: TensorList,
-    x3: TensorList,
-    acc: TensorList,
-    first: TensorList,
-    second: TensorList,
-    third: TensorList,
-    steps: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    direction: Tensor,
-    algorithm: int,
-) -> None:
+def combined_update_(o: CombinedUpdate) -> None:
     """theta <- base optimizer's update of `backup` (or of theta, when `EMPTY`) in the direction d; DESIGN section 2.
 
-    d = (u * (DIRECTION_1 x1 + DIRECTION_3 x3) + v * acc) / loss scale * clip; v = DIRECTION_ACC, and u = 1 unless `partials`
-    holds three products: then u = 1 - v * s, s = <h-, h+> / |h+|^2 (0 where |h+| = 0), over counted tensors.
+    d = (plus_scale * h+ + minus * h-) / loss scale * clip, where h+ = DIRECTION_G1 g1 + DIRECTION_LAST last, h- = folded and
+    minus = DIRECTION_FOLDED. plus_scale = 1 unless `partials` holds three products: then plus_scale = 1 - minus * s, where
+    s = <h-, h+> / |h+|^2 (0 where |h+| = 0), over counted tensors.
     clip = min(1, MAX_NORM / (|d| + 1e-6)) where MAX_NORM > 0; |d| from `partials`, over all tensors.
 
     When `partials` is not finite, or control[FOUND_INF] is set, theta <- backup and nothing else of the optimizer changes:
-    LAST_SKIPPED <- 1, SKIPPED += 1. A tensor that is `None` in x1, x3 and acc is restored and otherwise untouched.
-
-    Args:
-        first, second, third: SGD's momentum buffer; Adam's exp_avg, exp_avg_sq, max_exp_avg_sq. `None` where not in use.
-        steps: 0-d float32 tensors, updates so far of each tensor; advanced here. SGD takes d itself as its first momentum.
-        direction: float64 [layout.chunks] <- partial sums of d^2.
-        algorithm: an `Algorithm`.
+    LAST_SKIPPED <- 1, SKIPPED += 1. A tensor that is `None` in g1, last and folded is restored and otherwise untouched.
+    SGD takes d itself as its first momentum.
     """
-    skip = _close_step(partials, control)
-    u, unscale = _direction_scalars(coefficients, partials, control)
-    direction.zero_()
-    for i in range(len(theta)):
-        target = theta.tensors[i]
-        if len(backup):
-            target.copy_(backup.tensors[i])
-        if skip or all(not len(lst) or lst.tensors[i] is None for lst in (x1, x3, acc)):
+    skip = _close_step(o.partials, o.control)
+    plus_scale, unscale = _direction_scalars(o.coefficients, o.partials, o.control)
+    o.direction.zero_()
+    for i in range(len(o.theta)):
+        target = o.theta.tensors[i]
+        if len(o.backup):
+            target.copy_(o.backup.tensors[i])
+        if skip or all(not len(lst) or lst.tensors[i] is None for lst in (o.g1, o.last, o.folded)):
             continue
-        c = coefficients[layout.groups[i]].tolist()
-        d = torch.zeros_like(target, dtype=torch.float64) + _direction(c, i, x1, x3, acc, u, unscale)
-        direction[0] += d.square().sum()
-        steps.tensors[i].add_(1)
-        if algorithm == Algorithm.SGD:
-            _sgd(c, target, d, first.tensors[i] if len(first) else None, steps.tensors[i].item())
+        c = o.coefficients[o.layout.groups[i]].tolist()
+        d = torch.zeros_like(target, dtype=torch.float64) + _direction(c, i, o.g1, o.last, o.folded, plus_scale, unscale)
+        o.direction[0] += d.square().sum()
+        o.steps.tensors[i].add_(1)
+        if o.algorithm == Algorithm.SGD:
+            _sgd(c, target, d, o.state1.tensors[i] if len(o.state1) else None, o.steps.tensors[i].item())
         else:
-            maximum = third.tensors[i] if len(third) else None
-            _adam(c, target, d, first.tensors[i], second.tensors[i], maximum, steps.tensors[i].item())
+            maximum = o.state3.tensors[i] if len(o.state3) else None
+            _adam(c, target, d, o.state1.tensors[i], o.state2.tensors[i], maximum, o.steps.tensors[i].item())
 
 
-def combine_(
-    layout: Layout,
-    out: TensorList,
-    x1: TensorList,
-    x3: TensorList,
-    acc: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    direction: Tensor,
-) -> None:
-    """out <- d, the direction of `combined_update_`, for base optimizers that are not fused; sets the same control slots.
-
-    `out` may be the same tensors as `x3`. Entries that are `None` in `out` are passed over.
-    """
-    _close_step(partials, control)
-    u, unscale = _direction_scalars(coefficients, partials, control)
-    direction.zero_()
-    for i in range(len(out)):
-        if out.tensors[i] is None:
+def combine_(o: Combine) -> None:
+    """out <- d, the direction of `combined_update_`, for base optimizers that are not fused; sets the same control slots."""
+    _close_step(o.partials, o.control)
+    plus_scale, unscale = _direction_scalars(o.coefficients, o.partials, o.control)
+    o.direction.zero_()
+    for i in range(len(o.out)):
+        if o.out.tensors[i] is None:
             continue
-        d = _direction(coefficients[layout.groups[i]].tolist(), i, x1, x3, acc, u, unscale)
-        out.tensors[i].copy_(torch.zeros_like(out.tensors[i], dtype=torch.float64) + d)
-        direction[0] += torch.as_tensor(d, device=direction.device).square().sum()
+        d = _direction(o.coefficients[o.layout.groups[i]].tolist(), i, o.g1, o.last, o.folded, plus_scale, unscale)
+        o.out.tensors[i].copy_(torch.zeros_like(o.out.tensors[i], dtype=torch.float64) + d)
+        o.direction[0] += torch.as_tensor(d, device=o.direction.device).square().sum()
 
 
-def restore_(layout: Layout, theta: TensorList, backup: TensorList) -> None:
+def restore_(o: Restore) -> None:
     """theta <- backup, bit for bit."""
-    for target, source in zip(theta.tensors, backup.tensors, strict=True):
+    for target, source in zip(o.theta.tensors, o.backup.tensors, strict=True):
         target.copy_(source)
 
 
-def _value(lst: TensorList, i: int) -> Tensor | float:
+copy_ = restore_
+
+
+def _value(lst: TensorList, i: int) -> Any:  # a tensor, or 0.0 where there is none
     if not len(lst) or lst.tensors[i] is None:
         return 0.0
     return lst.tensors[i].double()
@@ -235,26 +173,26 @@ def _close_step(partials: Tensor, control: Tensor) -> bool:
 
 
 def _direction_scalars(coefficients: Tensor, partials: Tensor, control: Tensor) -> tuple[float, float]:
-    """u of Algorithm 2, and the factor that undoes the loss scale and clips."""
+    """plus_scale of Algorithm 2, and the factor that undoes the loss scale and clips."""
     total = partials.sum(1).tolist()
     loss_scale, max_norm = control[Control.LOSS_SCALE].item(), control[Control.MAX_NORM].item()
-    v = coefficients[0, Column.DIRECTION_ACC].item()
+    minus = coefficients[0, Column.DIRECTION_FOLDED].item()
     if len(total) == 6:
-        u = 1.0 - v * (total[2] / total[0] if total[0] > 0 else 0.0)
-        plus, cross, minus = total[0] + total[1], total[2] + total[3], total[4] + total[5]
-        squared = u * u * plus + 2 * u * v * cross + v * v * minus
+        plus_scale = 1.0 - minus * (total[2] / total[0] if total[0] > 0 else 0.0)
+        pp, mp, mm = total[0] + total[1], total[2] + total[3], total[4] + total[5]
+        squared = plus_scale * plus_scale * pp + 2 * plus_scale * minus * mp + minus * minus * mm
     else:
-        u, squared = 1.0, total[0] + total[1]
+        plus_scale, squared = 1.0, total[0] + total[1]
     norm = math.sqrt(max(squared, 0.0)) / loss_scale if math.isfinite(squared) else math.inf
     clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
-    return u, clip / loss_scale
+    return plus_scale, clip / loss_scale
 
 
 def _direction(
-    c: list[float], i: int, x1: TensorList, x3: TensorList, acc: TensorList, u: float, unscale: float
-) -> Tensor | float:
-    plus = c[Column.DIRECTION_1] * _value(x1, i) + c[Column.DIRECTION_3] * _value(x3, i)
-    return (u * plus + c[Column.DIRECTION_ACC] * _value(acc, i)) * unscale
+    c: list[float], i: int, g1: TensorList, last: TensorList, folded: TensorList, plus_scale: float, unscale: float
+) -> Any:
+    plus = c[Column.DIRECTION_G1] * _value(g1, i) + c[Column.DIRECTION_LAST] * _value(last, i)
+    return (plus_scale * plus + c[Column.DIRECTION_FOLDED] * _value(folded, i)) * unscale
 
 
 def _advance_(theta: Tensor, old: Tensor, rate: float, step: Tensor) -> None:

@@ -27,19 +27,22 @@ def mix32(x: Any) -> Any:
 
 def key(seed: float, step: float, ascent: int) -> int:
     """The key of one ascent of one step; `seed` and `step` are whole numbers below 2^32, kept in float64."""
-    return mix32((int(seed) & _MASK) ^ mix32((int(step) * 4 + ascent) & _MASK))
+    mixed: int = mix32((int(seed) & _MASK) ^ mix32((int(step) * 4 + ascent) & _MASK))
+    return mixed
 
 
 def key_on_device(control: Tensor, ascent: int) -> Tensor:
     """`key` as a 0-d int64 tensor, from the control block, without asking the host."""
     seed, step = (control[slot].to(torch.int64) for slot in (Control.NOISE_SEED, Control.NOISE_STEP))
-    return mix32((seed & _MASK) ^ mix32((step * 4 + ascent) & _MASK))
+    mixed: Tensor = mix32((seed & _MASK) ^ mix32((step * 4 + ascent) & _MASK))
+    return mixed
 
 
 def noise(shape: torch.Size, key_: int | Tensor, start: int, device: torch.device) -> Tensor:
     """int64 in [0, 2^32): the hash of each element's position in the flat vector, which begins at `start`."""
     position = torch.arange(start, start + shape.numel(), dtype=torch.int64, device=device)
-    return mix32((mix32((position >> 32) ^ key_) + position) & _MASK).view(shape)
+    mixed: Tensor = mix32((mix32((position >> 32) ^ key_) + position) & _MASK)
+    return mixed.view(shape)
 
 
 def stochastic_round(value: Tensor, dtype: torch.dtype, noise_: Tensor) -> Tensor:

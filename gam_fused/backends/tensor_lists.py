@@ -31,7 +31,7 @@ class TensorList:
             their step counts advance: an empty shard is part of a parameter that is updated.
     """
 
-    __slots__ = ("_addresses", "_empty", "_rows", "_tables", "lasting", "tensors")
+    __slots__ = ("_addresses", "_empty", "_tables", "facts", "lasting", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0):
         self.tensors: list[Any] = list(tensors)  # Tensor | None; backends know from the layout which may be None
@@ -40,7 +40,7 @@ class TensorList:
 
     def _forget(self) -> None:
         self._addresses: Tensor | None = None
-        self._rows: list[Tensor] | None = None
+        self.facts: Any = None  # what `checks` has found out
         self._tables: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
@@ -78,17 +78,6 @@ class TensorList:
     def written(self) -> None:
         """Tell autograd that a kernel wrote to the tensors: a graph that saved them must not be used any more."""
         torch.autograd.graph.increment_version(self.tensors)
-
-    @property
-    def operands(self) -> list[Tensor]:
-        """The list as an operator takes it: an empty tensor in place of each `None`."""
-        if not self.tensors:
-            return []  # not kept: `EMPTY` is global, and a change of it would make torch.compile start again
-        if self._rows is None:
-            like = next((t for t in self.tensors if t is not None), None)
-            empty = torch.empty(0, device="cpu") if like is None else like.new_empty(0)
-            self._rows = [empty if t is None else t for t in self.tensors]
-        return self._rows
 
 
 EMPTY = TensorList(())

@@ -10,23 +10,27 @@ import os
 from collections import OrderedDict
 from contextlib import nullcontext
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gam_fused.backends.tensor_lists import Layout, TensorList, is_capturing, upload
+from gam_fused.backends.checks import check_lists
+from gam_fused.backends.operands import KERNELS, Kernel, LaunchingBackend, OfNumbers, OfSums
+from gam_fused.backends.tensor_lists import is_capturing, upload
+from gam_fused.torch_private import break_graph
 
 # Triton decides once, when kernels are defined, whether to compile or to interpret them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")
 DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 
 _MINIMUM = (3, 6)
-_MEND = "pip install 'gam_fused[triton]'"
+_REMEDY = "pip install 'gam_fused[triton]'"
 _THREADS = 256
 # Elements per thread and block, or one 16-byte access where that is more: enough loads in flight for kernels with few
 # operands, few enough registers for those with many.
-_ELEMENTS = {"squared_norm": 16, "direction_products": 4, "perturb": 4, "combined_update": 4, "combine": 4, "restore": 16}
+_ELEMENTS, _ELEMENTS_OF_FEW = 4, {"squared_norm": 16, "restore_": 16}
 # Most registers per thread, by bytes per element: 4, 3 and 2 programs on a multiprocessor of NVIDIA's. What spills are
 # numbers that a tensor needs once (tests/test_triton_compiled.py has the budget).
 _REGISTERS = {4: 64, 2: 80, 8: 128}
@@ -35,113 +39,19 @@ _KEPT_TABLES = 256
 
 @cache
 def reason() -> str:
-    """ "" where Triton can be used, else why not and the mend."""
+    """ "" where Triton can be used, else why not and what to do about it."""
     try:
-        import triton  # type: ignore[import]
+        import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
-        return f"Triton cannot be imported ({error}); {_MEND}"
+        return f"Triton cannot be imported ({error}); {_REMEDY}"
     if tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2]) < _MINIMUM:
-        return f"Triton {triton.__version__} is older than {'.'.join(map(str, _MINIMUM))}; {_MEND}"
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, _MINIMUM))}; {_REMEDY}"
     if INTERPRETED or torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return ""
     return (
         "Triton is installed, but torch sees no GPU to compile for. With TRITON_INTERPRET=1 in the environment it is "
         "interpreted on CPU tensors, for tests and far slower than the other backends"
     )
-
-
-def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorList, partials: Tensor) -> None:
-    """See `reference.squared_norm`."""
-    _launch("squared_norm", layout, partials.device, (x, y, weight), *_matrix("partials", partials)[:2])
-
-
-def direction_products(
-    layout: Layout, x1: TensorList, x3: TensorList, acc: TensorList, coefficients: Tensor, partials: Tensor
-) -> None:
-    """See `reference.direction_products`."""
-    rest = (_dense("coefficients", coefficients), *_matrix("partials", partials)[:2])
-    _launch("direction_products", layout, partials.device, (x1, x3, acc), *rest)
-
-
-def perturb_(
-    layout: Layout,
-    theta: TensorList,
-    base: TensorList,
-    x: TensorList,
-    y: TensorList,
-    acc: TensorList,
-    backup: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    realised: Tensor,
-    ascent: int,
-    adaptive: bool,
-) -> None:
-    """See `reference.perturb_`."""
-    lists = (theta, base, x, y, acc, backup)
-    rest = (*_tables(coefficients, partials, control), _dense("realised", realised), ascent)
-    _launch("perturb", layout, control.device, lists, *rest, ADAPTIVE=bool(adaptive))
-    theta.written()
-
-
-def combined_update_(
-    layout: Layout,
-    theta: TensorList,
-    backup: TensorList,
-    x1: TensorList,
-    x3: TensorList,
-    acc: TensorList,
-    first: TensorList,
-    second: TensorList,
-    third: TensorList,
-    steps: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    direction: Tensor,
-    algorithm: int,
-) -> None:
-    """See `reference.combined_update_`."""
-    lists = (theta, backup, x1, x3, acc, first, second, third, steps)
-    rest = (*_tables(coefficients, partials, control), _dense("direction", direction))
-    constants = {"ALGORITHM": int(algorithm), "ROWS": len(partials)}
-    _launch("combined_update", layout, control.device, lists, *rest, **constants)
-    theta.written()
-
-
-def combine_(
-    layout: Layout,
-    out: TensorList,
-    x1: TensorList,
-    x3: TensorList,
-    acc: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    direction: Tensor,
-) -> None:
-    """See `reference.combine_`."""
-    rest = (*_tables(coefficients, partials, control), _dense("direction", direction))
-    _launch("combine", layout, control.device, (out, x1, x3, acc), *rest, ROWS=len(partials))
-
-
-def restore_(layout: Layout, theta: TensorList, backup: TensorList) -> None:
-    """See `reference.restore_`."""
-    if len(theta):
-        _launch("restore", layout, theta.tensors[0].device, (theta, backup))
-        theta.written()
-
-
-def copy_(layout: Layout, target: TensorList, source: TensorList) -> None:
-    """target <- source, bit for bit, for memory that no graph of autograd has saved."""
-    if len(target):
-        _launch("restore", layout, target.tensors[0].device, (target, source))
-
-
-def _tables(coefficients: Tensor, partials: Tensor, control: Tensor) -> tuple[Any, ...]:
-    """What kernels that end a reduction read, as kernels take it."""
-    return _dense("coefficients", coefficients), *_matrix("partials", partials), _dense("control", control)
 
 
 def _matrix(name: str, sums: Tensor) -> tuple[Tensor, int, int]:
@@ -166,34 +76,19 @@ def _dense(name: str, table: Tensor) -> Tensor:
 
 @cache
 def kernels() -> dict[str, Any]:
-    """The kernels by kernel. They import Triton, which takes a while, so only when one is needed."""
-    from gam_fused.triton_kernels import (  # type: ignore[import]
-        combine,
-        combined_update,
-        direction_products,
-        perturb,
-        restore,
-        squared_norm,
-    )
-
-    return {
-        "squared_norm": squared_norm.squared_norm_kernel,
-        "direction_products": direction_products.direction_products_kernel,
-        "perturb": perturb.perturb_kernel,
-        "combined_update": combined_update.combined_update_kernel,
-        "combine": combine.combine_kernel,
-        "restore": restore.restore_kernel,
-    }
+    """The Triton kernels by name. They import Triton, which takes a while, so only when one is needed."""
+    modules = {name: import_module(f"gam_fused.triton_kernels.{kernel.stem}") for name, kernel in KERNELS.items()}
+    return {name: getattr(module, f"{KERNELS[name].stem}_kernel") for name, module in modules.items()}
 
 
 @cache
 def constants(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernel of `kernel` is compiled with for a dtype of storage.
+    """What `kernel` is compiled with for a dtype of storage.
 
     Raises:
         TypeError: a dtype that has no kernels.
     """
-    import triton.language as tl  # type: ignore[import]
+    import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     types = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     if dtype not in types:
@@ -202,37 +97,67 @@ def constants(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
         )
     vector = 16 // dtype.itemsize
     compute = tl.float64 if dtype == torch.float64 else tl.float32
-    block = _THREADS * max(vector, _ELEMENTS[kernel])
+    block = _THREADS * max(vector, _ELEMENTS_OF_FEW.get(kernel, _ELEMENTS))
     return {"DTYPE": types[dtype], "C": compute, "VECTOR": vector, "BLOCK": block}
 
 
 @cache
 def options(kernel: str, dtype: torch.dtype, device_type: str) -> dict[str, int]:
-    """How the kernel of `kernel` is compiled."""
+    """How `kernel` is compiled."""
     if device_type != "cuda" or torch.version.hip:
         return {"num_warps": _THREADS // (64 if torch.version.hip else 32)}
     registers = 80 if kernel == "squared_norm" and dtype == torch.float32 else _REGISTERS[dtype.itemsize]
     return {"num_warps": _THREADS // 32, "maxnreg": registers}
 
 
-def _launch(
-    kernel: str, layout: Layout, device: torch.device, lists: tuple[TensorList, ...], *rest: Any, **kind: Any
-) -> None:
-    """Launch `kernel` on `device`, a program per chunk. The first list of every kernel is in the dtype of storage.
+class TritonBackend(LaunchingBackend):
+    """The backend: a program per chunk."""
 
-    Args:
-        rest: the kernel's arguments after the lists. kind: its constants that do not follow from the dtype.
-    """
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break()  # addresses are no business of a traced graph
-    like = next((t for lst in lists for t in lst.tensors if t is not None), None)
-    dtype = torch.float32 if like is None else like.dtype
-    compiled_in = constants(kernel, dtype)
-    with _on(device):
-        tables = [lst.on(device, _TABLES.send) if len(lst) else None for lst in lists]
-        launch = kernels()[kernel][(layout.chunks,)]
-        shape = (layout.on(device), len(layout.sizes), layout.chunk)
-        launch(*shape, *tables, *rest, **kind, **compiled_in, **options(kernel, dtype, device.type))
+    def reason(self) -> str:
+        return reason()
+
+    def launch(self, kernel: Kernel, operands: Any, *, saved: bool = True) -> None:
+        """Launch `kernel`."""
+        if torch.compiler.is_compiling():
+            break_graph()  # addresses are no business of a traced graph
+        layout, lists = operands.layout, kernel.lists_of(operands)
+        tables, options_ = _arguments(kernel, operands)
+        like = next((t for lst in lists for t in lst.tensors if t is not None), None)
+        dtype = torch.float32 if like is None else like.dtype
+        device = tables[0].device if tables else like.device if like is not None else torch.device("cpu")
+        if not tables and like is None:
+            return
+        compiled_in = constants(kernel.name, dtype)
+        check_lists(kernel, layout, lists, dtype)
+        with _on(device):
+            rows = [lst.on(device, _TABLES.send) if len(lst) else None for lst in lists]
+            run = kernels()[kernel.name][(layout.chunks,)]
+            shape = (layout.on(device), len(layout.sizes), layout.chunk)
+            run(*shape, *rows, *tables, **options_, **compiled_in, **options(kernel.name, dtype, device.type))
+        if saved and kernel.saved:
+            kernel.tell_autograd(operands)
+
+
+def _arguments(kernel: Kernel, operands: Any) -> tuple[list[Any], dict[str, Any]]:
+    """What the kernel takes after its lists: pointers and numbers, and what it is compiled for."""
+    run_time: list[Any] = []
+    compiled_in: dict[str, Any] = {}
+    for (name, kind), value in zip(kernel.rest.items(), kernel.rest_of(operands), strict=True):
+        if isinstance(kind, OfSums) and kind.rows != (1,):
+            sums, stride, columns = _matrix(name, value)
+            run_time += [sums, stride] if kind.written else [sums, stride, columns]
+            if len(kind.rows) > 1 and not kind.written:
+                compiled_in["ROWS"] = len(value)
+        elif isinstance(kind, (OfNumbers, OfSums)):
+            run_time.append(_dense(name, value))
+        elif kind.compiled_in:
+            compiled_in[name.upper()] = kind.type(value)
+        else:
+            run_time.append(value)
+    return run_time, compiled_in
+
+
+backend = TritonBackend()
 
 
 def _on(device: torch.device) -> Any:
@@ -252,7 +177,7 @@ class _Tables:
 
     def __init__(self, size: int):
         self._size = size
-        self._tables: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
     def send(self, addresses: Tensor, device: torch.device) -> Tensor:
         """int64 addresses on `device`, without waiting for it."""

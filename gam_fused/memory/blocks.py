@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.backends import backend_for
+from gam_fused.backends.operands import Restore
 from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, upload
 from gam_fused.checks import Groups, describe
 from gam_fused.constants import GUARD, Column, Control
@@ -144,7 +145,7 @@ class Block:
     def put_back(self) -> None:
         """After a failed step: the parameters as before it, where a kernel has moved them."""
         if self.backed_up:
-            self.kernels.restore_(self.layout, self.theta, self.backup)
+            self.kernels.restore_(Restore(layout=self.layout, theta=self.theta, backup=self.backup))
             self.backed_up = False
 
     def set(self, slot: Control, value: float | Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gam_fused.backends.operands import Combine
 from gam_fused.backends.tensor_lists import EMPTY, TensorList
 from gam_fused.constants import GUARD, Control
 from gam_fused.memory.blocks import Block
@@ -55,15 +56,17 @@ def average_direction(replicas: Replicas, blocks: list[Block], d: Direction, see
         exchange, control = b.average.exchange, b.average.control
         control[Control.FOUND_INF].copy_(b.control[Control.FOUND_INF])
         b.kernels.combine_(
-            b.layout,
-            exchange.views,
-            d.g1[i] if d.g1 else EMPTY,
-            d.last[i],
-            d.folded[i] if d.folded else EMPTY,
-            b.shared.tables[d.table],
-            b.shared.part("partials", GUARD, d.rows),
-            control,
-            b.part("direction"),
+            Combine(
+                layout=b.layout,
+                out=exchange.views,
+                g1=d.g1[i] if d.g1 else EMPTY,
+                last=d.last[i],
+                folded=d.folded[i] if d.folded else EMPTY,
+                coefficients=b.shared.tables[d.table],
+                partials=b.shared.part("partials", GUARD, d.rows),
+                control=control,
+                direction=b.part("direction"),
+            )
         )
         exchange.all_reduce(replicas.group, seen[i], skipped=control[Control.LAST_SKIPPED])
         b.set(Control.FOUND_INF, _as_flag(exchange.skipped))

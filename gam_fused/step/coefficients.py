@@ -49,7 +49,7 @@ def _row(shared: dict[Column, Any], c: Coefficients, sign: float = 0.0) -> Row:
     for i, radius in enumerate(c.radii):
         row[Column.RADIUS_0 + i] = sign * radius
     row[Column.FOLD_0], row[Column.FOLD_2] = c.fold
-    row[Column.DIRECTION_1], row[Column.DIRECTION_3], row[Column.DIRECTION_ACC] = c.g1, c.last, c.folded
+    row[Column.DIRECTION_G1], row[Column.DIRECTION_LAST], row[Column.DIRECTION_FOLDED] = c.g1, c.last, c.folded
     for column, value in shared.items():
         row[column] = value
     return row

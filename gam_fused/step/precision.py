@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused.backends.tensor_lists import EMPTY
+from gam_fused.backends.operands import SquaredNorm
 from gam_fused.memory.blocks import Block
 from gam_fused.step.record import Record
 from gam_fused.torch_private import dtype_cast_to, forward_dtypes
@@ -132,7 +132,7 @@ def _tf32_is_allowed() -> bool:
 def _theta_norm(record: Record) -> Tensor:
     def square(b: Block) -> Tensor:
         partials = torch.zeros(2, b.layout.chunks, dtype=torch.float64, device=b.shared.device)
-        b.kernels.squared_norm(b.layout, b.theta, EMPTY, EMPTY, partials)
+        b.kernels.squared_norm(SquaredNorm(layout=b.layout, x=b.theta, partials=partials))
         return partials[0].sum().reshape(1)
 
     return record.shards.totals(record.blocks, square)[0].sqrt()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gam_fused.backends.operands import Perturb, SquaredNorm
 from gam_fused.backends.tensor_lists import EMPTY
 from gam_fused.constants import GUARD
 from gam_fused.step import update
@@ -39,19 +40,21 @@ class Step(Passes):
         with torch.no_grad():
             for i, b in enumerate(self.blocks):
                 b.kernels.perturb_(
-                    b.layout,
-                    b.theta,
-                    b.backup if b.backed_up and ascent < 2 else EMPTY,
-                    x[i],
-                    minus[i] if minus else EMPTY,
-                    folded[i] if folded else EMPTY,
-                    EMPTY if b.backed_up else b.backup,
-                    b.shared.tables["oracle" if oracle else "method"],
-                    b.shared.part("partials", ascent, 2),
-                    b.control,
-                    b.part("realised", ascent),
-                    ascent,
-                    self.settings.adaptive,
+                    Perturb(
+                        layout=b.layout,
+                        theta=b.theta,
+                        base=b.backup if b.backed_up and ascent < 2 else EMPTY,
+                        x=x[i],
+                        y=minus[i] if minus else EMPTY,
+                        folded=folded[i] if folded else EMPTY,
+                        backup=EMPTY if b.backed_up else b.backup,
+                        coefficients=b.shared.tables["oracle" if oracle else "method"],
+                        partials=b.shared.part("partials", ascent, 2),
+                        control=b.control,
+                        realised=b.part("realised", ascent),
+                        ascent=ascent,
+                        adaptive=self.settings.adaptive,
+                    )
                 )
                 b.backed_up = True
         if not oracle:
@@ -65,7 +68,9 @@ class Step(Passes):
             if self.settings.adaptive and slot != GUARD:
                 weight = b.backup if b.backed_up and slot < 2 else b.theta
             y = minus[i] if minus else EMPTY
-            b.kernels.squared_norm(b.layout, x[i], y, weight, b.part("partials", slot, 2))
+            b.kernels.squared_norm(
+                SquaredNorm(layout=b.layout, x=x[i], y=y, weight=weight, partials=b.part("partials", slot, 2))
+            )
         self.plan.share(slot, 2)
 
     def accumulator(self, lists: Lists) -> Lists:

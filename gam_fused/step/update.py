@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gam_fused import torch_private
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Restore
 from gam_fused.backends.tensor_lists import EMPTY
 from gam_fused.constants import GUARD, Control
 from gam_fused.memory import gradients
@@ -47,12 +48,14 @@ def update(step: Step, d: Direction, *, guard_direction: bool) -> None:
 def _reduce_direction(step: Step, d: Direction) -> None:
     for i, b in enumerate(step.blocks):
         b.kernels.direction_products(
-            b.layout,
-            d.g1[i] if d.g1 else EMPTY,
-            d.last[i],
-            d.folded[i] if d.folded else EMPTY,
-            b.shared.tables[d.table],
-            b.part("partials", GUARD, d.rows),
+            DirectionProducts(
+                layout=b.layout,
+                g1=d.g1[i] if d.g1 else EMPTY,
+                last=d.last[i],
+                folded=d.folded[i] if d.folded else EMPTY,
+                coefficients=b.shared.tables[d.table],
+                partials=b.part("partials", GUARD, d.rows),
+            )
         )
     step.plan.share(GUARD, d.rows)
 
@@ -78,20 +81,25 @@ def _apply_fused(step: Step, d: Direction) -> None:
         b.state.ensure(base, step.plan.state_keys, session.state, session.param_groups, mask)
     with torch.no_grad():
         for i, b in enumerate(step.blocks):
+            state1, state2, state3 = b.state.lists
             b.kernels.combined_update_(
-                b.layout,
-                b.theta,
-                b.backup if b.backed_up else EMPTY,
-                d.g1[i] if d.g1 else EMPTY,
-                d.last[i],
-                d.folded[i] if d.folded else EMPTY,
-                *b.state.lists,
-                b.state.steps,
-                b.shared.tables[d.table],
-                b.shared.part("partials", GUARD, d.rows),
-                b.control,
-                b.part("direction"),
-                int(base.algorithm),
+                CombinedUpdate(
+                    layout=b.layout,
+                    theta=b.theta,
+                    backup=b.backup if b.backed_up else EMPTY,
+                    g1=d.g1[i] if d.g1 else EMPTY,
+                    last=d.last[i],
+                    folded=d.folded[i] if d.folded else EMPTY,
+                    state1=state1,
+                    state2=state2,
+                    state3=state3,
+                    steps=b.state.steps,
+                    coefficients=b.shared.tables[d.table],
+                    partials=b.shared.part("partials", GUARD, d.rows),
+                    control=b.control,
+                    direction=b.part("direction"),
+                    algorithm=int(base.algorithm),
+                )
             )
             b.backed_up = False
     torch_private.note_step_of_base(session.base)
@@ -103,18 +111,20 @@ def _apply_foreign(step: Step, d: Direction) -> None:
     with torch.no_grad():
         for i, b in enumerate(step.blocks):
             b.kernels.combine_(
-                b.layout,
-                d.last[i],
-                d.g1[i] if d.g1 else EMPTY,
-                d.last[i],
-                d.folded[i] if d.folded else EMPTY,
-                b.shared.tables[d.table],
-                b.shared.part("partials", GUARD, d.rows),
-                b.control,
-                b.part("direction"),
+                Combine(
+                    layout=b.layout,
+                    out=d.last[i],
+                    g1=d.g1[i] if d.g1 else EMPTY,
+                    last=d.last[i],
+                    folded=d.folded[i] if d.folded else EMPTY,
+                    coefficients=b.shared.tables[d.table],
+                    partials=b.shared.part("partials", GUARD, d.rows),
+                    control=b.control,
+                    direction=b.part("direction"),
+                )
             )
             if b.backed_up:
-                b.kernels.restore_(b.layout, b.theta, b.backup)
+                b.kernels.restore_(Restore(layout=b.layout, theta=b.theta, backup=b.backup))
     if session.skipped:
         return
     for b, lst in zip(step.blocks, d.last, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.backends import copying_backend
+from gam_fused.backends.operands import Restore
 from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, moved
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.torch_private import values_of
@@ -144,7 +145,7 @@ class _Kind:
         if self._copier is None:
             torch._foreach_copy_(target.tensors, source.tensors)
         else:
-            self._copier.copy_(self._layout, target, source)
+            self._copier.copy_(Restore(layout=self._layout, theta=target, backup=source))
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
         here = moved(flag, self._rows[0].device) != 0

@@ -35,8 +35,10 @@ from gam_fused.backends.foreach.lists import (
     workspace,
 )
 from gam_fused.backends.foreach.updates import adam_, direction_of, direction_scalars, h_plus, sgd_
-from gam_fused.backends.reference import restore_ as restore_  # a copy is a copy
-from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
+from gam_fused.backends.reference import copy_ as copy_  # a copy is a copy
+from gam_fused.backends.reference import restore_ as restore_
+from gam_fused.backends.tensor_lists import Layout
 from gam_fused.constants import Algorithm, Column, Control
 
 
@@ -45,78 +47,62 @@ def reason() -> str:
     return ""
 
 
-def squared_norm(layout: Layout, x: TensorList, y: TensorList, weight: TensorList, partials: Tensor) -> None:
+def squared_norm(o: SquaredNorm) -> None:
     """See `reference.squared_norm`."""
-    partials.zero_()
-    there = presence(x, y)
+    o.partials.zero_()
+    there = presence(o.x, o.y)
     for row, counted in ((0, True), (1, False)):
-        rows = [i for i in range(len(x)) if layout.counted[i] is counted and there[i]]
-        for batch in batches(layout, rows, x, y, weight):
+        rows = [i for i in range(len(o.x)) if o.layout.counted[i] is counted and there[i]]
+        for batch in batches(o.layout, rows, o.x, o.y, o.weight):
             xs, ys, weights = batch.lists
             values = difference(xs, ys)
             if weights:
                 values = times(values, up(weights))
-            partials[row, 0].add_(sum_of_squares(values))
+            o.partials[row, 0].add_(sum_of_squares(values))
 
 
-def direction_products(
-    layout: Layout, x1: TensorList, x3: TensorList, acc: TensorList, coefficients: Tensor, partials: Tensor
-) -> None:
+def direction_products(o: DirectionProducts) -> None:
     """See `reference.direction_products`."""
-    partials.zero_()
-    table, there = scalars(coefficients), presence(x1, x3, acc)
+    o.partials.zero_()
+    table, there = scalars(o.coefficients), presence(o.g1, o.last, o.folded)
     for row, counted in ((0, True), (1, False)):
-        indices = [i for i in range(len(x3)) if layout.counted[i] is counted and there[i]]
-        for group, rows in by_group(layout, indices):
+        indices = [i for i in range(len(o.last)) if o.layout.counted[i] is counted and there[i]]
+        for group, rows in by_group(o.layout, indices):
             c = table[group]
-            for batch in batches(layout, rows, x1, x3, acc):
+            for batch in batches(o.layout, rows, o.g1, o.last, o.folded):
                 b1, b3, minus = batch.lists
-                if not len(x1):
-                    partials[row, 0].add_(sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0)))
+                if not len(o.g1):
+                    o.partials[row, 0].add_(sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0)))
                     continue
                 plus = h_plus(c, b1, b3, minus)
-                partials[row, 0].add_(sum_of_squares(plus))
+                o.partials[row, 0].add_(sum_of_squares(plus))
                 if minus:
                     minus = operand(minus, b1, b3)
-                    partials[2 + row, 0].add_(dot(minus, plus))
-                    partials[4 + row, 0].add_(sum_of_squares(minus))
+                    o.partials[2 + row, 0].add_(dot(minus, plus))
+                    o.partials[4 + row, 0].add_(sum_of_squares(minus))
 
 
-def perturb_(
-    layout: Layout,
-    theta: TensorList,
-    base: TensorList,
-    x: TensorList,
-    y: TensorList,
-    acc: TensorList,
-    backup: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    realised: Tensor,
-    ascent: int,
-    adaptive: bool,
-) -> None:
+def perturb_(o: Perturb) -> None:
     """See `reference.perturb_`."""
-    total = partials.sum(1)
+    total = o.partials.sum(1)
     bad = ~torch.isfinite(total).all()
-    if ascent > 0:
-        bad = bad | (control[Control.FOUND_INF] != 0)
-    control[Control.FOUND_INF] = bad.to(control.dtype)
-    norm = total[0].sqrt() / control[Control.LOSS_SCALE] + control[Control.EPS]
-    scale = coefficients[:, Column.RADIUS_0 + ascent] / norm / control[Control.LOSS_SCALE]
+    if o.ascent > 0:
+        bad = bad | (o.control[Control.FOUND_INF] != 0)
+    o.control[Control.FOUND_INF] = bad.to(o.control.dtype)
+    norm = total[0].sqrt() / o.control[Control.LOSS_SCALE] + o.control[Control.EPS]
+    scale = o.coefficients[:, Column.RADIUS_0 + o.ascent] / norm / o.control[Control.LOSS_SCALE]
     scale = torch.where(norm > 0, scale, 0.0).clamp(-3e38, 3e38)  # along a zero gradient nothing moves, whatever xi
 
-    stay, sizes, table = scalars(bad), scalars(scale), scalars(coefficients)
-    there = presence(x, y)
-    realised.zero_()
-    for group, rows in by_group(layout, range(len(theta))):
+    stay, sizes, table = scalars(bad), scalars(scale), scalars(o.coefficients)
+    there = presence(o.x, o.y)
+    o.realised.zero_()
+    for group, rows in by_group(o.layout, range(len(o.theta))):
         for moves in (True, False):
             some = [i for i in rows if there[i] is moves]
-            for batch in batches(layout, some, theta, base, x, y, acc, backup):
-                squares = _ascend_(layout, batch, stay, sizes[group], control, ascent, adaptive, moves)
+            for batch in batches(o.layout, some, o.theta, o.base, o.x, o.y, o.folded, o.backup):
+                squares = _ascend_(o.layout, batch, stay, sizes[group], o.control, o.ascent, o.adaptive, moves)
                 if squares is not None:
-                    realised[0].add_(squares)
+                    o.realised[0].add_(squares)
                 _fold_(batch, table[group])
 
 
@@ -142,83 +128,57 @@ def _ascend_(
     return sum_of_squares(change_of(up(theta), origin))
 
 
-def combined_update_(
-    layout: Layout,
-    theta: TensorList,
-    backup: TensorList,
-    x1: TensorList,
-    x3: TensorList,
-    acc: TensorList,
-    first: TensorList,
-    second: TensorList,
-    third: TensorList,
-    steps: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    direction: Tensor,
-    algorithm: int,
-) -> None:
+def combined_update_(o: CombinedUpdate) -> None:
     """See `reference.combined_update_`."""
-    skip = scalars(_close_step(partials, control))
-    u, unscale = direction_scalars(coefficients, partials, control)
-    if len(backup):
-        restore_(layout, theta, backup)
-    direction.zero_()
+    skip = scalars(_close_step(o.partials, o.control))
+    plus_scale, unscale = direction_scalars(o.coefficients, o.partials, o.control)
+    if len(o.backup):
+        restore_(Restore(layout=o.layout, theta=o.theta, backup=o.backup))
+    o.direction.zero_()
     if skip is True:
         return
-    table, there = scalars(coefficients), presence(x1, x3, acc)
-    for group, rows in by_group(layout, [i for i in range(len(theta)) if there[i]]):
+    table, there = scalars(o.coefficients), presence(o.g1, o.last, o.folded)
+    for group, rows in by_group(o.layout, [i for i in range(len(o.theta)) if there[i]]):
         c = table[group]
-        advanced = torch.stack([steps.tensors[i] for i in rows]) + 1
+        advanced = torch.stack([o.steps.tensors[i] for i in rows]) + 1
         step_of = dict(zip(rows, range(len(rows)), strict=True))
-        for batch in batches(layout, rows, theta, x1, x3, acc, first, second, third):
+        for batch in batches(o.layout, rows, o.theta, o.g1, o.last, o.folded, o.state1, o.state2, o.state3):
             targets = [lst for lst in (batch.lists[0], *batch.lists[4:]) if lst and lst[0] is not None]
             new = [workspace(lst) for lst in targets]
             b1, b3, minus = batch.lists[1:4]
-            d = direction_of(c, b1, b3, minus, u, unscale)
-            direction[0].add_(sum_of_squares(d))
+            d = direction_of(c, b1, b3, minus, plus_scale, unscale)
+            o.direction[0].add_(sum_of_squares(d))
             step = advanced if batch.rows is rows else advanced[[step_of[i] for i in batch.rows]]
-            if algorithm == Algorithm.SGD:
+            if o.algorithm == Algorithm.SGD:
                 sgd_(c, new[0], d, new[1] if len(new) > 1 else [], step)
             else:
                 adam_(c, new[0], d, new[1], new[2], new[3] if len(new) > 3 else [], step)
             stays = skip if isinstance(skip, bool) else skip | (c[Column.LR] == 0)
             for old, values in zip(targets, new, strict=True):
                 commit_(old, values, stays if values is new[0] else skip)
-        commit_(raw(steps, rows), list(advanced), skip)
+        commit_(raw(o.steps, rows), list(advanced), skip)
     if skip is not False:
-        direction[0] = torch.where(skip, 0, direction[0])
+        o.direction[0] = torch.where(skip, 0, o.direction[0])
 
 
-def combine_(
-    layout: Layout,
-    out: TensorList,
-    x1: TensorList,
-    x3: TensorList,
-    acc: TensorList,
-    coefficients: Tensor,
-    partials: Tensor,
-    control: Tensor,
-    direction: Tensor,
-) -> None:
+def combine_(o: Combine) -> None:
     """See `reference.combine_`."""
-    _close_step(partials, control)
-    u, unscale = direction_scalars(coefficients, partials, control)
-    direction.zero_()
-    table = scalars(coefficients)
-    for group, rows in by_group(layout, [i for i in range(len(out)) if out.tensors[i] is not None]):
-        for batch in batches(layout, rows, out, x1, x3, acc):
+    _close_step(o.partials, o.control)
+    plus_scale, unscale = direction_scalars(o.coefficients, o.partials, o.control)
+    o.direction.zero_()
+    table = scalars(o.coefficients)
+    for group, rows in by_group(o.layout, [i for i in range(len(o.out)) if o.out.tensors[i] is not None]):
+        for batch in batches(o.layout, rows, o.out, o.g1, o.last, o.folded):
             targets, b1, b3, minus = batch.lists
-            d = direction_of(table[group], b1, b3, minus, u, unscale, like=targets)
-            direction[0].add_(sum_of_squares(d))
+            d = direction_of(table[group], b1, b3, minus, plus_scale, unscale, like=targets)
+            o.direction[0].add_(sum_of_squares(d))
             torch._foreach_copy_(targets, d)
 
 
 def _fold_(batch: Batch, c: Scalar) -> None:
-    """acc <- FOLD_0 acc + FOLD_2 x, where acc is not missing."""
-    _, _, x, _, acc, _ = batch.lists
-    pairs = [(a, b) for a, b in zip(acc, x, strict=True) if a is not None] if acc else []
+    """folded <- FOLD_0 folded + FOLD_2 x, where folded is not missing."""
+    _, _, x, _, folded, _ = batch.lists
+    pairs = [(a, b) for a, b in zip(folded, x, strict=True) if a is not None] if folded else []
     if not pairs:
         return
     targets, values = map(list, zip(*pairs, strict=True))

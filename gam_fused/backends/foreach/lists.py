@@ -166,7 +166,8 @@ def select(condition: Scalar, a: Tensors, b: Tensors) -> Tensors:
 def sum_of_squares(values: Tensors) -> Tensor:
     """0-d float64; squares are float64 too, so they neither overflow nor vanish."""
     if on_host(values[0]):
-        return torch.linalg.vector_norm(_flat(values)).square()
+        norm: Tensor = torch.linalg.vector_norm(_flat(values))
+        return norm.square()
     norms = torch._foreach_norm([v for v in values if v.numel()] or [values[0].new_zeros(1)], dtype=torch.float64)
     return torch.stack(norms).double().square().sum()
 

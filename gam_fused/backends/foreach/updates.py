@@ -12,38 +12,38 @@ from gam_fused.backends.foreach.lists import Scalar, Tensors, add_scalar_, add_s
 from gam_fused.constants import Column, Control, Flag
 
 
-def h_plus(c: Scalar, x1: Tensors, x3: Tensors, *like: Tensors) -> Tensors:
-    """DIRECTION_1 x1 + DIRECTION_3 x3, in new tensors; x1 may be empty. like: where to see shapes if both are missing."""
-    plus = torch._foreach_mul(operand(x3, x1, *like), c[Column.DIRECTION_3])
-    if x1:
-        add_scaled_(plus, operand(x1, x3, *like), c[Column.DIRECTION_1])
+def h_plus(c: Scalar, g1: Tensors, last: Tensors, *like: Tensors) -> Tensors:
+    """DIRECTION_G1 g1 + DIRECTION_LAST last, in new tensors. like: where to see shapes if both are missing."""
+    plus = torch._foreach_mul(operand(last, g1, *like), c[Column.DIRECTION_LAST])
+    if g1:
+        add_scaled_(plus, operand(g1, last, *like), c[Column.DIRECTION_G1])
     return plus
 
 
 def direction_of(
-    c: Scalar, x1: Tensors, x3: Tensors, acc: Tensors, u: Scalar, unscale: Scalar, like: Tensors = ()
+    c: Scalar, g1: Tensors, last: Tensors, folded: Tensors, plus_scale: Scalar, unscale: Scalar, like: Tensors = ()
 ) -> Tensors:
-    """d = unscale (u h+ + DIRECTION_ACC acc), in new tensors; x1 and acc may be empty."""
-    d = h_plus(c, x1, x3, acc, like)
-    scale_(d, u * unscale)
-    if acc:
-        add_scaled_(d, operand(acc, x3, x1, like), c[Column.DIRECTION_ACC] * unscale)
+    """d = unscale (plus_scale h+ + DIRECTION_FOLDED folded), in new tensors; g1 and folded may be empty."""
+    d = h_plus(c, g1, last, folded, like)
+    scale_(d, plus_scale * unscale)
+    if folded:
+        add_scaled_(d, operand(folded, last, g1, like), c[Column.DIRECTION_FOLDED] * unscale)
     return d
 
 
 def direction_scalars(coefficients: Tensor, partials: Tensor, control: Tensor) -> tuple[Scalar, Scalar]:
-    """u of Algorithm 2, and the factor that undoes the loss scale and clips."""
-    total, v = partials.sum(1), coefficients[0, Column.DIRECTION_ACC]
+    """plus_scale of Algorithm 2, and the factor that undoes the loss scale and clips."""
+    total, minus = partials.sum(1), coefficients[0, Column.DIRECTION_FOLDED]
     if len(total) == 6:
-        u = 1 - v * torch.where(total[0] > 0, total[2] / total[0], 0)
-        plus, cross, minus = total.view(3, 2).sum(1)
-        squared = u * u * plus + 2 * u * v * cross + v * v * minus
+        plus_scale = 1 - minus * torch.where(total[0] > 0, total[2] / total[0], 0)
+        pp, mp, mm = total.view(3, 2).sum(1)
+        squared = plus_scale * plus_scale * pp + 2 * plus_scale * minus * mp + minus * minus * mm
     else:
-        u, squared = torch.ones_like(v), total.sum()
+        plus_scale, squared = torch.ones_like(minus), total.sum()
     norm = squared.clamp(min=0).sqrt() / control[Control.LOSS_SCALE]
     max_norm = control[Control.MAX_NORM]
     clip = torch.where(max_norm > 0, (max_norm / (norm + 1e-6)).clamp(max=1), 1)
-    return scalars(u), scalars(clip / control[Control.LOSS_SCALE])
+    return scalars(plus_scale), scalars(clip / control[Control.LOSS_SCALE])
 
 
 def switch(c: Scalar, flag: Flag) -> Scalar:

@@ -1,15 +1,15 @@
-// The verbs as the CUDA kernels take them, and their launchers. No torch, no CUDA header.
+// Operands as the CUDA kernels take them, and their launchers. No torch, no CUDA header.
 //
 // A list is a row of addresses, one per tensor, 0 where a tensor is missing. Rows that last from step to step lie on
 // the device; those of gradients, new in every pass, travel in the launch's own arguments ("words").
 #pragma once
 
-#include "../verbs.h"
+#include "../operands.h"
 
 namespace gam {
 
-// T tensors as one flat vector, cut into chunks. Its numbers, as `Layout.on` (gam_fused/backends/tensor_lists.py) orders them,
-// lie at `map`, or in the words from `word` on.
+// T tensors as one flat vector, cut into chunks. Its numbers, as `Layout.on` (gam_fused/backends/tensor_lists.py)
+// orders them, lie at `map`, or in the words from `word` on.
 struct Layout {
   const int64_t* map;
   int32_t word;
@@ -23,12 +23,9 @@ struct List {
   int32_t word;
 };
 
-using SquaredNorm = Verbs<Layout, List>::SquaredNorm;
-using DirectionProducts = Verbs<Layout, List>::DirectionProducts;
-using Perturb = Verbs<Layout, List>::Perturb;
-using CombinedUpdate = Verbs<Layout, List>::CombinedUpdate;
-using Combine = Verbs<Layout, List>::Combine;
-using Restore = Verbs<Layout, List>::Restore;
+#define GAM_USING(Name, function, operator_, FIELDS) using Name = Operands<Layout, List>::Name;
+GAM_EACH_KERNEL(GAM_USING)
+#undef GAM_USING
 
 // What a launch can carry: kernel arguments hold 4 KB everywhere, and 32,764 bytes from CUDA 12.1 on.
 constexpr int FEW_WORDS = 440, MANY_WORDS = 4000;
@@ -42,12 +39,10 @@ struct Words {
 
 // Each launches one kernel on `stream` (a cudaStream_t) of the current device. Returns nullptr, or what went wrong.
 // `dtype` is a DType.
-const char* run(int dtype, const SquaredNorm& v, const Words& words, void* stream);
-const char* run(int dtype, const DirectionProducts& v, const Words& words, void* stream);
-const char* run(int dtype, const Perturb& v, const Words& words, void* stream);
-const char* run(int dtype, const CombinedUpdate& v, const Words& words, void* stream);
-const char* run(int dtype, const Combine& v, const Words& words, void* stream);
-const char* run(int dtype, const Restore& v, const Words& words, void* stream);
+#define GAM_RUN(Name, function, operator_, FIELDS) \
+  const char* run(int dtype, const Name& v, const Words& words, void* stream);
+GAM_EACH_KERNEL(GAM_RUN)
+#undef GAM_RUN
 
 // target[i] <- words.host[i], for at most `max_words()` words: tables on the device without a copy that waits for the
 // host.
