@@ -1,8 +1,8 @@
-"""Builds the compiled rooms where torch and a compiler are there; otherwise gam_fused installs as pure Python.
+"""Builds the compiled backends where torch and a compiler are available; otherwise gam_fused installs as pure Python.
 
 Everything else about the package is in pyproject.toml. Environment:
-    GAM_FUSED_REQUIRE_CPP=1   fail when the CPU room cannot be built (for CI)
-    FORCE_CUDA=1              build the CUDA room also against a torch without CUDA, and fail when that cannot be done
+    GAM_FUSED_REQUIRE_CPP=1   fail when the CPU backend cannot be built (for CI)
+    FORCE_CUDA=1              build the CUDA backend also against a torch without CUDA, and fail when that cannot be done
     CXX                       the C++ compiler
     CUDA_HOME                 the CUDA toolkit; otherwise the nvcc on PATH
     TORCH_CUDA_ARCH_LIST      e.g. "8.0;9.0+PTX"; by default 8.0 to 12.0, as far as the toolkit knows them, and PTX
@@ -47,13 +47,13 @@ def version_of(text: str) -> tuple[int, ...]:
 
 
 def cpu_missing() -> str:
-    """What keeps the CPU room from being built, and the mend; "" when nothing does."""
+    """Why the CPU backend cannot be built, and the remedy; "" when it can."""
     if sys.platform == "win32":
-        return "the compiled CPU room is not built on Windows"
+        return "the compiled CPU backend is not built on Windows"
     try:
         import torch
     except ImportError:
-        return f"torch is not there at build time; install it, then: {INSTALL}"
+        return f"torch is not installed at build time; install it, then: {INSTALL}"
     if version_of(torch.__version__) < TORCH_MINIMUM:
         return f"torch {torch.__version__} is older than 2.10; upgrade it, then: {INSTALL}"
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
@@ -75,7 +75,7 @@ def nvcc() -> tuple[str, tuple[int, ...]]:
 
 
 def cuda_missing() -> str:
-    """What keeps the CUDA room from being built, and the mend; "" when nothing does."""
+    """Why the CUDA backend cannot be built, and the remedy; "" when it can."""
     path, version = nvcc()
     if not path:
         return f"no CUDA toolkit (nvcc); install one or set CUDA_HOME, then: {INSTALL}"
@@ -135,15 +135,15 @@ def build_cuda(target: Path, temporary: Path) -> None:
     subprocess.run([*link, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(target)], check=True)
 
 
-def give_up(room: str, why: str, *, required: str) -> None:
-    """Go on without a compiled room, or stop where it is required."""
+def give_up(backend: str, why: str, *, required: str) -> None:
+    """Go on without a compiled backend, or stop where it is required."""
     if os.environ.get(required) == "1":
         raise SystemExit(f"gam_fused: {required}=1, but {why}")
-    print(f"\ngam_fused: the compiled {room} room is left out, another room serves instead: {why}\n", file=sys.stderr)
+    print(f"\ngam_fused: the compiled {backend} backend is left out, another serves instead: {why}\n", file=sys.stderr)
 
 
 def compiled() -> dict:
-    """Arguments of `setup` that build the compiled rooms, one shared object each."""
+    """Arguments of `setup` that build the compiled backends, one shared object each."""
     why = cpu_missing()
     if why:
         give_up("CPU", why, required="GAM_FUSED_REQUIRE_CPP")

@@ -1,6 +1,6 @@
 """Lets pages link to files of the repository, with paths that work in the repository too.
 
-README.md becomes the front page. Every file outside of docs/ that a page links to is copied into the site, under `repository/`.
+README.md becomes the front page. Every file outside of docs/ that a page links to is copied into the site, to `repository/`.
 A link to one that does not exist is a warning, which `mkdocs build --strict` turns into an error.
 """
 

@@ -1,4 +1,4 @@
-"""Helpers for training loops that are not the user's own; each is imported on demand, and only it needs its package.
+"""Helpers for training loops of other packages; each is imported on demand and needs only its own package.
 
 `gam_fused.integrations.lightning.GAMCallback` and `gam_fused.integrations.transformers.GAMTrainerMixin`. Accelerate needs
 none, or `all_micro_batches`. This file imports nothing of them.
@@ -20,9 +20,9 @@ _MARK = "_runs_all_micro_batches"
 def all_micro_batches(closure: Callable[[], Any]) -> Callable[[], Any]:
     """Says that every call of `closure` runs all micro-batches of the step: `optimizer.step(all_micro_batches(closure))`.
 
-    With `Accelerator(gradient_accumulation_steps=n)`, whose `backward` divides by n, a closure of fewer trains wrongly
-    without a word, hence is an error, and which it is nobody but its author can tell. The step must not stand in
-    `accelerator.accumulate`, which leaves out n - 1 of n calls.
+    With `Accelerator(gradient_accumulation_steps=n)`, whose `backward` divides by n, a closure of fewer micro-batches would
+    train wrongly and silently. Only its author knows how many it runs: closures that do not say so are an error. Do not step
+    inside `accelerator.accumulate`, which leaves out n - 1 of n calls.
     """
 
     @wraps(closure)
@@ -34,7 +34,7 @@ def all_micro_batches(closure: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def check_closure(closure: Callable[[], Any]) -> None:
-    """Refuses what is no function, and what other people's loops hand over where that would train wrongly without a word.
+    """Refuses what is not callable, and what loops of other packages pass where that would train wrongly and silently.
 
     Raises:
         TypeError: not callable.
@@ -54,7 +54,7 @@ def check_closure(closure: Callable[[], Any]) -> None:
 
 
 def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
-    """Which of its `hooks` do something: are not those of the class, last in its ancestry, that declares them."""
+    """Which of its `hooks` are overridden: differ from those of the base class that declares them."""
     result = []
     for name in hooks:
         declared = next((vars(c)[name] for c in reversed(type(thing).__mro__) if name in vars(c)), None)
@@ -66,9 +66,9 @@ def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
 
 @contextmanager
 def on_direction(optimizer: Any, act: Callable[[], Any]) -> Iterator[None]:
-    """Within, a step of `optimizer` calls `act` right before the base optimizer's update, each `p.grad` holding d.
+    """Inside, a step of `optimizer` calls `act` right before the base optimizer's update, with d in each `p.grad`.
 
-    d is unscaled and of all micro-batches, weights are unperturbed. The step is then not fused. A skipped one calls nothing.
+    d is unscaled and of all micro-batches, weights are unperturbed. The step is not fused. A skipped step does not call it.
     """
 
     def hook(*_: Any) -> None:
@@ -84,7 +84,7 @@ def on_direction(optimizer: Any, act: Callable[[], Any]) -> Iterator[None]:
 
 @contextmanager
 def clipping_to(optimizer: Any, limit: float | None) -> Iterator[None]:
-    """Within, `limit` is the optimizer's `max_grad_norm`; what its owner has set comes back."""
+    """Inside, `limit` is the optimizer's `max_grad_norm`; its own value is restored."""
     own, optimizer.max_grad_norm = optimizer.max_grad_norm, limit
     try:
         yield
@@ -93,7 +93,7 @@ def clipping_to(optimizer: Any, limit: float | None) -> Iterator[None]:
 
 
 def _check_lightning(module: Any) -> None:
-    """Without `GAMCallback` a Trainer runs the last micro-batch only, and in each pass what is to act once per step."""
+    """Without `GAMCallback` a Trainer runs the last micro-batch only, and acts in each pass instead of once per step."""
     trainer, automatic = module.trainer, module.automatic_optimization
     settings, hooks = [], ["on_before_optimizer_step"]
     if automatic:
@@ -118,8 +118,8 @@ def _check_accelerate() -> None:
     kind = getattr(accelerate, "AcceleratedOptimizer", None)
     if kind is None:
         return
-    count = accelerate.GradientState().num_steps  # type: ignore[union-attr]  # one for all accelerators of the process
-    if count > 1 and _is_called_by(kind.step):  # an optimizer that is not prepared has nothing to do with it
+    count = accelerate.GradientState().num_steps  # type: ignore[union-attr]  # shared by all accelerators of the process
+    if count > 1 and _is_called_by(kind.step):  # an optimizer that was not prepared is not affected
         raise RuntimeError(
             f"Accelerator(gradient_accumulation_steps={count}): in accelerator.accumulate a step would see the last of "
             f"{count} micro-batches only, and 1/{count} of its loss. Let the closure run all micro-batches, each loss "
