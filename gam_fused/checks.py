@@ -34,9 +34,9 @@ def number(name: str, value: Any, *, minimum: float | None = None, above: float 
     return float(value)
 
 
-def optional(name: str, value: Any, *, above: float) -> float | None:
+def optional(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float | None:
     """None, or `number`."""
-    return None if value is None else number(name, value, above=above)
+    return None if value is None else number(name, value, minimum=minimum, above=above)
 
 
 def whole(name: str, value: Any, *, minimum: int) -> int:

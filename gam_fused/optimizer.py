@@ -1,34 +1,31 @@
-"""FusedGAM and FusedSAM: what a user touches. Passes are in `methods`, one step's machinery in `engine`."""
+"""FusedGAM and FusedSAM: arguments and torch.optim's interface. A step is in `step`, its passes in `methods`."""
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gam_fused import checks, integrations, methods, settings
+from gam_fused import torch_private
 from gam_fused.backends import base_optimizers, check_backend
-from gam_fused.backends.tensor_lists import upload
 from gam_fused.base import keywords
-from gam_fused.constants import Control
-from gam_fused.memory import flattening
-from gam_fused.memory.parameters import check_groups, check_materialized, check_parameters
-from gam_fused.memory.plan import Plan
-from gam_fused.parallel import ddp, dtensor
-from gam_fused.step import checkpoint, coefficients, precision
+from gam_fused.checks import one_of
+from gam_fused.memory.parameters import check_parameters
+from gam_fused.methods import METHODS, TAKES, plain
+from gam_fused.settings import OF_METHODS, Settings, Weight
+from gam_fused.step import checkpoint, run
 from gam_fused.step.diagnostics import diagnose
-from gam_fused.step.loss_scaling import LossScaling
-from gam_fused.step.step import Step
+from gam_fused.step.foreign_loops import check_closure
+from gam_fused.step.method import Method
+from gam_fused.step.session import Session
+from gam_fused.torch_private import not_traced
 from gam_fused.transaction.interrupts import Interrupts
-from gam_fused.transaction.model_state import ModelState
 from gam_fused.transaction.randomness import source_of
-
-_NO_SETTINGS = ("params", "param_names", "gam")  # entries of a param group that no coefficient depends on
 
 
 class FusedGAM(Optimizer):
@@ -45,6 +42,8 @@ class FusedGAM(Optimizer):
     ``"accelerated"``       4                       (1 + gamma s) h+ - gamma h-, Algorithm 2 of the appendix
     ``"exact"``             2, differentiated twice g + alpha rho H(theta_adv) g_adv/\|g_adv\|, Algorithm 1
     ``"sam"``               2                       g1 (Foret et al. 2021), also as `FusedSAM`
+    ``"gradient_penalty"``  2                       (1 - c) g0 + c g1, c = alpha rho/rho', theta1 at rho' (Zhao et al. 2022)
+    ``"gsam"``              2                       g1 - alpha (g0 minus its projection on g1) (Zhuang et al. 2022)
     ======================= ======================= ====================================================================
 
     with g0 = grad L(theta), g1 at theta1 = theta + rho' g0/\|g0\|, g2 at theta2 = theta + rho (g1 - g0)/\|g1 - g0\|, g3 at
@@ -65,16 +64,17 @@ class FusedGAM(Optimizer):
         method: see above.
         rho: radius of the neighbourhood, in the units of the weights; default and schedule per param group ("rho").
         rho_prime: length of the finite difference's probe. Too small, and it drowns in the rounding of the weights.
-        alpha: for ``finite_difference`` and ``exact``: weight of the flatness term, alpha of equation 6. For
-            ``accelerated`` something else: the convex weight of g1 in h+, or a pair of weights for g1 and g3.
+        alpha: for ``finite_difference``, ``exact`` and ``gradient_penalty``: weight of the flatness term, alpha of equation
+            6; for ``gsam``: of the surrogate gap. For ``accelerated`` something else: the convex weight of g1 in h+, or a
+            pair of weights for g1 and g3.
         beta: ``accelerated`` only: the convex weight of g0 in h-, or a pair of weights for g0 and g2. The authors'
             released code uses h- = g0 + (1 - beta) g2: that is ``beta=(1.0, 1 - beta)``.
         gamma: ``accelerated`` only: weight of the part of h- that is orthogonal to h+.
         xi: of the paper, added to norms that divide. (`eps` is the base optimizer's.)
         adaptive: element-wise scaling as in ASAM: norms of g*|theta|, perturbations rho theta^2 g/norm.
         oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/\|g0\|), the paper's SAM + GAM
-            (``finite_difference`` and ``exact``).
-        sam_rho: radius of that ascent; None means rho_prime, which costs ``finite_difference`` no further pass.
+            (``finite_difference``, ``exact`` and ``gradient_penalty``).
+        sam_rho: radius of that ascent; None means rho_prime, which costs a further pass with ``exact`` only.
         interval: run the method on every interval-th step (the first one included) and plain steps between.
         model: the module, or modules, whose buffers (batch norm, spectral norm, a memory queue, ...) and frozen parameters
             (a momentum encoder) shall move once per step. What a model that is not given moves cannot be seen: it moves with
@@ -94,7 +94,7 @@ class FusedGAM(Optimizer):
         grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward; one that calls backward
             itself must do so on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or
             ``scaler.step(optimizer, closure)``, call ``scaler.update()``. It can be set later, as an attribute.
-        perturb_sync: ``"auto"`` or ``"global"``: all ranks perturb alike, by gradients that DDP averages in every pass.
+        perturb_sync: ``"global"``: all ranks perturb alike, by gradients that DDP averages in every pass.
             ``"local"``: each rank perturbs by its own gradients (m-sharpness, m being a rank's batch), and one all-reduce
             per step averages the combined direction, before it is clipped; DDP reduces nothing (its communication hooks do
             not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank whose
@@ -125,8 +125,8 @@ class FusedGAM(Optimizer):
         method: str = "finite_difference",
         rho: float | None = None,
         rho_prime: float | None = None,
-        alpha: settings.Weight | None = None,
-        beta: settings.Weight | None = None,
+        alpha: Weight | None = None,
+        beta: Weight | None = None,
         gamma: float | None = None,
         xi: float = 1e-12,
         adaptive: bool = False,
@@ -138,62 +138,38 @@ class FusedGAM(Optimizer):
         generators: Sequence[Any] = (),
         max_grad_norm: float | None = None,
         grad_scaler: Any = None,
-        perturb_sync: str = "auto",
+        perturb_sync: str = "global",
         flatten: bool = False,
         backend: str = "auto",
         base_kwargs: dict[str, Any] | None = None,
         **more_base_kwargs: Any,
     ):
-        given = {name: value for name, value in locals().items() if value is not _DEFAULTS.get(name, value)}
-        checks.one_of("method", method, settings.METHODS)
-        unused = settings.NAMES - settings.used_by(method)
+        arguments = {name: value for name, value in locals().items() if name in _KEYWORDS}
+        one_of("method", method, tuple(METHODS))
+        given = {name: value for name, value in arguments.items() if value is not _KEYWORDS[name]}
+        unused = set(OF_METHODS) - TAKES[method].names
         split = keywords.split(base_optimizer, given, unused, more_base_kwargs, base_kwargs)
-        own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
-        values = settings.resolve(method, **{k: v for k, v in own.items() if k not in split.taken})
-        settings.check_oracle(method, oracle, sam_rho)
-        settings.check_perturb_sync(perturb_sync)
+        own = {name: arguments[name] for name in _SETTINGS if name in arguments and name not in split.taken}
+        self.settings = Settings(method=method, **own).resolved(TAKES)
         check_backend(backend)
-        self.method, self.oracle, self.sam_rho = method, oracle, sam_rho
-        self.rho_prime, self.alpha, self.beta, self.gamma = values.rho_prime, values.alpha, values.beta, values.gamma
-        self.xi = checks.number("xi", xi, minimum=0.0)
-        self.adaptive, self.preserve_rng_state = bool(adaptive), bool(preserve_rng_state)
-        self.interval = checks.whole("interval", interval, minimum=1)
-        self.max_grad_norm = checks.optional("max_grad_norm", max_grad_norm, above=0.0)
-        self.perturb_sync, self.flatten, self.backend = perturb_sync, bool(flatten), backend
-        self.generators = tuple(generators)
-        for generator in self.generators:
-            source_of(generator)  # raises
-        self._modules = _as_modules(model)
+        modules = _as_modules(model)
         if isinstance(params, nn.Module):
-            self._modules = self._modules or [params]
+            modules = modules or [params]
             params = params.parameters()
-        self._in_step = threading.Lock()
-        self._flat_buffers: list[Tensor] = []
-        self._amp = LossScaling()
-        self._steps_taken = 0
-        self._plan: Any = None  # a Plan, from the first step on
-        self._last: Step | None = None
-        self._precision_watch = precision.Watch()
-
         base = base_optimizers.build(params, base_optimizer, split.of_base)
-        self._fused = base_optimizers.fused_base(base)
-        self.rho_key = base_optimizers.rho_key(base)
-        self._gam_defaults: dict[str, Any] = {self.rho_key: values.rho, "perturb": True, "gam": {}}
-        self._group_values: list[dict[str, Any]] = []  # GAM's entries of each group as they last were
         check_parameters(base.param_groups)
-        super().__init__(base.param_groups, {**base.defaults, **self._gam_defaults})
-        self.base_optimizer = base
-        checkpoint.complete_groups(self)
-        checkpoint.link(self)
-        check_groups(self.param_groups, self.rho_key)
-        ddp.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)  # raises
+        rho_key = base_optimizers.rho_key(base)
+        session = Session(base, rho_key, self.settings.rho, modules, _as_generators(generators))
+        super().__init__(base.param_groups, {**base.defaults, **session.entries.defaults})
+        self.session = session
+        session.entries.complete()
+        self.session.check(self.settings, METHODS[method])
         self.grad_scaler = grad_scaler
-        if self.flatten:
-            self._flat_buffers = flattening.flatten(self.param_groups, self._modules, self._flat_buffers)
+        self.session.flatten(self.settings)
 
     # A step.
 
-    @torch._disable_dynamo  # a compiled function around it runs it as it is; what the closure has compiled stays compiled
+    @not_traced
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update: all passes of the method, then the base optimizer's update in the direction d.
 
@@ -213,7 +189,7 @@ class FusedGAM(Optimizer):
             ValueError: a hyperparameter changed to something that cannot work.
         """
         with Interrupts() as interrupts, torch.no_grad():
-            if not self._in_step.acquire(blocking=False):
+            if not self.session.running.acquire(blocking=False):
                 raise RuntimeError(
                     "step was called while a step of this optimizer is running: from inside its own closure, or from "
                     "another thread. Its passes are at perturbed weights: call one after the other"
@@ -221,217 +197,159 @@ class FusedGAM(Optimizer):
             try:
                 return self._step(closure, interrupts)
             finally:
-                self._in_step.release()
+                self.session.running.release()
 
     def _step(self, closure: Callable[[], Any] | None, interrupts: Interrupts) -> Any:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step was called in torch.inference_mode(), in which nothing can be differentiated: leave it")
+        session = self.session
         if closure is None:
-            return checkpoint.create_state(self)
-        integrations.check_closure(closure)
-        self._amp.begin(self)
+            return checkpoint.create_state(session)
+        check_closure(closure)
+        session.loss_scaling.begin(self)
         try:
-            self._prepare()
-            run = methods.METHODS[self.method] if self._steps_taken % self.interval == 0 else methods.plain
-            with self._plan.no_sync():
-                step = Step(self, closure, interrupts)
-                try:
-                    run(step)
-                    step.finish()
-                except BaseException:
-                    step.abort()
-                    raise
+            method = _method(self.settings)
+            settings = session.prepare(self.settings, method)
+            passes = plain.passes if session.steps_taken % settings.interval else method.passes
+            with session.no_sync():
+                step = run.take(session, settings, method, passes, closure, interrupts)
         except BaseException:
-            self._amp.abort(self)
+            session.loss_scaling.abort(self)
             raise
-        self._amp.report(step.skipped)
-        self._steps_taken += 1
-        self._last = step
-        self._precision_watch.look(self, step)
-        loss, step.loss = step.loss, None  # it may hold outputs, which nobody but the caller shall keep
-        return loss
+        session.loss_scaling.report(session.skipped)
+        run.count(session, step.record)
+        return step.loss
 
-    def _prepare(self) -> None:
-        """Bring the plan and the coefficient tables up to date with the param groups."""
-        if self._plan is None or not self._plan.is_current(self.param_groups):
-            self._rebuild_plan()
-        settings = self._settings()
-        if settings is not None and settings == self._plan.settings:
-            return
-        self._plan.settings = None
-        checkpoint.complete_groups(self)
-        tables = self._tables()
-        max_norm = checks.optional("max_grad_norm", self.max_grad_norm, above=0.0) or 0.0
-        self._plan.upload(tables, self.xi, max_norm)
-        self._plan.state_keys = [self._fused.state_keys(group) for group in self.param_groups] if self._fused else []
-        self._plan.settings = self._settings()
+    def prepare(self) -> Settings:
+        """Bring memory and coefficient tables up to date with param groups and hyperparameters, as a step does first.
 
-    def _tables(self) -> dict[str, Any]:
-        """The coefficient tables of all hyperparameters as they stand now, each of them checked."""
-        checks.one_of("method", self.method, settings.METHODS)
-        values = settings.check(self.method, self._values())
-        settings.check_oracle(self.method, self.oracle, self.sam_rho)
-        settings.check_perturb_sync(self.perturb_sync)
-        checks.number("xi", self.xi, minimum=0.0)
-        checks.whole("interval", self.interval, minimum=1)
-        check_groups(self.param_groups, self.rho_key)
-        return coefficients.tables(self.method, values, self._sam_rho, self.param_groups, self._fused, self.rho_key)
-
-    def _settings(self) -> list[Any] | None:
-        """What the coefficient tables follow from, or None where comparing would not tell of a change (tensors, lists)."""
-        values = [
-            self.method,
-            self.rho_prime,
-            self.alpha,
-            self.beta,
-            self.gamma,
-            self.oracle,
-            self.sam_rho,
-            self.perturb_sync,
-            self.interval,
-            self.xi,
-            self.max_grad_norm,
-        ]
-        for group in self.param_groups:
-            for name, value in group.items():
-                if name not in _NO_SETTINGS:
-                    values += (name, value)
-        return [*values, *map(type, values)] if checks.are_constants(values) else None  # True == 1.0
-
-    def _rebuild_plan(self) -> None:
-        checkpoint.drop_unstarted(self)
-        checkpoint.complete_groups(self)
-        check_materialized(self.param_groups)
-        check_parameters(self.param_groups)
-        if self.flatten:
-            self._flat_buffers = flattening.flatten(self.param_groups, self._modules, self._flat_buffers)
-        plan = Plan(self.param_groups, self.backend)
-        if not plan.params:
-            raise RuntimeError("no parameter requires a gradient: unfreeze one, or do not step")
-        control = torch.zeros(len(Control), dtype=torch.float64, device="cpu")
-        control[Control.LOSS_SCALE] = 1.0
-        if self._plan is not None:
-            control.copy_(self._plan.blocks[0].control)
-        else:
-            control[Control.SKIPPED], control[Control.NOISE_STEP] = self._counters
-        for number, block in enumerate(plan.blocks):
-            control[Control.NOISE_SEED] = number + len(plan.blocks) * block.shard_index
-            block.control.copy_(upload(control.clone(), block.control.device))
-        plan.replicas = ddp.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
-        plan.fsdp_modules = dtensor.fsdp_modules(self._modules)
-        plan.model_state = ModelState(self._modules, plan.params, self.backend) if self._modules else None
-        self._plan = plan
-
-    def _values(self) -> settings.Hyperparameters:
-        return settings.Hyperparameters(self._gam_defaults[self.rho_key], self.rho_prime, self.alpha, self.beta, self.gamma)
-
-    @property
-    def _sam_rho(self) -> float | None:
-        """Radius of the SAM oracle, None without one."""
-        if self.oracle != "sam":
-            return None
-        return self.rho_prime if self.sam_rho is None else self.sam_rho
-
-    _step_supports_amp_scaling = True  # torch's word for: `scaler.step` shall not unscale `p.grad` itself
+        Returns:
+            The hyperparameters, checked.
+        """
+        return self.session.prepare(self.settings, _method(self.settings))
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The scaler that the losses are scaled by; it can be set, for loops that make their own."""
-        return self._amp.scaler
+        scaler: torch.amp.GradScaler | None = self.session.loss_scaling.scaler
+        return scaler
 
     @grad_scaler.setter
     def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
-        self._amp.use(scaler, next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu")))
+        first = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        self.session.loss_scaling.use(scaler, first)
 
-    _counters = (0.0, 0.0)  # skipped steps and noise counter to start from, set by a checkpoint
+    _step_supports_amp_scaling = True  # torch's word for: `scaler.step` shall not unscale `p.grad` itself
+
+    @property
+    def generators(self) -> tuple[Any, ...]:
+        """Generators of the user's own that are replayed; they can be set."""
+        return self.session.generators
+
+    @generators.setter
+    def generators(self, generators: Sequence[Any]) -> None:
+        self.session.generators = _as_generators(generators)
+
+    @property
+    def rho_key(self) -> str:
+        """The entry of param groups that holds GAM's radius: "rho", or "gam_rho" where the base has a rho of its own."""
+        return self.session.entries.rho_key
 
     # What it tells.
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite. Reading it waits for the device."""
-        return int(self._plan.blocks[0].control[Control.SKIPPED]) if self._plan else int(self._counters[0])
+        return int(self.session.counters[0])
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """What the last step saw, as 0-d tensors on the device, without waiting for it; see `gam_fused.step.diagnostics`.
+        """What the last step saw, as 0-d tensors on the device, without waiting for it.
 
-        With sharded parameters every rank must call it.
+        The figures are listed at `gam_fused.step.diagnostics.diagnose`. With sharded parameters every rank must call it.
+
+        Raises:
+            RuntimeError: before the first step.
         """
-        return diagnose(self)
+        if self.session.last is None:
+            raise RuntimeError("diagnostics() describes the last step, and there was none yet")
+        return diagnose(self.session.last, self.session.precision.autocast_eps)
+
+    def __repr__(self) -> str:
+        hidden = {"rho", "xi", "preserve_rng_state", "flatten"} | ({"oracle"} if self.settings.oracle == "loss" else set())
+        shown = {name: getattr(self.settings, name) for name in _SETTINGS if name not in hidden}
+        text = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+        return super().__repr__().replace("(", f"({text}", 1)
 
     # What torch.optim promises. State and groups are the base optimizer's own, whoever sets them anew.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def base_optimizer(self) -> Optimizer:
+        """The optimizer whose update is made in the direction d. It owns state and param groups."""
+        return self.session.base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's."""
-        return self.base_optimizer.param_groups
+        return self.session.base.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if "base_optimizer" in self.__dict__:  # not yet in torch's constructor
-            self.base_optimizer.param_groups = groups
+        if not self._in_constructor:
+            self.session.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's."""
-        return self.base_optimizer.state
+        return self.session.base.state
 
     @state.setter
     def state(self, state: Any) -> None:
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.state = state
+        if not self._in_constructor:
+            self.session.base.state = state
+
+    @property
+    def _in_constructor(self) -> bool:
+        """Whether torch's constructor runs, which would set state and groups anew and add the base's own groups to them."""
+        return "session" not in self.__dict__
 
     def __getattr__(self, name: str) -> Any:
         """What only the base optimizer has, such as `train()` and `eval()` of schedule-free ones."""
-        base = self.__dict__.get("base_optimizer")
-        if base is None or name.startswith("_") or not hasattr(base, name):
+        session = self.__dict__.get("session")
+        if session is None or name.startswith("_") or not hasattr(session.base, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(base, name)
+        return getattr(session.base, name)
 
-    @torch._disable_dynamo
+    if TYPE_CHECKING:  # hyperparameters are attributes that can be set; `Settings` lists them
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    @not_traced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; the group may hold ``rho`` and ``perturb``."""
-        if "base_optimizer" not in self.__dict__:  # torch's constructor hands over the base's own groups
+        if self._in_constructor:
             return
         number = len(self.param_groups)
-        self.base_optimizer.add_param_group({**self._gam_defaults, **param_group})
+        self.session.base.add_param_group({**self.session.entries.defaults, **param_group})
         try:
             check_parameters(self.param_groups)
-            checkpoint.complete_groups(self)
-            check_groups(self.param_groups, self.rho_key)
-            ddp.replicas(self._modules, self.perturb_sync, self.method, self.param_groups)
+            self.session.entries.complete()
+            self.session.check(self.settings, _method(self.settings))
         except (TypeError, ValueError):
             del self.param_groups[number:]
             raise
 
-    @torch._disable_dynamo
+    @not_traced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base optimizer's."""
         if set_to_none:
-            self.base_optimizer.zero_grad()
+            self.session.base.zero_grad()
         else:
-            self.base_optimizer.zero_grad(set_to_none=False)
-
-    def __repr__(self) -> str:
-        names = [
-            "method",
-            "rho_prime",
-            "alpha",
-            "beta",
-            "gamma",
-            "adaptive",
-            "interval",
-            "max_grad_norm",
-            "perturb_sync",
-            "backend",
-        ]
-        names += ["oracle", "sam_rho"] if self.oracle != "loss" else []
-        shown = ", ".join(f"{name}={value!r}" for name in names if (value := getattr(self, name)) is not None)
-        return super().__repr__().replace("(", f"({shown}", 1)
+            self.session.base.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, in the layout of the base optimizer's own; param groups also hold "rho", "perturb" and "gam"."""
-        return checkpoint.save(self)
+        torch_private.before_state_dict(self)
+        return torch_private.after_state_dict(self, checkpoint.save(self.session, self.settings))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class, of any age.
@@ -441,22 +359,50 @@ class FusedGAM(Optimizer):
         Raises:
             ValueError, TypeError: what cannot be loaded, named. Nothing has changed then.
         """
-        checkpoint.load(self, state_dict)
+        if self.session.running.locked():
+            raise RuntimeError(
+                "load_state_dict was called during a step of the optimizer, from its closure or another thread"
+            )
+        state_dict = torch_private.before_load(self, state_dict)
+        with checkpoint.loading(self.session, self.settings, _method(self.settings), state_dict) as loaded:
+            self.settings = loaded
+            torch_private.after_load(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return checkpoint.picklable(self)
+        """For pickle and deepcopy: everything but hooks, as torch.optim has it, and what is built anew from the rest."""
+        # "step": LR schedulers wrap it per instance.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         of_base: dict[str, Any] = {key: state[key] for key in ("state", "param_groups") if key in state}
         super().__setstate__({key: value for key, value in state.items() if key not in of_base})
         if of_base:
-            self.base_optimizer.__setstate__(of_base)
-        if "_plan" not in self.__dict__:  # unpickled or copied
-            self._plan = self._last = None
-            self._precision_watch = precision.Watch()
-            self._in_step = threading.Lock()
-            checkpoint.link(self)
-        checkpoint.forget_plan(self)
+            self.session.base.__setstate__(of_base)
+        self.session.forget_plan()
+
+
+def _setting(name: str) -> property:
+    """A hyperparameter as an attribute that can be read and set."""
+
+    def get(self: FusedGAM) -> Any:
+        return getattr(self.settings, name)
+
+    def put(self: FusedGAM, value: Any) -> None:
+        self.settings = replace(self.settings, **{name: value})
+
+    return property(get, put)
+
+
+_SETTINGS = tuple(field.name for field in fields(Settings))
+for _name in _SETTINGS:
+    if _name != "rho":  # an entry of param groups
+        setattr(FusedGAM, _name, _setting(_name))
+# FusedGAM's own keywords and their defaults, but `method`, which nobody means for a base optimizer.
+_KEYWORDS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(FusedGAM.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("method", "base_kwargs")
+}
 
 
 class FusedSAM(FusedGAM):
@@ -478,12 +424,15 @@ class FusedSAM(FusedGAM):
         super().__init__(params, base_optimizer, method="sam", rho=rho, **kwargs)
 
 
-# FusedGAM's own keywords, but `method`, which nobody means for a base optimizer.
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(FusedGAM.__init__).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("method", "base_kwargs")
-}
+def _method(settings: Settings) -> Method:
+    one_of("method", settings.method, tuple(METHODS))
+    return METHODS[settings.method]
+
+
+def _as_generators(generators: Sequence[Any]) -> tuple[Any, ...]:
+    for generator in generators:
+        source_of(generator)  # raises
+    return tuple(generators)
 
 
 def _as_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 
+from gam_fused.methods import METHODS
 from gam_fused.optimizer import FusedGAM
-from gam_fused.settings import METHODS
 
 STEPS = 5
 
@@ -35,7 +36,7 @@ def compare_with_reference(backend: str, device: torch.device) -> str:
     return f"{verdict}, differs from reference by {worst:.1e} after {STEPS} steps in float64"
 
 
-def _train(backend: str, device: torch.device, method: str, base: type, options: dict) -> torch.Tensor:
+def _train(backend: str, device: torch.device, method: str, base: type, options: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 5, generator=generator, dtype=torch.float64, device="cpu").to(device)
     model = copy.deepcopy(_model(generator)).to(device)

@@ -1,74 +1,142 @@
-"""Hyperparameters of GAM: defaults per method, and the checks that run before anything is built."""
+"""Hyperparameters of GAM, each named here once: what a method takes, what was given, and the checks of both."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
-from gam_fused.checks import number, one_of
+from gam_fused.checks import are_constants, number, one_of, optional, whole
 
-METHODS = ("finite_difference", "accelerated", "exact", "sam")
 ORACLES = ("loss", "sam")
-PERTURB_SYNC = ("auto", "global", "local")
+PERTURB_SYNC = ("global", "local")
+# Those that methods have defaults of their own for, or no use for.
+OF_METHODS = ("rho", "rho_prime", "alpha", "beta", "gamma")
+# Those a schedule may change during training, so that checkpoints hold them (rho and lr are entries of param groups).
+SCHEDULED = ("rho_prime", "alpha", "beta", "gamma")
 
 Weight = float | tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """What one optimizer holds once (rho and perturb are entries of the param groups). `None`: not used by the method."""
+class Takes:
+    """The hyperparameters that a method takes, with their defaults. None: it has no use for that one.
+
+    Attributes:
+        pairs: whether `alpha` and `beta` are Algorithm 2's: convex weights, or pairs of weights.
+        oracle: whether the direction has a term h_loss, which the SAM oracle can take the place of.
+    """
 
     rho: float
-    rho_prime: Any = None  # float, where used
-    alpha: Any = None  # Weight, where used
-    beta: Any = None  # Weight, where used
-    gamma: Any = None  # float, where used
+    rho_prime: float | None = None
+    alpha: Weight | None = None
+    beta: Weight | None = None
+    gamma: float | None = None
+    pairs: bool = False
+    oracle: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        """Of `OF_METHODS`, those it takes."""
+        return {name for name in OF_METHODS if getattr(self, name) is not None}
 
 
-# Chosen by benchmarks/sweep_digits.py on a validation split; see benchmarks/results/.
-DEFAULTS = {
-    "finite_difference": Hyperparameters(rho=0.05, rho_prime=0.05, alpha=1.0),
-    "accelerated": Hyperparameters(rho=0.05, rho_prime=0.1, alpha=0.3, beta=0.5, gamma=0.03),
-    "exact": Hyperparameters(rho=0.05, rho_prime=0.05, alpha=1.0),
-    "sam": Hyperparameters(rho=0.05),
-}
+@dataclass(frozen=True)
+class Settings:
+    """All hyperparameters of one optimizer, but those that belong to the base optimizer.
 
+    What they mean is in the docstring of `FusedGAM`. They hold what the user gave, so that it is shown and scheduled as it
+    was given; `checked` is what a step works with.
 
-NAMES = set(vars(DEFAULTS["sam"]))
-
-
-def used_by(method: str) -> set[str]:
-    """Names of the hyperparameters that a method has."""
-    return {name for name, value in vars(DEFAULTS[method]).items() if value is not None}
-
-
-def resolve(method: str, **given: Any) -> Hyperparameters:
-    """The method's defaults with what the user gave in their place.
-
-    Raises:
-        ValueError: an unknown method, a value out of range, or one that the method does not use.
-        TypeError: a value of the wrong type.
+    Attributes:
+        rho: of param groups that do not say otherwise.
     """
-    one_of("method", method, METHODS)
-    defaults = DEFAULTS[method]
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if getattr(defaults, name) is None:
-            users = ", ".join(repr(m) for m in METHODS if getattr(DEFAULTS[m], name) is not None)
-            raise ValueError(f"{name}={value!r} was given, but method={method!r} does not use {name}; it belongs to {users}")
-    return check(method, replace(defaults, **given))
 
+    method: str = "finite_difference"
+    rho: Any = None
+    rho_prime: Any = None
+    alpha: Any = None
+    beta: Any = None
+    gamma: Any = None
+    xi: Any = 1e-12
+    adaptive: bool = False
+    oracle: str = "loss"
+    sam_rho: Any = None
+    interval: int = 1
+    preserve_rng_state: bool = True
+    max_grad_norm: Any = None
+    perturb_sync: str = "global"
+    flatten: bool = False
+    backend: str = "auto"
 
-def check(method: str, values: Hyperparameters) -> Hyperparameters:
-    """`values` in canonical form (floats, tuples of floats). Raises as `resolve`."""
-    pairs = method == "accelerated"
-    return Hyperparameters(
-        rho=number("rho", values.rho, minimum=0.0),
-        rho_prime=None if values.rho_prime is None else number("rho_prime", values.rho_prime, above=0.0),
-        alpha=None if values.alpha is None else _weight("alpha", values.alpha, pairs),
-        beta=None if values.beta is None else _weight("beta", values.beta, pairs),
-        gamma=None if values.gamma is None else number("gamma", values.gamma, minimum=0.0),
-    )
+    def resolved(self, takes: Mapping[str, Takes]) -> Settings:
+        """With the method's defaults in the place of what was not given, all checked.
+
+        Args:
+            takes: what each method takes.
+
+        Raises:
+            ValueError: an unknown method, a value out of range, or one that the method has no use for.
+            TypeError: a value of the wrong type.
+        """
+        one_of("method", self.method, tuple(takes))
+        mine = takes[self.method]
+        for name in OF_METHODS:
+            value = getattr(self, name)
+            if value is not None and name not in mine.names:
+                users = ", ".join(repr(method) for method in takes if name in takes[method].names)
+                raise ValueError(
+                    f"{name}={value!r} was given, but method={self.method!r} does not use {name}; it belongs to {users}"
+                )
+        defaults = {name: getattr(mine, name) for name in mine.names if getattr(self, name) is None}
+        return replace(self, **defaults).checked(mine)
+
+    def checked(self, takes: Takes) -> Settings:
+        """In canonical form (floats, tuples of floats, bools). Raises as `resolved`."""
+        if self.oracle == "sam" and not takes.oracle:
+            raise ValueError(
+                f"oracle='sam' takes the place of h_loss = grad L, which is no term of method={self.method!r}'s direction"
+            )
+        if self.sam_rho is not None and self.oracle != "sam":
+            raise ValueError(f"sam_rho={self.sam_rho!r} goes with oracle='sam', but oracle={self.oracle!r}")
+        one_of("oracle", self.oracle, ORACLES)
+        one_of("perturb_sync", self.perturb_sync, PERTURB_SYNC)
+        return replace(
+            self,
+            rho=number("rho", self.rho, minimum=0.0),
+            rho_prime=optional("rho_prime", self.rho_prime, above=0.0),
+            alpha=None if self.alpha is None else _weight("alpha", self.alpha, takes.pairs),
+            beta=None if self.beta is None else _weight("beta", self.beta, takes.pairs),
+            gamma=optional("gamma", self.gamma, minimum=0.0),
+            xi=number("xi", self.xi, minimum=0.0),
+            adaptive=bool(self.adaptive),
+            sam_rho=optional("sam_rho", self.sam_rho, minimum=0.0),
+            interval=whole("interval", self.interval, minimum=1),
+            preserve_rng_state=bool(self.preserve_rng_state),
+            max_grad_norm=optional("max_grad_norm", self.max_grad_norm, above=0.0),
+            flatten=bool(self.flatten),
+        )
+
+    @property
+    def oracle_radius(self) -> float | None:
+        """Length of the SAM oracle's ascent, None without one."""
+        if self.oracle != "sam":
+            return None
+        radius: float = self.rho_prime if self.sam_rho is None else self.sam_rho
+        return radius
+
+    @cached_property
+    def _constants(self) -> list[Any] | None:
+        """The values and their types, or None where one may change without a change of `Settings` (a tensor, a list)."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [*values, *map(type, values)] if are_constants(values) else None  # True == 1.0
+
+    def same_as(self, other: Settings | None) -> bool:
+        """Whether every value is certain to be that of `other`."""
+        if other is None or self._constants is None:
+            return False
+        return self is other or self._constants == other._constants
 
 
 def pair(weight: Weight) -> tuple[float, float]:
@@ -87,21 +155,3 @@ def _weight(name: str, value: Any, pairs: bool) -> Weight:
     if pairs and weight > 1.0:
         raise ValueError(f"{name}={value!r} is a convex weight and must be between 0 and 1; give a pair for other weights")
     return weight
-
-
-def check_oracle(method: str, oracle: str, sam_rho: float | None) -> None:
-    """Raises ValueError for an oracle that is unknown or that the method has no h_loss for."""
-    one_of("oracle", oracle, ORACLES)
-    if oracle == "sam" and method in ("sam", "accelerated"):
-        raise ValueError(
-            f"oracle='sam' is for methods 'finite_difference' and 'exact'; {method!r} contains the SAM gradient"
-        )
-    if sam_rho is not None:
-        if oracle != "sam":
-            raise ValueError(f"sam_rho={sam_rho!r} goes with oracle='sam', but oracle={oracle!r}")
-        number("sam_rho", sam_rho, minimum=0.0)
-
-
-def check_perturb_sync(perturb_sync: str) -> None:
-    """Raises ValueError for an unknown value. What "local" needs is checked by `distributed.replicas`."""
-    one_of("perturb_sync", perturb_sync, PERTURB_SYNC)

@@ -117,6 +117,10 @@ class Gam64:
             return self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))[1] if self.oracle == "sam" else g0
         if method == "sam":
             return self.gradient(loss_fn, self.moved(theta, g0))[1]
+        if method == "gsam":
+            return self.surrogate_gap(g0, self.gradient(loss_fn, self.moved(theta, g0))[1])
+        if method == "gradient_penalty":
+            return self.penalised(loss_fn, g0)
         _, g1 = self.gradient(loss_fn, self.moved(theta, g0, self.rho_prime))
         theta2 = self.moved(theta, [b - a for a, b in zip(g0, g1, strict=True)])
         _, g2 = self.gradient(loss_fn, theta2)
@@ -129,6 +133,24 @@ class Gam64:
             h_loss = g1 if same else self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))[1]
         k = [self.alpha * o["rho"] / self.rho_prime for o in self.group]
         return [a + c * (y - x) for a, c, x, y in zip(h_loss, k, g2, g3, strict=True)]
+
+    def surrogate_gap(self, g0: list[Tensor], g1: list[Tensor]) -> list[Tensor]:
+        """GSAM: g1 - alpha (g0 minus its projection on g1)."""
+        self.plus, self.minus = g1, g0
+        square = self.dot(g1, g1)
+        s = self.dot(g0, g1) / square if square > 0 else 0.0
+        return [b - self.alpha * (a - s * b) for a, b in zip(g0, g1, strict=True)]
+
+    def penalised(self, loss_fn: LossFn, g0: list[Tensor]) -> list[Tensor]:
+        """h_loss + (alpha rho/rho') (g1 - g0): the gradient norm at theta itself is the penalty."""
+        h_loss = g0
+        if self.oracle == "sam" and self.sam_rho != self.rho_prime:
+            _, h_loss = self.gradient(loss_fn, self.moved(self.theta, g0, self.sam_rho))
+        _, g1 = self.gradient(loss_fn, self.moved(self.theta, g0, self.rho_prime))
+        if self.oracle == "sam" and self.sam_rho == self.rho_prime:
+            h_loss = g1
+        k = [self.alpha * o["rho"] / self.rho_prime for o in self.group]
+        return [h + c * (y - x) for h, c, x, y in zip(h_loss, k, g0, g1, strict=True)]
 
     def projected(self, g0: list[Tensor], g1: list[Tensor], g2: list[Tensor], g3: list[Tensor]) -> list[Tensor]:
         """Algorithm 2: h+ - gamma (h- minus its projection on h+)."""

@@ -13,13 +13,15 @@ from torch.func import functional_call
 import gam_fused
 from gam_fused import FusedGAM
 
-METHODS = ("sam", "finite_difference", "accelerated", "exact")
-PASSES = {"sam": 2, "finite_difference": 4, "accelerated": 4, "exact": 2}
+METHODS = ("sam", "finite_difference", "accelerated", "exact", "gradient_penalty", "gsam")
+PASSES = {"sam": 2, "finite_difference": 4, "accelerated": 4, "exact": 2, "gradient_penalty": 2, "gsam": 2}
 SETTINGS = {
     "sam": {"rho": 0.1},
     "finite_difference": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.7},
     "accelerated": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.3, "beta": 0.6, "gamma": 0.2},
     "exact": {"rho": 0.1, "alpha": 0.7},
+    "gradient_penalty": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.7},
+    "gsam": {"rho": 0.1, "alpha": 0.3},
 }
 EVERY_PASS = [(method, k) for method in METHODS for k in range(PASSES[method])]
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

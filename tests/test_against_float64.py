@@ -11,7 +11,7 @@ from torch import nn
 TOLERANCE = 1e-9
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 NAMES = {SGD: "sgd", ADAM: "adam", ADAMW: "adamw"}
-FIRST_ORDER = ("sam", "finite_difference", "accelerated")
+WITH_ORACLE = ("finite_difference", "exact", "gradient_penalty")
 BASES = {
     "sgd": (SGD, {"lr": 0.1, "momentum": 0.0}),
     "sgd-momentum-wd": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -32,17 +32,17 @@ OPTIONS = {
     "not-clipped": (METHODS, {"max_grad_norm": 100.0}),
     "adaptive-clipped": (METHODS, {"adaptive": True, "max_grad_norm": 0.05}),
     "rho-0": (METHODS, {"rho": 0.0}),
-    "oracle": (("finite_difference", "exact"), {"oracle": "sam", "sam_rho": 0.05, "rho_prime": 0.05}),
-    "oracle-default": (("finite_difference",), {"oracle": "sam"}),
-    "oracle-own-radius": (("finite_difference", "exact"), {"oracle": "sam", "sam_rho": 0.2}),
+    "oracle": (WITH_ORACLE, {"oracle": "sam", "sam_rho": 0.05, "rho_prime": 0.05}),
+    "oracle-default": (("finite_difference", "gradient_penalty"), {"oracle": "sam"}),
+    "oracle-own-radius": (WITH_ORACLE, {"oracle": "sam", "sam_rho": 0.2}),
     "oracle-clipped-adaptive": (
-        ("finite_difference", "exact"),
+        WITH_ORACLE,
         {"oracle": "sam", "sam_rho": 0.2, "max_grad_norm": 0.05, "adaptive": True},
     ),
     "gamma-0": (("accelerated",), {"gamma": 0.0}),
     "pairs": (("accelerated",), {"alpha": (0.4, 0.9), "beta": (1.0, 0.3), "gamma": 0.5}),
     "one-pair": (("accelerated",), {"beta": (0.0, 1.5)}),
-    "alpha-large": (("finite_difference", "exact"), {"alpha": 3.0}),
+    "alpha-large": (("finite_difference", "exact", "gradient_penalty", "gsam"), {"alpha": 3.0}),
 }
 
 
@@ -154,7 +154,7 @@ def test_groups_with_their_own_base_options(method, base, backend):
     Race(method, base, shared, backend, groups=groups).run()
 
 
-@pytest.mark.parametrize("method", ["finite_difference", "exact"])
+@pytest.mark.parametrize("method", WITH_ORACLE)
 def test_oracle_with_groups(method):
     for sam_rho in (0.05, 0.2):
         Race(method, groups=three_groups, oracle="sam", sam_rho=sam_rho).run()

@@ -14,7 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import gam_fused
-from gam_fused.graphs import _check_same_kind, capture_step
+from gam_fused.graphs import capture_step
+from gam_fused.graphs.capture import _check_same_kind
 from gam_fused.graphs.preserve import Preserved
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -117,14 +118,14 @@ def with_state(kind, base, method):
 def test_warming_up_leaves_no_trace(method, base, kind):
     model, optimizer, closure = with_state(kind, base, method)
     _, twin, twin_closure = with_state(kind, base, method)
-    preserved = Preserved(optimizer)
-    before, steps = snapshot(optimizer, model), optimizer._steps_taken
+    preserved = Preserved(optimizer.session, optimizer.prepare())
+    before, steps = snapshot(optimizer, model), optimizer.session.steps_taken
     addresses = [p.data_ptr() for p in model.parameters()]
     for i in range(3):
         optimizer.step(lambda i=i: closure() * (float("nan") if i == 1 else 1.0) if i else closure())
     states = [t for entry in optimizer.state.values() for t in entry.values()]
     preserved.put_back()
-    optimizer._steps_taken = steps  # a captured step's warm-up does not count them
+    optimizer.session.steps_taken = steps  # a captured step's warm-up does not count them
     assert [p.data_ptr() for p in model.parameters()] == addresses
     assert all(a is b for a, b in zip(states, (t for e in optimizer.state.values() for t in e.values()), strict=True))
     if kind == "new":  # a graph goes on with these very tensors, as if they had just been made
@@ -135,7 +136,7 @@ def test_warming_up_leaves_no_trace(method, base, kind):
         optimizer.step(closure)
     assert all(a is b for a, b in zip(states, (t for e in optimizer.state.values() for t in e.values()), strict=True))
     preserved.put_back()
-    optimizer._steps_taken = steps
+    optimizer.session.steps_taken = steps
     same(snapshot(optimizer, model), before)
     torch.set_rng_state(random)
     for _ in range(3):
@@ -218,7 +219,7 @@ class TestOnGPU:
         """Dropout, batch norm, schedules of lr, rho and rho_prime."""
         captured, eager = pair(method=method, base=base, backend=backend)
         assert_equal(captured, eager)
-        assert captured.optimizer._steps_taken == 4
+        assert captured.optimizer.session.steps_taken == 4
 
     @pytest.mark.parametrize(
         "options",

@@ -170,7 +170,7 @@ def test_ratio_0_is_what_the_steps_between_do(key):
     for ratio in (0.0, 0.05):
         model = conv_net(seed=0).double()
         optimizer = ORACLES[key].method(ratio).optimizer(model)
-        optimizer._steps_taken = 1  # the next GAM step is the twentieth
+        optimizer.session.steps_taken = 1  # the next GAM step is the twentieth
         for i in range(5):
             x, y = data.images[16 * i : 16 * (i + 1)].double(), data.labels[16 * i : 16 * (i + 1)]
             train_step(model, optimizer, x, y)

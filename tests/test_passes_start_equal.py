@@ -235,13 +235,13 @@ def test_a_large_frozen_part_is_neither_copied_nor_looked_for_in_vain(monkeypatc
     optimizer = FusedGAM(model[2].parameters(), torch.optim.SGD, lr=0.1, model=model)
     x, _ = batch(features=(6,))
     optimizer.step(lambda: model(x).square().mean())
-    state = optimizer._plan.model_state
+    state = optimizer.session.model_state
     assert state.begin()._layout.frozen == []
     model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 2))
     optimizer = FusedGAM(trained_of(model), torch.optim.SGD, lr=0.1, model=model)
     for _ in range(8):
         optimizer.step(lambda: model(x).square().mean())
-    assert optimizer._plan.model_state.begin()._layout.frozen == [], "copied a few times, then known not to move"
+    assert optimizer.session.model_state.begin()._layout.frozen == [], "copied a few times, then known not to move"
 
 
 def test_a_frozen_parameter_that_begins_to_move_later():

@@ -109,8 +109,8 @@ def test_a_second_signal_waits_while_the_first_is_being_dealt_with():
 
         restore = optimizer.step  # a second signal arrives in abort: the kernel that puts weights back sends it
         backend = None
-        optimizer._prepare()
-        block = optimizer._plan.blocks[0]
+        optimizer.prepare()
+        block = optimizer.session.plan.blocks[0]
         backend = block.kernels
 
         class Sends:

@@ -16,22 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-try:
-    import lightning.pytorch as pl
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-    from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
-    from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
-    from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, Precision
-    from lightning.pytorch.utilities import GradClipAlgorithmType
-except ImportError:  # the same code under the name of its own package
-    import pytorch_lightning as pl
-    from pytorch_lightning.core.optimizer import LightningOptimizer
-    from pytorch_lightning.loops.optimization.automatic import Closure, _AutomaticOptimization
-    from pytorch_lightning.loops.utilities import _block_parallel_sync_behavior
-    from pytorch_lightning.plugins import FSDPPrecision, MixedPrecision, Precision
-    from pytorch_lightning.utilities import GradClipAlgorithmType
-
 from gam_fused.integrations import clipping_to, on_direction, overridden
+from gam_fused.integrations.lightning_private import (
+    AutomaticOptimization,
+    FSDPPrecision,
+    GradClipAlgorithmType,
+    LightningOptimizer,
+    MixedPrecision,
+    Precision,
+    block_parallel_sync_behavior,
+    call_hooks_before_step,
+    pl,
+)
 from gam_fused.optimizer import FusedGAM
 
 
@@ -81,21 +77,22 @@ class _Skip(Exception):
     """`training_step` returned None for every micro-batch, which in Lightning means: no update."""
 
 
-class _Optimization(_AutomaticOptimization):
+class _Optimization(AutomaticOptimization):
     """Automatic optimization whose closure runs all micro-batches of one step, so that every pass sees the same loss."""
 
-    def __init__(self, original: _AutomaticOptimization):
+    def __init__(self, original: AutomaticOptimization):
         super().__init__(original.trainer)
         self.optim_progress = original.optim_progress  # what `global_step` counts
-        self._waiting: list[tuple[int, OrderedDict]] = []
+        self._waiting: list[tuple[int, OrderedDict[str, Any]]] = []
 
-    def run(self, optimizer: Any, batch_idx: int, kwargs: OrderedDict) -> dict[str, Any]:
+    def run(self, optimizer: Any, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         if not isinstance(optimizer, FusedGAM):
-            return super().run(optimizer, batch_idx, kwargs)
+            result: dict[str, Any] = super().run(optimizer, batch_idx, kwargs)
+            return result
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._waiting.clear()  # left by an epoch that was stopped
         self._waiting.append((batch_idx, kwargs))
-        if self.trainer.fit_loop._should_accumulate():
+        if self.should_accumulate():
             return {}
         batches, self._waiting = self._waiting, []
         outputs: list[dict[str, Any]] = []
@@ -106,7 +103,7 @@ class _Optimization(_AutomaticOptimization):
             return output["loss"]
 
         try:
-            self._optimizer_step(batch_idx, one_pass)
+            self.make_step(batch_idx, one_pass)
         except _Skip:
             self.optim_progress.optimizer.step.increment_completed()
             return {}
@@ -117,14 +114,15 @@ class _Optimization(_AutomaticOptimization):
             )
         return outputs[0]
 
-    def _run_batches(self, optimizer: Any, batches: list[tuple[int, OrderedDict]], *, first_pass: bool) -> dict[str, Any]:
+    def _run_batches(
+        self, optimizer: Any, batches: list[tuple[int, OrderedDict[str, Any]]], *, first_pass: bool
+    ) -> dict[str, Any]:
         """Forward and backward of all micro-batches. Returns the last one's output, with the loss of all."""
         output: dict[str, Any] = {}
         losses = []
         for i, (batch_idx, kwargs) in enumerate(batches):
-            zero_grad = self._make_zero_grad_fn(batch_idx, optimizer) if first_pass and i == 0 else None
-            closure = Closure(self._make_step_fn(kwargs), self._make_backward_fn(optimizer), zero_grad)
-            with _block_parallel_sync_behavior(self.trainer.strategy, block=i < len(batches) - 1):
+            closure = self.closure_of(optimizer, batch_idx, kwargs, zero_grad=first_pass and i == 0)
+            with block_parallel_sync_behavior(self.trainer.strategy, block=i < len(batches) - 1):
                 loss = closure()
             output = closure.consume_result().asdict()
             if loss is not None:
@@ -196,7 +194,7 @@ class _ServesGAM:
             self._gam.passes_of, self._gam.direction_of = None, optimizer
             for clip in [] if automatic else clips:
                 self.clip_gradients(optimizer, *clip)
-            self._after_closure(model, optimizer)  # type: ignore[attr-defined]  # calls the hooks, in Lightning's order
+            call_hooks_before_step(self, model, optimizer)
 
         return limit, act if clips or hooks else None
 

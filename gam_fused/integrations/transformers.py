@@ -52,7 +52,8 @@ class GAMTrainerMixin:
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         trainer: Any = self
         if not isinstance(self._gam, FusedGAM):
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            return loss
         if trainer.is_deepspeed_enabled:
             raise RuntimeError(
                 "DeepSpeed steps the optimizer itself, once per backward, which FusedGAM cannot be: use DDP or FSDP2"
@@ -76,7 +77,7 @@ class GAMTrainerMixin:
             return total
 
         self._gam.grad_scaler = trainer.accelerator.scaler
-        self._gam._modules = self._gam._modules or [trainer.model]
+        self._gam.session.modules = self._gam.session.modules or [trainer.model]
         self._step(one_pass)
         # The loop is about to call `optimizer.step()`, which does nothing while gradients are not to be synchronised; it
         # sets this anew for every batch.

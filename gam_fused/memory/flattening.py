@@ -31,7 +31,7 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
     """
     if any(isinstance(m, DistributedDataParallel) for m in modules):
         raise ValueError("flatten=True must come before DistributedDataParallel, which holds on to the parameters' memory")
-    kinds: dict[tuple, list[Tensor]] = defaultdict(list)
+    kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for group in param_groups:
         for p in group["params"]:
             kinds[p.device, p.dtype].append(p)

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from gam_fused.backends.tensor_lists import TensorList
 from gam_fused.checks import Groups, describe
-
-_storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
-_storage_address: Any = getattr(torch._C, "_storage_address", None)  # unlike `untyped_storage()`, makes no Python object
+from gam_fused.torch_private import is_view, storage_address, storage_use_count
 
 
 def clear(params: Sequence[Tensor]) -> None:
@@ -100,9 +98,9 @@ def _any_is_held(gradients: list[Any]) -> bool:
     """Whether anybody else may hold one of them, or its memory."""
     if max(map(sys.getrefcount, gradients)) > _LISTED_REFERENCES:
         return True
-    if _storage_use_count is None or _storage_address is None:
+    if storage_use_count is None or storage_address is None:
         return any(map(_is_shared, gradients))
-    return max(map(_storage_use_count, map(_storage_address, gradients))) > 1
+    return bool(max(map(storage_use_count, map(storage_address, gradients))) > 1)
 
 
 def fit(gradient: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -122,9 +120,9 @@ def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], groups: Grou
 
 def _is_shared(gradient: Tensor) -> bool:
     """Whether any other tensor lies in the gradient's memory."""
-    if _storage_use_count is None or _storage_address is None:
-        return gradient._is_view()
-    return _storage_use_count(_storage_address(gradient)) > 1
+    if storage_use_count is None or storage_address is None:
+        return is_view(gradient)
+    return bool(storage_use_count(storage_address(gradient)) > 1)
 
 
 def _own_references() -> int:

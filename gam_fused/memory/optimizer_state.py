@@ -20,7 +20,7 @@ from gam_fused.parallel import dtensor
 
 if TYPE_CHECKING:
     from gam_fused.backends.base_optimizers import FusedBase
-    from gam_fused.memory.plan import Block
+    from gam_fused.memory.blocks import Block
 
 States = MutableMapping[Any, dict[str, Any]]
 

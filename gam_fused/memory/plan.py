@@ -1,160 +1,21 @@
-"""Blocks: the parameters of one device, dtype and kind of layout, with everything the kernels need for them.
-
-A `Plan` is built once from the param groups and kept while they stay as they are. What does not change between steps
-(parameters, optimizer state, backup) is listed here once, with its addresses; only gradients are listed anew.
-"""
+"""A plan: all blocks of an optimizer. Built once from the param groups, and kept while they stay as they are."""
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gam_fused.backends import backend_for
-from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, upload
+from gam_fused.backends.tensor_lists import is_dense
 from gam_fused.checks import Groups, describe
-from gam_fused.constants import GUARD, Column, Control
-from gam_fused.memory.gradients import Strides
-from gam_fused.memory.optimizer_state import BlockState, like
+from gam_fused.constants import Control
+from gam_fused.memory.blocks import Block, Device, Table
+from gam_fused.memory.reductions import ShardSums
 from gam_fused.parallel import dtensor
-from gam_fused.parallel.ddp import Replicas
 from gam_fused.parallel.dtensor import is_dtensor
-from gam_fused.transaction.model_state import ModelState
-from gam_fused.transaction.randomness import Generators
-
-SLOTS = GUARD + 1  # reductions of one step: three ascents, and the guard of the last gradient
-Table = list[list[float | Tensor]]
-
-
-class Device:
-    """What the blocks of one device share: coefficient tables and the columns of partial sums of all blocks."""
-
-    def __init__(self, device: torch.device, columns: int):
-        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self.device = device
-        self.partials = torch.zeros(SLOTS, 6, columns, **options)
-        self.realised = torch.zeros(SLOTS - 1, columns, **options)
-        self.direction = torch.zeros(columns, **options)
-        self.tables: dict[str, Tensor] = {}
-        self._values: dict[str, list[list[float]]] = {}
-        self._parts: dict[tuple, Tensor] = {}
-
-    def part(self, name: str, slot: int | None = None, rows: int | None = None, columns: slice = slice(None)) -> Tensor:
-        """`columns` of "partials" (its first `rows` of `slot`), "realised" (of `slot`) or "direction".
-
-        Views are kept: making one takes the host as long as launching a kernel.
-        """
-        key = (name, slot, rows, columns.start, columns.stop)
-        if key not in self._parts:
-            whole: Tensor = getattr(self, name)
-            of_slot = whole if slot is None else whole[slot]
-            self._parts[key] = (of_slot if rows is None else of_slot[:rows])[..., columns]
-        return self._parts[key]
-
-    def upload(self, kind: str, rows: Table) -> None:
-        """Bring the coefficient table `kind` up to date; a tensor lr is copied on the device, the rest when it changed."""
-        numbers = [[0.0 if isinstance(v, Tensor) else v for v in row] for row in rows]
-        if self._values.get(kind) != numbers:
-            self._values[kind] = numbers
-            fresh = upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"), self.device)
-            if kind in self.tables:
-                self.tables[kind].copy_(fresh)
-            else:
-                self.tables[kind] = fresh
-        for row, values in enumerate(rows):
-            lr = values[Column.LR]
-            if isinstance(lr, Tensor):
-                self.tables[kind][row, Column.LR].copy_(lr.detach().squeeze())
-
-
-class Block:
-    """One device, dtype, kind of layout and way of sharding. T parameters, N elements (of a DTensor: on this rank).
-
-    Attributes:
-        theta, backup: the parameters (of DTensors: the local shards), and their copies in one flat buffer (allocated at the
-            first ascent).
-        sharded: whether the parameters are DTensors. reduction_groups: over which ranks its sums are to be added.
-        kernels: the backend that serves this block.
-        control: its control block. Every block sees the sums of all, so all blocks of an optimizer tell the same.
-        columns: its columns of the shared partial sums.
-        backed_up: whether `backup` holds this step's theta.
-    """
-
-    def __init__(self, params: list[Tensor], groups: list[int], counted: list[bool], backend: str):
-        self.params, self.groups = params, groups
-        self.sharded, self.reduction_groups = is_dtensor(params[0]), dtensor.reduction_groups(params[0])
-        locals_ = [dtensor.local(p) for p in params]
-        self.theta = TensorList(locals_, lasting=True)
-        self.dtype, self.device, self.dense = params[0].dtype, locals_[0].device, is_dense(locals_[0])
-        self.strides = Strides(locals_, self.dense)
-        self.memory = self.memory_now()
-        self.layout = Layout([p.numel() for p in locals_], groups, counted)
-        self.kernels = backend_for(backend, self.device, dense=self.dense)
-        self.control = torch.zeros(len(Control), dtype=torch.float64, device=self.device)
-        self.columns = slice(0, 0)
-        self.shared: Device
-        self.backed_up = False
-        self.state = BlockState(self)
-        self.shard_index = dtensor.shard_index(params[0])
-        self.exchange: Any = None  # where `distributed` averages over ranks
-        self._backup: TensorList | None = None
-        self._accumulator: TensorList | None = None
-
-    @property
-    def backup(self) -> TensorList:
-        if self._backup is None:
-            self._backup = TensorList(flat_views(self.theta.tensors)[1], lasting=True)
-        return self._backup
-
-    def accumulator(self, gradients: TensorList) -> TensorList:
-        """`gradients` to accumulate into: themselves, or a float32 copy of low-precision ones; None stays None."""
-        if self.dtype in (torch.float32, torch.float64):
-            return gradients
-        if self._accumulator is None:
-            self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1], lasting=True)
-        targets = [t if g is not None else None for t, g in zip(self._accumulator.tensors, gradients.tensors, strict=True)]
-        for target, source in zip(targets, gradients.tensors, strict=True):
-            if target is not None:
-                target.copy_(source)
-        return self._accumulator if all(t is not None for t in targets) else TensorList(targets)
-
-    def zeros(self, i: int) -> Tensor:
-        """A zero gradient for parameter `i`."""
-        return like(None, self.theta.tensors[i], self.strides[i])
-
-    def memory_now(self) -> list[list]:
-        """Where the parameters lie now, and how; `p.data` may be set to another part of the same memory."""
-        params = [dtensor.local(p) for p in self.params] if self.sharded else self.params
-        order: Any = Tensor.is_contiguous if self.strides.row_major and self.dense else Tensor.stride
-        return [list(map(look, params)) for look in (Tensor.data_ptr, Tensor.numel, order)]
-
-    def addresses_now(self) -> list[int]:
-        """Where the parameters lie now. `theta` keeps the memory of before, so nothing else can come to lie there."""
-        return list(map(Tensor.data_ptr, map(dtensor.local, self.params) if self.sharded else self.params))
-
-    def tell_moved(self, param_groups: Groups) -> str:
-        """An error's text: which parameter a closure has moved."""
-        moved = zip(self.params, self.theta.tensors, self.addresses_now(), self.memory[0], strict=True)
-        p, before = next((p, t) for p, t, now, then in moved if now != then)
-        was = f"{before.dtype}, {before.device}"
-        return (
-            f"the closure gave {describe(p, param_groups)} other memory (before: {was}) by assigning its .data, as "
-            "module.to() and an RNN's flatten_parameters() do: the optimizer would move other weights than the model's. "
-            "Do that before the step"
-        )
-
-    def set(self, slot: Control, value: float | Tensor) -> None:
-        """A slot of the control block <- `value`. Assigning by index copies a number from the host, and waits for that."""
-        self.control[slot].fill_(value)
-
-    def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
-        """This block's columns of what the blocks of its device share; see `Device.part`."""
-        return self.shared.part(name, slot, rows, self.columns)
 
 
 class Plan:
@@ -162,7 +23,7 @@ class Plan:
 
     def __init__(self, param_groups: Groups, backend: str):
         self._members, self._flags = [list(group["params"]) for group in param_groups], _flags(param_groups)
-        members: dict[tuple, list[tuple[Tensor, int, bool]]] = defaultdict(list)
+        members: dict[tuple[Any, ...], list[tuple[Tensor, int, bool]]] = defaultdict(list)
         for number, group in enumerate(param_groups):
             for p in group["params"]:
                 if p.requires_grad:
@@ -185,35 +46,19 @@ class Plan:
             start += block.layout.chunks
         self.params = [p for block in self.blocks for p in block.params]
         self.frozen = [p for group in param_groups for p in group["params"] if not p.requires_grad]
-        self.shards = dtensor.ShardSums(self.blocks)
-        self.replicas: Replicas | None = None  # what the optimizer averages over ranks itself
-        self.fsdp_modules: list[Any] = []
-        self.model_state: ModelState | None = None  # where there is a model
+        self.shards = ShardSums(self.blocks)
         self.state_keys: list[tuple[str | None, ...]] = []  # of each param group: names of what the fused base keeps
-        self.settings: list[Any] | None = None  # what the coefficient tables stand for
         self._scalars: tuple[float, float] | None = None
-        self._generators: tuple[tuple, Generators] | None = None
 
-    def generators_of(self, devices: set[torch.device], own: Sequence[Any]) -> Generators:
-        """The generators that passes may draw from: of the plan's devices, of the model's, and the user's own."""
-        key = (frozenset(devices), tuple(map(id, own)))
-        if self._generators is None or self._generators[0] != key:
-            self._generators = key, Generators({*self.devices, *devices}, own)
-        return self._generators[1]
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """For the time of a step."""
-        return self.replicas.no_sync() if self.replicas else nullcontext()
-
-    def upload(self, tables: dict[str, Table], eps: float, max_norm: float) -> None:
+    def upload(self, tables: dict[str, Table], xi: float, max_norm: float) -> None:
         """Bring coefficient tables and control blocks up to date; what has not changed is not written."""
         for device in self.devices.values():
             for kind, rows in tables.items():
                 device.upload(kind, rows)
-        if self._scalars != (eps, max_norm):
-            self._scalars = (eps, max_norm)
+        if self._scalars != (xi, max_norm):
+            self._scalars = (xi, max_norm)
             for block in self.blocks:
-                block.set(Control.EPS, eps)
+                block.set(Control.EPS, xi)
                 block.set(Control.MAX_NORM, max_norm)
 
     def is_current(self, param_groups: Groups) -> bool:

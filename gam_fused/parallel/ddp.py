@@ -1,49 +1,46 @@
 """Replicas under DistributedDataParallel: what the optimizer averages over ranks itself, where DDP does not.
 
 With ``perturb_sync="global"`` DDP averages every pass, all ranks see the same gradients and take the same decisions, and
-there is nothing to do here, but for ``method="exact"``: `torch.autograd.grad` does not run DDP's hooks, so gradients and
-Hessian-vector products are averaged here. With ``perturb_sync="local"`` each rank makes all passes by its own gradients
-(m-sharpness: Foret et al., ICLR 2021, section 3) and one all-reduce averages the combined direction.
+there is nothing to do, but for methods that differentiate twice: `torch.autograd.grad` does not run DDP's hooks, so their
+gradients and Hessian-vector products are averaged by the optimizer. With ``perturb_sync="local"`` each rank makes all passes
+by its own gradients (m-sharpness: Foret et al., ICLR 2021, section 3) and one all-reduce averages the combined direction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gam_fused.backends.tensor_lists import EMPTY, TensorList, flat_views, upload
+from gam_fused.backends.tensor_lists import TensorList, flat_views, upload
 from gam_fused.checks import Groups, describe
-from gam_fused.constants import GUARD, Control
-from gam_fused.parallel.dtensor import is_dtensor, refuse_fsdp1
-
-if TYPE_CHECKING:
-    from gam_fused.memory.plan import Block
-
-Lists = list[TensorList]
+from gam_fused.parallel.dtensor import is_dtensor
+from gam_fused.parallel.fsdp import refuse_fsdp1
 
 
-def replicas(modules: Sequence[nn.Module], perturb_sync: str, method: str, groups: Groups) -> Replicas | None:
+def replicas(modules: Sequence[nn.Module], groups: Groups, *, local: bool, twice: bool) -> Replicas | None:
     """What has to be averaged here, or None: DDP does it all, or there is no DDP to be seen.
+
+    Args:
+        local: whether ``perturb_sync="local"``. twice: whether the method differentiates gradients once more.
 
     Raises:
         ValueError: ``perturb_sync="local"`` without DistributedDataParallel in `modules`, or with parameters outside of it.
         TypeError: FSDP1, or a method or `perturb_sync` that sharded parameters cannot have.
     """
     refuse_fsdp1(modules, groups)
-    local = perturb_sync == "local"
-    if local or method == "exact":
+    if local or twice:
         _refuse_shards(groups, local)
     ddp = [m for root in modules for m in root.modules() if isinstance(m, DistributedDataParallel)]
     if local:
         _check_local(ddp, groups)
-    return Replicas(ddp, local) if ddp and (local or method == "exact") else None
+    return Replicas(ddp, local) if ddp and (local or twice) else None
 
 
 def _refuse_shards(groups: Groups, local: bool) -> None:
@@ -52,7 +49,7 @@ def _refuse_shards(groups: Groups, local: bool) -> None:
             if is_dtensor(p) and local:
                 raise TypeError(
                     f"perturb_sync='local': {describe(p, groups)} is sharded. No rank has a gradient of its own for it: "
-                    "backward reduces and scatters in one go. Use 'auto' or 'global'"
+                    "backward reduces and scatters in one go. Use 'global'"
                 )
             if is_dtensor(p):
                 raise TypeError(
@@ -65,7 +62,7 @@ def _check_local(ddp: list[DistributedDataParallel], groups: Groups) -> None:
     if not ddp:
         raise ValueError(
             "perturb_sync='local' averages the combined direction itself, and has to see DistributedDataParallel for that: "
-            "wrap the model first, then pass the wrapper as model=. Without DDP use perturb_sync='auto'"
+            "wrap the model first, then pass the wrapper as model=. Without DDP use perturb_sync='global'"
         )
     if any(m.process_group is not ddp[0].process_group for m in ddp):
         raise ValueError("perturb_sync='local': the DistributedDataParallel modules in model= have several process groups")
@@ -112,13 +109,13 @@ class Replicas:
     """DDP modules that leave the averaging to the optimizer.
 
     Attributes:
-        ddp: the modules.
+        ddp: the modules. group: their process group.
         local: whether the combined direction is averaged, once per step; otherwise every gradient is.
     """
 
     def __init__(self, ddp: list[DistributedDataParallel], local: bool):
         self.ddp, self.local = ddp, local
-        self._group = ddp[0].process_group
+        self.group = ddp[0].process_group
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -129,63 +126,23 @@ class Replicas:
                 stack.callback(setattr, module, "require_forward_param_sync", True)
             yield
 
-    def average(self, blocks: list[Block], lists: Lists) -> Lists:
-        """Lists of this rank, averaged over all; what is missing on some ranks counts as zero there."""
-        averaged = []
-        for b, lst in zip(blocks, lists, strict=True):
-            exchange = _Exchange(b)
-            for view, t in zip(exchange.views.tensors, lst.tensors, strict=True):
-                if t is not None:
-                    view.copy_(t)
-            exchange.all_reduce(self._group, [t is not None for t in lst.tensors])
-            averaged.append(exchange.present())
-        return averaged
 
-    def average_direction(
-        self, blocks: list[Block], x1: Lists | None, x3: Lists, acc: Lists | None, table: str, rows: int, seen: list
-    ) -> Lists:
-        """d of every rank, averaged: what the kernels take as `x3` with the table "plain".
+class Exchange:
+    """One flat buffer in which tensors are averaged over ranks, with what the ranks have to agree on behind them.
 
-        A rank that would skip the step makes all ranks skip it. d is still multiplied by the loss scale, and is clipped
-        after it has been averaged. `seen` becomes which parameters had a gradient on any rank.
-        """
-        directions = []
-        for i, b in enumerate(blocks):
-            if b.exchange is None:
-                b.exchange = _Exchange(b)
-            control = b.control.clone()
-            control[Control.LOSS_SCALE].fill_(1.0)
-            control[Control.MAX_NORM].fill_(0.0)
-            b.kernels.combine_(
-                b.layout,
-                b.exchange.views,
-                x1[i] if x1 else EMPTY,
-                x3[i],
-                acc[i] if acc else EMPTY,
-                b.shared.tables[table],
-                b.shared.part("partials", GUARD, rows),
-                control,
-                b.part("direction"),
-            )
-            b.exchange.all_reduce(self._group, seen[i], skipped=control[Control.LAST_SKIPPED])
-            b.set(Control.FOUND_INF, (b.exchange.skipped != 0).to(b.control.dtype))
-            directions.append(b.exchange.present())
-            seen[i] = [t is not None for t in directions[i].tensors]
-        return directions
-
-
-class _Exchange:
-    """One flat buffer in which a block's tensors are averaged over ranks, with what the ranks have to agree on behind them.
+    Args:
+        tensors: of one device and dtype; the buffer holds as many of their shapes.
+        dense: whether each fills its memory without gaps.
 
     Attributes:
-        views: the buffer as tensors shaped as the block's.
+        views: the buffer as tensors of those shapes.
         skipped: 0-d, not 0 where a rank skips the step.
     """
 
-    def __init__(self, block: Block):
-        tensors = block.theta.tensors
-        notes = torch.empty(1 + len(tensors), dtype=block.dtype, device=block.device)
-        if not block.dense:
+    def __init__(self, tensors: Sequence[Tensor], *, dense: bool):
+        like = tensors[0]
+        notes = torch.empty(1 + len(tensors), dtype=like.dtype, device=like.device)
+        if not dense:
             tensors = [t.new_empty(t.shape) for t in tensors]
         self.buffer, views = flat_views([*tensors, notes])
         self.skipped, self._had_one = (notes := views.pop())[0], notes[1:]

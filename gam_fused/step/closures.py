@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from gam_fused.torch_private import tree_map_only
 
 
 def loss_in(result: Any) -> Any:

@@ -1,50 +1,58 @@
-"""The coefficients of DESIGN section 2: which numbers make the kernels compute which method.
+"""The coefficient tables: which numbers make the kernels compute which method, one row per param group.
 
-Three tables per device: "gam" for a step of the method, "plain" for a step between (`interval`), "oracle" for the extra
-ascent of the SAM oracle. One row per param group.
+Three tables per device: "method" for a step of the method, "plain" for a step between (`interval`), "oracle" for the ascent
+of the SAM oracle.
 """
 
 from __future__ import annotations
 
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from gam_fused.backends.base_optimizers import FusedBase
+from gam_fused.checks import Groups
 from gam_fused.checks import number as finite
 from gam_fused.constants import Column
-from gam_fused.settings import Hyperparameters, pair
-
-if TYPE_CHECKING:
-    from gam_fused.backends.base_optimizers import FusedBase
+from gam_fused.settings import Settings
+from gam_fused.step.method import Coefficients, Method
 
 Row = list[float | Tensor]
 
 
-def tables(
-    method: str,
-    values: Hyperparameters,
-    sam_rho: float | None,
-    param_groups: list[dict[str, Any]],
-    base: FusedBase | None,
-    rho_key: str = "rho",
-) -> dict[str, list[Row]]:
+def tables(method: Method, settings: Settings, groups: Groups, rho_key: str, base: FusedBase | None) -> dict[str, list[Row]]:
     """All coefficient tables, from the hyperparameters as they stand now.
 
+    Args:
+        settings: checked. rho_key: the groups' entry with their rho.
+
     Raises:
-        ValueError, TypeError: one that is not a finite number; names it and its group.
+        ValueError, TypeError: a number of a fused base optimizer that is not finite; names it and its group. Other base
+            optimizers check their own.
     """
-    result: dict[str, list[Row]] = {"gam": [], "plain": [], "oracle": []}
-    for number, group in enumerate(param_groups):
-        # What a base optimizer that is not fused makes of its own entries is its own business.
+    result: dict[str, list[Row]] = {"method": [], "plain": []}
+    for number, group in enumerate(groups):
         shared = _of_base(number, group, base) if base else {}
-        sign = -1.0 if group.get("maximize") else 1.0  # the loss of a maximising group is -L: its worst case lies downhill
-        counted = 1.0 if group["perturb"] else 0.0
-        result["gam"].append(_row(shared | _METHODS[method](values, float(group[rho_key]), sign, counted)))
-        result["plain"].append(_row(shared | {Column.DIRECTION_3: 1.0}))
-        if sam_rho is not None:
-            result["oracle"].append(_row(shared | {Column.RADIUS_0: sign * counted * sam_rho, Column.DIRECTION_3: 1.0}))
-    return {kind: rows for kind, rows in result.items() if rows}
+        # The loss of a maximising group is -L: its worst case lies downhill.
+        sign = 0.0 if not group["perturb"] else -1.0 if group.get("maximize") else 1.0
+        result["method"].append(_row(shared, method.coefficients(settings, float(group[rho_key])), sign))
+        result["plain"].append(_row(shared, Coefficients()))
+        if settings.oracle_radius is not None:
+            oracle = Coefficients(radii=(settings.oracle_radius, 0.0, 0.0))
+            result.setdefault("oracle", []).append(_row(shared, oracle, sign))
+    return result
+
+
+def _row(shared: dict[Column, Any], c: Coefficients, sign: float = 0.0) -> Row:
+    row: Row = [0.0] * len(Column)
+    for i, radius in enumerate(c.radii):
+        row[Column.RADIUS_0 + i] = sign * radius
+    row[Column.FOLD_0], row[Column.FOLD_2] = c.fold
+    row[Column.DIRECTION_1], row[Column.DIRECTION_3], row[Column.DIRECTION_ACC] = c.g1, c.last, c.folded
+    for column, value in shared.items():
+        row[column] = value
+    return row
 
 
 def _of_base(number: int, group: dict[str, Any], base: FusedBase) -> dict[Column, Any]:
@@ -54,13 +62,6 @@ def _of_base(number: int, group: dict[str, Any], base: FusedBase) -> dict[Column
         raise KeyError(f"param group {number} has no entry {error}, which the base optimizer needs") from error
 
 
-def _row(entries: dict[Column, float | Tensor]) -> Row:
-    row: Row = [0.0] * len(Column)
-    for column, value in entries.items():
-        row[column] = value
-    return row
-
-
 def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, Any]:
     """Finite floats; a learning rate that lies on a device stays there, since asking for it would wait."""
     for column, value in entries.items():
@@ -68,50 +69,3 @@ def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, Any]:
         if not stays:
             entries[column] = finite(f"{column.name.lower()} of group {number}", value)
     return entries
-
-
-def _sam(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """d = g1."""
-    return {Column.RADIUS_0: sign * counted * rho, Column.DIRECTION_3: 1.0}
-
-
-def _probe(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """theta1, theta2 and theta3 of Appendix D."""
-    near, far = sign * counted * values.rho_prime, sign * counted * rho
-    return {Column.RADIUS_0: near, Column.RADIUS_1: far, Column.RADIUS_2: near}
-
-
-def _finite_difference(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """d = g0 + (alpha rho / rho') (g3 - g2): acc = g0 - c g2, then d = acc + c g3."""
-    c = values.alpha * rho / values.rho_prime
-    return _probe(values, rho, sign, counted) | {
-        Column.FOLD_0: 1.0,
-        Column.FOLD_2: -c,
-        Column.DIRECTION_3: c,
-        Column.DIRECTION_ACC: 1.0,
-    }
-
-
-def _accelerated(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """Algorithm 2: acc = h- = beta0 g0 + beta1 g2, h+ = alpha0 g1 + alpha1 g3, d = (1 + gamma s) h+ - gamma h-."""
-    alpha, beta = pair(values.alpha), pair(values.beta)
-    return _probe(values, rho, sign, counted) | {
-        Column.FOLD_0: beta[0],
-        Column.FOLD_2: beta[1],
-        Column.DIRECTION_1: alpha[0],
-        Column.DIRECTION_3: alpha[1],
-        Column.DIRECTION_ACC: -values.gamma,
-    }
-
-
-def _exact(values: Hyperparameters, rho: float, sign: float, counted: float) -> dict[Column, float]:
-    """d = g + alpha rho H(theta_adv) v_adv, where v = g / |g|, turned round by `ascent` where a group maximises."""
-    return {Column.RADIUS_0: sign * counted * rho, Column.DIRECTION_3: values.alpha * rho, Column.DIRECTION_ACC: 1.0}
-
-
-_METHODS = {
-    "sam": _sam,
-    "finite_difference": _finite_difference,
-    "accelerated": _accelerated,
-    "exact": _exact,
-}

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
 
 from gam_fused.constants import Control
-
-if TYPE_CHECKING:
-    from gam_fused.memory.plan import Block
+from gam_fused.memory.blocks import Block
+from gam_fused.torch_private import OptState, scaler_stage
 
 _HANDED_OVER = ("grad_scale", "found_inf")  # what `scaler.step` sets on an optimizer for the time of the call
 
@@ -36,6 +34,7 @@ class LossScaling:
     def __init__(self) -> None:
         self.scaler: Any = None
         self._stand_in: Any = None  # an optimizer of one parameter of one element
+        self._owner: Any = None  # whose step runs
         self._published = self._unscaled_before = self._scaled = False
 
     def use(self, scaler: Any, device: torch.device) -> None:
@@ -76,10 +75,11 @@ class LossScaling:
                     "grad_scaler=scaler), or optimizer.grad_scaler = scaler"
                 )
             return
-        if self._stage(self._stand_in) is not OptState.READY:
+        if scaler_stage(self.scaler, self._stand_in) is not OptState.READY:
             self.abort(optimizer)
             raise RuntimeError("scaler.update() has not been called since the last step: call it after every step")
-        self._unscaled_before = self._stage(optimizer) is OptState.UNSCALED
+        self._owner = optimizer
+        self._unscaled_before = scaler_stage(self.scaler, optimizer) is OptState.UNSCALED
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """What `closure` returns; notes whether it had the scaler scale anything."""
@@ -113,13 +113,13 @@ class LossScaling:
                 "without backward(), or call scaler.scale(loss).backward()"
             )
 
-    def publish(self, optimizer: Any, blocks: list[Block]) -> None:
+    def publish(self, blocks: list[Block]) -> None:
         """After the first pass: write the scale into the control blocks. It stays the same until `scaler.update()`.
 
         Raises:
             RuntimeError: the closure has unscaled the gradients.
         """
-        if self.scaler and not self._unscaled_before and self._stage(optimizer) is OptState.UNSCALED:
+        if self.scaler and not self._unscaled_before and scaler_stage(self.scaler, self._owner) is OptState.UNSCALED:
             raise RuntimeError(
                 "the closure called scaler.unscale_(optimizer), which divides the gradients of one pass only. Leave it out: "
                 "FusedGAM unscales every pass itself, and clips the combined direction with max_grad_norm="
@@ -131,6 +131,7 @@ class LossScaling:
 
     def report(self, skipped: Tensor) -> None:
         """After the step: let `scaler.update()` know whether it was skipped (`skipped` is not 0, on any device)."""
+        self._owner = None
         if not self.scaler:
             return
         if self._stand_in is None or self._carrier.device != skipped.device:
@@ -141,14 +142,11 @@ class LossScaling:
 
     def abort(self, optimizer: Any) -> None:
         """After a failure: remove what `scaler.step` left on the optimizer; it only does so itself after success."""
+        self._owner = None
         for name in _HANDED_OVER:
             optimizer.__dict__.pop(name, None)
 
     @property
     def _carrier(self) -> Tensor:
-        return self._stand_in.param_groups[0]["params"][0]
-
-    def _stage(self, optimizer: Any) -> OptState:
-        """What the scaler has seen of `optimizer` since its last `update`. Not public; only errors depend on it."""
-        states = getattr(self.scaler, "_per_optimizer_states", {})
-        return states[id(optimizer)]["stage"] if id(optimizer) in states else OptState.READY
+        carrier: Tensor = self._stand_in.param_groups[0]["params"][0]
+        return carrier

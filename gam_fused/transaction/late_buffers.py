@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
+from gam_fused.torch_private import buffers_in, parameters_in
 from gam_fused.transaction.module_tree import Owner
 from gam_fused.transaction.snapshots import part
 
@@ -49,18 +50,18 @@ class LateBuffers:
                 hook.remove()
 
     def _buffer(self, module: nn.Module, name: str, buffer: Tensor | None) -> None:
-        self._note(module._buffers, name, buffer)
+        self._note(buffers_in(module), name, buffer)
 
     def _parameter(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
-        self._note(module._parameters, name, parameter)
+        self._note(parameters_in(module), name, parameter)
 
     def _module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         self.any = True
         self._known = self._known or set(map(id, self._layout.owners))
         for m in child.modules() if child is not None else ():
-            if id(m._buffers) in self._known:  # the closure has put a part of the model into another module
+            if id(buffers_in(m)) in self._known:  # the closure has put a part of the model into another module
                 continue
-            for owner in (m._buffers, m._parameters):
+            for owner in (buffers_in(m), parameters_in(m)):
                 for key, t in owner.items():
                     self._keep(owner, key, t)
 

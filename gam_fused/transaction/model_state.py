@@ -137,7 +137,7 @@ class BufferLayout:
         owners: the dicts that the names are in. frozen: the frozen parameters among the tensors.
     """
 
-    def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple], backend: str):
+    def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple[str, int, int]], backend: str):
         self.owners, self._wanted = owners, list(frozen)
         self._names, self._values, self._counts = names_of(owners), values_of(owners), list(map(len, owners))
         self._has_lazy = any(t is not None and is_lazy(t) for t in self._values)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gam_fused.torch_private import buffers_in, children_in, parameters_in
+
 Owner = dict[str, Any]  # the `_buffers`, `_parameters` or `_modules` of a module
 
 
@@ -30,19 +32,19 @@ class ModuleTree:
             if module is None or id(module) in modules:
                 continue
             modules[id(module)] = module
-            waiting += module._modules.values()
+            waiting += children_in(module).values()
             kind: Any = type(module)
             if _names_others(kind):
                 self._names_others = True
                 waiting += module.modules()
-        self._children = [m._modules for m in modules.values()]
-        self._parameters = [m._parameters for m in modules.values()]
+        self._children = [children_in(m) for m in modules.values()]
+        self._parameters = [parameters_in(m) for m in modules.values()]
         self._known_children, self._known_parameters = values_of(self._children), values_of(self._parameters)
         others = (p for p in self._known_parameters if p is not None and id(p) not in trained and not is_lazy(p))
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
         ids = set(map(id, self.frozen))
         of_frozen = [owner for owner in self._parameters if not ids.isdisjoint(map(id, owner.values()))]
-        self.owners: list[Owner] = [*(m._buffers for m in modules.values()), *of_frozen]
+        self.owners: list[Owner] = [*(buffers_in(m) for m in modules.values()), *of_frozen]
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""

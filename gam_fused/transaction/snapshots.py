@@ -13,6 +13,7 @@ from torch import Tensor
 from gam_fused.backends import copying_backend
 from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, moved
 from gam_fused.parallel.dtensor import is_dtensor, local
+from gam_fused.torch_private import values_of
 
 BEFORE, AFTER = 0, 1  # numbers of copies: before a step, and after its first pass
 _shape_of: Callable[[Tensor], Any] = attrgetter("shape")
@@ -39,7 +40,7 @@ class Snapshots:
         self._placed = plain + [t for t in self._others if t.layout is torch.strided and type(t) in _OWN_MEMORY]
         self._home = [t.detach() for t in self._placed]  # keeps their memory alive, should they be moved
         self._where = self._lie()
-        by_kind: dict[tuple, list[Tensor]] = defaultdict(list)
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for t in plain:
             by_kind[t.device, _WORDS[t.element_size()]].append(t)
         self._kinds = [_Kind(members, word, backend) for (_, word), members in by_kind.items()]
@@ -111,7 +112,8 @@ class Snapshots:
             self._places = {id(m): (kind, i) for kind in self._kinds for i, m in enumerate(kind.tensors)}
         if id(t) in self._places:
             kind, i = self._places[id(t)]
-            return kind.memory(number).tensors[i].view(_BITS[kind.word])
+            bits: Tensor = kind.memory(number).tensors[i].view(_BITS[kind.word])
+            return bits
         return next((c[0] for o, c in zip(self._others, self._other_copies[number], strict=True) if o is t), None)
 
 
@@ -175,7 +177,7 @@ def _mark(t: Tensor) -> Any:
     """A value that changes when a tensor that is not strided is written to or gets other memory."""
     if t.layout is torch.strided:
         return None if t.is_inference() else t._version
-    return t._version, (t._values() if t.layout is torch.sparse_coo else t.values()).data_ptr()
+    return t._version, values_of(t).data_ptr()
 
 
 def _clone(t: Tensor) -> Tensor:

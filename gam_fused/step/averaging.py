@@ -1,0 +1,76 @@
+"""What the optimizer averages over the ranks itself: the gradients of each pass, or the combined direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gam_fused.backends.tensor_lists import EMPTY, TensorList
+from gam_fused.constants import GUARD, Control
+from gam_fused.memory.blocks import Block
+from gam_fused.parallel.ddp import Exchange, Replicas
+from gam_fused.step.direction import Direction
+
+Lists = list[TensorList]
+
+
+def average(replicas: Replicas, blocks: list[Block], lists: Lists) -> Lists:
+    """Lists of this rank, averaged over all; what is missing on some ranks counts as zero there."""
+    averaged = []
+    for b, lst in zip(blocks, lists, strict=True):
+        exchange = Exchange(b.theta.tensors, dense=b.dense)
+        for view, t in zip(exchange.views.tensors, lst.tensors, strict=True):
+            if t is not None:
+                view.copy_(t)
+        exchange.all_reduce(replicas.group, [t is not None for t in lst.tensors])
+        averaged.append(exchange.present())
+    return averaged
+
+
+class DirectionAverage:
+    """The combined direction d of a block, averaged over the ranks: once per step, before it is clipped.
+
+    Attributes:
+        control: a control block of its own, for a d that is neither clipped nor divided by the loss scale.
+    """
+
+    def __init__(self, block: Block):
+        self.exchange = Exchange(block.theta.tensors, dense=block.dense)
+        self.control = torch.zeros(len(Control), dtype=torch.float64, device=block.device)
+        self.control[Control.LOSS_SCALE].fill_(1.0)
+
+
+def average_direction(replicas: Replicas, blocks: list[Block], d: Direction, seen: list[list[bool]]) -> Direction:
+    """d of every rank, averaged: as the gradient of a plain step, still multiplied by the loss scale.
+
+    A rank that would skip the step makes all ranks skip it.
+
+    Args:
+        seen: which parameters had a gradient on this rank; becomes which had one on any.
+    """
+    directions = []
+    for i, b in enumerate(blocks):
+        if b.average is None:
+            b.average = DirectionAverage(b)
+        exchange, control = b.average.exchange, b.average.control
+        control[Control.FOUND_INF].copy_(b.control[Control.FOUND_INF])
+        b.kernels.combine_(
+            b.layout,
+            exchange.views,
+            d.g1[i] if d.g1 else EMPTY,
+            d.last[i],
+            d.folded[i] if d.folded else EMPTY,
+            b.shared.tables[d.table],
+            b.shared.part("partials", GUARD, d.rows),
+            control,
+            b.part("direction"),
+        )
+        exchange.all_reduce(replicas.group, seen[i], skipped=control[Control.LAST_SKIPPED])
+        b.set(Control.FOUND_INF, _as_flag(exchange.skipped))
+        directions.append(exchange.present())
+        seen[i] = [t is not None for t in directions[i].tensors]
+    return Direction(last=directions, table="plain")
+
+
+def _as_flag(skipped: Tensor) -> Tensor:
+    return (skipped != 0).to(torch.float64)

@@ -1,0 +1,203 @@
+"""The passes of one step: what every one starts from, the closure, and the gradients it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import repeat
+from operator import is_not, or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fused.backends.tensor_lists import TensorList
+from gam_fused.memory import gradients
+from gam_fused.parallel import ddp, dtensor
+from gam_fused.settings import Settings
+from gam_fused.step import averaging, closures
+from gam_fused.step.direction import Lists
+from gam_fused.step.record import Record
+from gam_fused.step.session import Session
+from gam_fused.transaction.interrupts import Interrupts
+from gam_fused.transaction.randomness import RandomState
+
+_UNREACHED = (
+    "the loss depends on no optimized parameter (one that is the optimizer's and has requires_grad=True); check that the "
+    "closure uses this model"
+)
+
+
+class Passes:
+    """The gradient passes of one `step(closure)`, each from the same buffers, frozen parameters and random numbers.
+
+    Lists have one `TensorList` per block.
+
+    Attributes:
+        loss: what the closure returned in pass 1, detached.
+        seen: of each block, which parameters have had a gradient in any pass.
+        record: what the step leaves behind.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: Settings,
+        record: Record,
+        closure: Callable[[], Any],
+        interrupts: Interrupts,
+        random: RandomState | None = None,
+    ):
+        self.session, self.settings, self.record = session, settings, record
+        self.closure, self.interrupts = closure, interrupts
+        self.plan = session.plan
+        self.blocks = self.plan.blocks
+        self.fused = session.fused_now
+        self.loss: Any = None
+        self.seen = [[False] * len(b.params) for b in self.blocks]
+        self._reshard()
+        self._model = session.model_state.begin() if session.model_state else None
+        if random is None and settings.preserve_rng_state:
+            random = session.generators_of(self._model.devices if self._model else set()).begin()
+        self._random = random
+        self._settled = False  # whether generators and buffers stand where they shall be after the step
+
+    def gradient(self, point: str, *, keep: bool = False) -> Lists:
+        """One pass: the closure at the current weights, called `point`. Returns the gradients, taken from `p.grad`.
+
+        `keep`: they will be needed after the next pass, or accumulated into.
+        """
+        self._run(point, self._backward)
+        groups = self.session.param_groups
+        keep = keep or not self.fused  # a foreign base gets d in the buffers of the last gradient
+        return self._received(
+            [
+                (dtensor if b.sharded else gradients).take(b.params, b.strides, b.dtype, groups, keep=keep)
+                for b in self.blocks
+            ]
+        )
+
+    def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
+        """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
+        raw: list[Tensor | None] = []
+        with ddp.no_unseen_ddp(self.session.replicas):
+            self._run(point, lambda result: raw.extend(self._differentiate(result)))
+        return raw, self._received(self.as_lists(raw))
+
+    def as_lists(self, tensors: Sequence[Tensor | None]) -> Lists:
+        """Tensors in the order of the plan's parameters, detached, as one list per block."""
+        lists, start = [], 0
+        for b in self.blocks:
+            rows = zip(tensors[start : start + len(b.params)], b.params, b.strides, strict=True)
+            lists.append(TensorList([None if t is None else gradients.fit(t.detach(), p, s) for t, p, s in rows]))
+            start += len(b.params)
+        return lists
+
+    def averaged(self, lists: Lists) -> Lists:
+        """`lists` averaged over the ranks, where DDP has not done so and each pass shall be global."""
+        replicas = self.session.replicas
+        return averaging.average(replicas, self.blocks, lists) if replicas and not replicas.local else lists
+
+    def _run(self, point: str, differentiate: Callable[[Any], None]) -> None:
+        """One pass: the closure, then `differentiate` of what it returned."""
+        torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
+        self._reshard()
+        first = not self.record.losses
+        if first:
+            self._clear_gradients()  # what was left there is not of this step; later passes find it taken
+        else:
+            for part in (self._random, self._model):
+                if part:
+                    part.replay()
+        watched = self._model.first_pass() if first and self._model else nullcontext()
+        with torch.enable_grad(), watched:
+            result = self.session.loss_scaling.run(lambda: self.interrupts.let_through(self.closure))
+            self.interrupts.let_through(lambda: differentiate(result))
+        self.record.losses[point] = closures.number_in(result)
+        if first:
+            self._first_pass_done(result)
+
+    def _first_pass_done(self, result: Any) -> None:
+        self.session.loss_scaling.publish(self.blocks)
+        self.session.precision.see(closures.loss_in(result))
+        self.loss = closures.detached(result)
+        for part in (self._random, self._model):
+            if part:
+                part.first_pass_done()
+
+    def _reshard(self) -> None:
+        """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`) would not see what we wrote."""
+        for module in self.session.fsdp_modules:
+            module.reshard()
+
+    def _backward(self, result: Any) -> None:
+        """Gradients into `p.grad`, where the closure has not done so."""
+        if any(p.grad is not None for p in self.plan.params):
+            self.session.loss_scaling.check_scaled()
+            return
+        self.session.loss_scaling.scale(closures.differentiable_in(result)).backward()
+        if all(p.grad is None for p in self.plan.params):
+            self._unreached()
+
+    def _unreached(self) -> None:
+        self.plan.check_in_place(self.session.param_groups)  # of parameters that are not the model's any more
+        raise RuntimeError(_UNREACHED)
+
+    def _differentiate(self, result: Any) -> list[Tensor | None]:
+        """Gradients as autograd makes them, with the graph to differentiate them again."""
+        if any(p.grad is not None for p in self.plan.params):
+            raise RuntimeError(
+                "the closure called backward(), which leaves nothing to differentiate again: with method='exact' it must "
+                "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
+            )
+        scaled = self.session.loss_scaling.scale(closures.differentiable_in(result))
+        raw: list[Tensor | None] = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
+        if all(g is None for g in raw):
+            self._unreached()
+        return raw
+
+    def _received(self, lists: Lists) -> Lists:
+        """The gradients of a pass as the method sees them; notes which parameters have one."""
+        lists = self.averaged(lists)
+        for seen, lst in zip(self.seen, lists, strict=True):
+            if not any(seen):
+                seen[:] = map(is_not, lst.tensors, repeat(None))
+            elif not all(seen):
+                seen[:] = map(or_, seen, map(is_not, lst.tensors, repeat(None)))
+        return lists
+
+    # How they end.
+
+    def finish(self) -> None:
+        """Hand over generators and buffers as pass 1 left them."""
+        self.settle()
+        self._reshard()
+        self._model = self._random = None  # a graph keeps the step, which shall keep neither copies nor the batch
+        del self.closure
+
+    def settle(self) -> None:
+        """Generators and buffers as pass 1 left them, before a base optimizer of the user's runs."""
+        if self._settled:
+            return
+        self._settled = True
+        if self._random:
+            self._random.finish()
+        if self._model:
+            self._model.finish(self.session.skipped)
+
+    def abort(self) -> None:
+        """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
+        with torch.no_grad():
+            self.plan.put_in_place()
+            for b in self.blocks:
+                b.put_back()
+            if not self._settled:
+                for part in (self._random, self._model):
+                    if part:
+                        part.abort()
+        self._clear_gradients()
+        self._reshard()
+
+    def _clear_gradients(self) -> None:
+        gradients.clear(self.plan.params)
+        gradients.clear(self.plan.frozen)

@@ -1,0 +1,143 @@
+"""The end of a step: the combined direction d is guarded, averaged where it has to be, and given to the base optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import repeat
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gam_fused import torch_private
+from gam_fused.backends.tensor_lists import EMPTY
+from gam_fused.constants import GUARD, Control
+from gam_fused.memory import gradients
+from gam_fused.parallel import dtensor
+from gam_fused.step.averaging import average_direction
+from gam_fused.step.direction import Direction
+
+if TYPE_CHECKING:
+    from gam_fused.step.step import Step
+
+
+def update(step: Step, d: Direction, *, guard_direction: bool) -> None:
+    """See `Step.update`."""
+    session, blocks = step.session, step.blocks
+    step.plan.check_in_place(session.param_groups)  # once, after all passes: it takes a while
+    if not step.record.ascents and not blocks[0].backed_up:
+        for b in blocks:
+            b.set(Control.FOUND_INF, 0.0)
+    if d.g1 or (d.folded and (guard_direction or step.settings.max_grad_norm)):
+        _reduce_direction(step, d)
+    else:
+        step.reduce_norm(GUARD, d.last)
+    if session.replicas and session.replicas.local:
+        if d.g1:
+            step.record.extras["products"] = blocks[0].shared.partials[GUARD].sum(1)
+        d = average_direction(session.replicas, blocks, d, step.seen)
+        step.reduce_norm(GUARD, d.last)
+    _fill_in(step, d)
+    if step.fused:
+        _apply_fused(step, d)
+    else:
+        _apply_foreign(step, d)
+
+
+def _reduce_direction(step: Step, d: Direction) -> None:
+    for i, b in enumerate(step.blocks):
+        b.kernels.direction_products(
+            b.layout,
+            d.g1[i] if d.g1 else EMPTY,
+            d.last[i],
+            d.folded[i] if d.folded else EMPTY,
+            b.shared.tables[d.table],
+            b.part("partials", GUARD, d.rows),
+        )
+    step.plan.share(GUARD, d.rows)
+
+
+def _fill_in(step: Step, d: Direction) -> None:
+    """A parameter that had a gradient in any pass, but has none in the lists of the update, gets a zero there.
+
+    For a base optimizer that is not fused it must be in `last`, in whose memory it gets d.
+    """
+    for i, (b, seen) in enumerate(zip(step.blocks, step.seen, strict=True)):
+        last = d.last[i]
+        if any(map(is_, last.tensors, repeat(None))):
+            lists = d.of(i) if step.fused else [last]
+            for j in range(len(b.params)):
+                if seen[j] and all(lst.tensors[j] is None for lst in lists):
+                    last.replace(j, b.zeros(j))
+
+
+def _apply_fused(step: Step, d: Direction) -> None:
+    session = step.session
+    base: Any = step.fused
+    for b, mask in zip(step.blocks, step.seen, strict=True):
+        b.state.ensure(base, step.plan.state_keys, session.state, session.param_groups, mask)
+    with torch.no_grad():
+        for i, b in enumerate(step.blocks):
+            b.kernels.combined_update_(
+                b.layout,
+                b.theta,
+                b.backup if b.backed_up else EMPTY,
+                d.g1[i] if d.g1 else EMPTY,
+                d.last[i],
+                d.folded[i] if d.folded else EMPTY,
+                *b.state.lists,
+                b.state.steps,
+                b.shared.tables[d.table],
+                b.shared.part("partials", GUARD, d.rows),
+                b.control,
+                b.part("direction"),
+                int(base.algorithm),
+            )
+            b.backed_up = False
+    torch_private.note_step_of_base(session.base)
+
+
+def _apply_foreign(step: Step, d: Direction) -> None:
+    """d into `p.grad`, then `base.step()`: a plain optimizer must be asked on the host whether to run at all."""
+    session = step.session
+    with torch.no_grad():
+        for i, b in enumerate(step.blocks):
+            b.kernels.combine_(
+                b.layout,
+                d.last[i],
+                d.g1[i] if d.g1 else EMPTY,
+                d.last[i],
+                d.folded[i] if d.folded else EMPTY,
+                b.shared.tables[d.table],
+                b.shared.part("partials", GUARD, d.rows),
+                b.control,
+                b.part("direction"),
+            )
+            if b.backed_up:
+                b.kernels.restore_(b.layout, b.theta, b.backup)
+    if session.skipped:
+        return
+    for b, lst in zip(step.blocks, d.last, strict=True):
+        b.state.drop_unstarted(session.state)
+        for p, direction in zip(b.params, lst.tensors, strict=True):
+            p.grad = dtensor.like(direction, p) if b.sharded and direction is not None else direction
+        b.backed_up = False  # the base optimizer's step is not undone
+    step.settle()
+    _step_base(session.base)
+    gradients.clear(step.plan.params)
+
+
+def _step_base(base: torch.optim.Optimizer) -> None:
+    try:
+        with torch_private.global_step_hooks_called():
+            base.step()
+    except BaseException as error:
+        note = (
+            f"FusedGAM: {type(base).__name__}.step failed after all passes had been made. Weights and optimizer state "
+            "are as it left them: parameters that it had updated stay updated, in both"
+        )
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:  # Python 3.10
+            warnings.warn(note, stacklevel=2)
+        raise

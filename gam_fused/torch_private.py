@@ -1,0 +1,158 @@
+"""All names of torch that are not public, behind names of our own. tests/test_private_names.py tells when one of them goes.
+
+What can do without a name does (`getattr` with a default); the rest is torch.optim's contract with its own subclasses.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState as OptState
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_map_only as tree_map_only
+
+Function = TypeVar("Function")
+
+# How many tensors share a storage, and its address, without making a Python object of it.
+storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+storage_address: Any = getattr(torch._C, "_storage_address", None)
+
+_OWN = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+_GLOBAL = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+
+def not_traced(function: Function) -> Function:
+    """A compiled function around it runs it as it is; what the closure has compiled stays compiled."""
+    disable: Any = vars(torch)["_disable_dynamo"]
+    wrapped: Function = disable(function)
+    return wrapped
+
+
+def complete(base: Optimizer) -> None:
+    """Give the tables of hooks to an optimizer that lacks them: a wrapper that does not call torch's constructor."""
+    for name in _OWN:
+        if not hasattr(base, name):
+            setattr(base, name, OrderedDict())
+
+
+def has_step_hooks(base: Optimizer) -> bool:
+    """Whether hooks of the optimizer's own are to be called around its `step`, with the direction in `p.grad`."""
+    return bool(base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks)
+
+
+@contextmanager
+def global_step_hooks_called() -> Iterator[None]:
+    """For the time of a base optimizer's `step`: hooks of all optimizers are called for FusedGAM's step, not once more."""
+    kept = {name: getattr(torch_optimizer, name) for name in _GLOBAL}
+    if not any(kept.values()):
+        yield
+        return
+    for name in _GLOBAL:
+        setattr(torch_optimizer, name, type(kept[name])())
+    try:
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(torch_optimizer, name, hooks)
+
+
+def before_state_dict(optimizer: Optimizer) -> None:
+    for hook in list(optimizer._optimizer_state_dict_pre_hooks.values()):
+        hook(optimizer)
+
+
+def after_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict`, or what a hook made in its place."""
+    for hook in list(optimizer._optimizer_state_dict_post_hooks.values()):
+        result = hook(optimizer, state_dict)
+        state_dict = state_dict if result is None else result
+    return state_dict
+
+
+def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A shallow copy of `state_dict`, or what a hook made of it."""
+    state_dict = state_dict.copy()
+    for hook in list(optimizer._optimizer_load_state_dict_pre_hooks.values()):
+        result = hook(optimizer, state_dict)
+        state_dict = state_dict if result is None else result
+    return state_dict
+
+
+def after_load(optimizer: Optimizer) -> None:
+    for hook in list(optimizer._optimizer_load_state_dict_post_hooks.values()):
+        hook(optimizer)
+
+
+def note_step_of_base(base: Optimizer) -> None:
+    """As `base.step` does for an LR scheduler that watches it."""
+    base._opt_called = True  # type: ignore[attr-defined]
+
+
+def scaler_stage(scaler: Any, optimizer: Any) -> OptState:
+    """What a `GradScaler` has seen of `optimizer` since its last `update`. Only errors depend on it."""
+    states = getattr(scaler, "_per_optimizer_states", {})
+    return states[id(optimizer)]["stage"] if id(optimizer) in states else OptState.READY
+
+
+def device_types(group: Any) -> set[str]:
+    """The types of the devices that a process group can communicate on."""
+    return {device.type for device in group._device_types}
+
+
+def dtype_cast_to(node: Any) -> torch.dtype:
+    """To which dtype a node of autograd's graph that casts has cast."""
+    dtype: torch.dtype = node._input_metadata[0].dtype
+    return dtype
+
+
+def is_view(t: Tensor) -> bool:
+    return bool(t._is_view())
+
+
+def forward_dtypes(fsdp: Iterable[Any]) -> set[torch.dtype]:
+    """To which dtypes the mixed-precision policies of FSDP2 modules cast weights. Only an estimate asks."""
+    policies = (getattr(getattr(m, "_get_fsdp_state", lambda: None)(), "_mp_policy", None) for m in fsdp)
+    return {dtype for policy in policies if (dtype := getattr(policy, "param_dtype", None))}
+
+
+def is_of_fsdp1(p: Tensor) -> bool:
+    """Whether `p` is a flat parameter of FSDP1, or one that its use_orig_params=True leaves."""
+    return any(getattr(p, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened"))
+
+
+def break_graph() -> None:
+    """While torch.compile traces: what follows runs as it is."""
+    torch._dynamo.graph_break()
+
+
+def buffers_in(module: nn.Module) -> dict[str, Any]:
+    """The dict that a module keeps its own buffers in."""
+    return module._buffers
+
+
+def parameters_in(module: nn.Module) -> dict[str, Any]:
+    """The dict that a module keeps its own parameters in."""
+    return module._parameters
+
+
+def children_in(module: nn.Module) -> dict[str, Any]:
+    """The dict that a module keeps its children in."""
+    return module._modules
+
+
+def values_of(t: Tensor) -> Tensor:
+    """The values of a sparse tensor, coalesced or not."""
+    return t._values() if t.layout is torch.sparse_coo else t.values()
