@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import gam_fused
 
@@ -42,6 +43,15 @@ def test_links_resolve(page):
 def test_code_parses(page):
     for block in re.findall(r"^( *)```python\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL):
         ast.parse(textwrap.dedent(block[1]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_first_code_runs(page):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    names = {"model": torch.nn.Linear(4, 3), "loss_fn": torch.nn.functional.cross_entropy, "epochs": 1}
+    names["loader"] = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    exec(blocks[0], names)
+    assert names["loss"].shape == ()
 
 
 def test_every_page_is_in_the_navigation():

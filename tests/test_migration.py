@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,22 @@ def test_the_code_of_the_page_uses_what_is_there(line, code):
     for call in calls:
         keywords = {k.arg for k in call.keywords}
         assert keywords <= OURS | {"lr", "momentum"}
+
+
+def test_the_code_of_the_page_runs():
+    """All but Lightning's, in the order of the page."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    names = {"torch": torch, "model": model, "loss_fn": torch.nn.functional.cross_entropy, "epochs": 2, "steps": 4}
+    names["loader"] = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(2)]
+    options = {"grad_rho": 0.02, "grad_norm_rho": 0.2, "grad_beta_1": 0.6, "grad_beta_2": 0.5, "grad_beta_3": 0.4}
+    names["args"] = SimpleNamespace(**options, grad_gamma=0.03)
+    run = [code for _, code in blocks() if "LightningModule" not in code]
+    assert len(run) == 4
+    for code in run:
+        before = [p.detach().clone() for p in model.parameters()]
+        exec(code, names | {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+        assert not all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 def test_a_step_of_sam_is_first_and_second_step():
