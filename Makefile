@@ -1,5 +1,5 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
-# make test     the tests (ARGS="-k flatness")
+# make test     the tests, on all cores (ARGS="-k flatness"; WORKERS=0: in one process)
 # make check    lint, formatting, types
 # make docs     the pages of docs/ as a site in site/, warnings are errors (Python 3.11 or newer)
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
@@ -31,8 +31,11 @@ CLANG_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu
 train: $(STAMPS)/train
 	$(PYTHON) -m examples.digits $(if $(QUICK),--quick) $(ARGS)
 
+# More than 8 processes, each of which imports torch, would spend their time on that. By groups: what is built or run once for
+# several tests is so in one process.
+WORKERS := logical
 test: $(STAMPS)/test
-	$(RUN) pytest $(ARGS)
+	$(RUN) $(PYTHON) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
 
 check: $(STAMPS)/check
 	$(RUN) ruff check .
@@ -59,13 +62,13 @@ gpu: $(if $(ACTIVE),,$(STAMPS)/test)
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(abspath $(OUT))") $(ARGS)
 
 sweep: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.sweep_digits $(ARGS)
+	$(PYTHON) -m studies.sweep_digits $(ARGS)
 
 interval: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.interval $(if $(QUICK),--quick --out out) $(ARGS)
+	$(PYTHON) -m studies.interval $(if $(QUICK),--quick --out out) $(ARGS)
 
 probe: $(STAMPS)/train
-	$(PYTHON) -m benchmarks.probe_cosine $(ARGS)
+	$(PYTHON) -m studies.probe_cosine $(ARGS)
 
 wheel: $(STAMPS)/environment
 	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -99,7 +102,7 @@ $(STAMPS)/bench: $(STAMPS)/train
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/bench
-	$(INSTALL) hypothesis lightning accelerate
+	$(INSTALL) hypothesis lightning accelerate pytest-xdist
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,21 @@ import torch
 
 from benchmarks import communication
 from benchmarks.machine import machine, slug
-from benchmarks.report import compare, tables
-from benchmarks.report.files import write
+from benchmarks.report import compare, tables, write
 from benchmarks.suites import run_suite
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = {"training": 0.42, "optimizer": 0.28, "kernels": 0.15, "scaling": 0.1, "communication": 0.05}  # of the time
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing further begins (8)")
     parser.add_argument("--suites", nargs="+", choices=SHARES, default=list(SHARES), help="(all)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON, Markdown and pictures (out/)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU if there is one)")
-    parser.add_argument("--blocks", type=int, default=3, help="how often each cell is measured (3)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     facts = machine(torch.device(options.device))
     record: dict[str, Any] = {"machine": facts, "minutes": options.minutes, "suites": {}}
     path = options.out / f"{slug(facts)}.json"
@@ -49,14 +48,15 @@ def main() -> int:
             network, worlds = ("digits", (1, 2)) if options.rehearse else ("resnet18_cifar", (1, 2, 4))
             record[name] = communication.measure(network, worlds, limit=max(share * left, 60))
         else:
-            run = {"device": options.device, "blocks": options.blocks, "rehearse": options.rehearse}
+            run = {"device": options.device, "rehearse": options.rehearse}
             record["suites"][name] = run_suite(name, seconds=share * left, **run)
         left -= time.monotonic() - start
-        write(record, path)
+        path.write_text(json.dumps(record, indent=1) + "\n")  # at once: a run that is stopped leaves what it has measured
+    write(record, path)
     print(tables.summary(record))
     print(f"\nWrote {path}, {path.with_suffix('.md').name} and pictures in {path.parent}.")
     before = RESULTS / path.name
-    if before.exists() and before.resolve() != path.resolve():
+    if before.exists() and before.resolve() != path.resolve() and not options.rehearse:
         old = json.loads(before.read_text())
         print(f"Compared with {before.name} of commit {old['machine']['commit']}:\n{compare.text(old, record)}")
     return any(suite["failed"] for suite in record["suites"].values())

@@ -15,7 +15,6 @@ from torch import Tensor
 
 EPS = 1e-12
 
-
 BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}),
@@ -41,37 +40,25 @@ class Settings:
 
 
 @dataclass
-class AuthorsGAM:
-    """GAM, `accelerated`, in the published order of operations, one tensor at a time.
+class Authors:
+    """SAM (radius `rho`) or GAM (`accelerated`) in the published order of operations, one tensor at a time.
 
     After each pass the gradient is cloned into the state, norms are taken per tensor and stacked, perturbations are stored
-    and taken back by subtraction, and the base optimizer runs in the end: some hundred reads and writes of N elements.
-
-    Args:
-        zero_and_accumulate: start each pass from zeroed gradients that autograd would add to, as the authors' loop does;
-            otherwise the closure's gradients are taken as they come.
+    and taken back by subtraction, and the base optimizer runs in the end: some hundred reads and writes of N elements. The
+    closure's gradients are taken as they come; the authors' loop adds them to zeroed ones, which takes longer.
     """
 
     params: Sequence[Tensor]
     settings: Settings = field(default_factory=Settings)
-    zero_and_accumulate: bool = False
+    method: str = "accelerated"
 
     def __post_init__(self) -> None:
         self.base = self.settings.built(self.params)  # torch's default: per tensor on a CPU, foreach on a GPU
         self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self.params}
-        if self.zero_and_accumulate:
-            for p in self.params:
-                p.grad = torch.zeros_like(p)
 
     def _pass(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        if not self.zero_and_accumulate:
-            for p, g in zip(self.params, gradients(), strict=True):
-                p.grad = g
-            return
-        for p in self.params:
-            p.grad.zero_()
         for p, g in zip(self.params, gradients(), strict=True):
-            p.grad.add_(g)
+            p.grad = g
 
     def _norm(self, key: str | None = None) -> Tensor:
         tensors = [p.grad if key is None else self.state[p][key] for p in self.params]
@@ -79,7 +66,24 @@ class AuthorsGAM:
 
     @torch.no_grad()
     def step(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """`gradients()` gives the next pass's gradients; it is called four times."""
+        """`gradients()` gives the next pass's gradients; it is called twice for SAM, four times for GAM."""
+        if self.method == "sam":
+            self._sam(gradients)
+        else:
+            self._gam(gradients)
+        self.base.step()
+
+    def _sam(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
+        self._pass(gradients)
+        scale = self.settings.rho / (self._norm() + EPS)
+        for p in self.params:
+            self.state[p]["e_w"] = p.grad * scale
+            p.add_(self.state[p]["e_w"])
+        self._pass(gradients)
+        for p in self.params:
+            p.sub_(self.state[p]["e_w"])
+
+    def _gam(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
         s = self.settings
         self._pass(gradients)
         scale = s.rho_prime / (self._norm() + EPS)
@@ -108,7 +112,6 @@ class AuthorsGAM:
         self._decompose()
         for p in self.params:
             p.sub_(self.state[p]["e_w_1_2"])
-        self.base.step()
 
     def _decompose(self) -> None:
         """p.grad <- h+ - gamma (h- minus its projection on h+)."""
@@ -123,23 +126,6 @@ class AuthorsGAM:
         for p in self.params:
             vertical = self.state[p]["h_minus"] - cosine * minus * p.grad / (plus + EPS)
             p.grad.add_(vertical, alpha=-s.gamma)
-
-
-class AuthorsSAM(AuthorsGAM):
-    """SAM with radius `rho` in the same order of operations."""
-
-    @torch.no_grad()
-    def step(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """`gradients()` gives the next pass's gradients; it is called twice."""
-        self._pass(gradients)
-        scale = self.settings.rho / (self._norm() + EPS)
-        for p in self.params:
-            self.state[p]["e_w"] = p.grad * scale
-            p.add_(self.state[p]["e_w"])
-        self._pass(gradients)
-        for p in self.params:
-            p.sub_(self.state[p]["e_w"])
-        self.base.step()
 
 
 @dataclass

@@ -7,7 +7,6 @@ head start of some 2 ms, and host time and launches are told beside it: a row wh
 from __future__ import annotations
 
 import statistics
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -47,18 +46,17 @@ def bench_kernel(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None:
         _matrix_product(benchmark, case, plan, rounds)
         return
     elements, tensors, dtype, kernel, backend = case.what
-    needed = _bytes_needed(elements, DTYPES[dtype], slow="torch" in case.cell)
-    if case.what[:3] not in _held:
-        _operands.cache_clear()
+    if (size := (elements, tensors, dtype)) not in _held:
         _held.clear()
+        needed = _bytes_needed(elements, DTYPES[dtype], slow="torch" in case.cell)
         if needed > (free := clock.free()):
             pytest.skip(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
-        _held.append(case.what[:3])
+        _held[size] = Operands(elements, tensors, DTYPES[dtype], plan.device)
     facts: dict[str, Any] = {}
     if kernel is None:
         run, moved = _yardstick(elements, DTYPES[dtype], plan.device)
     else:
-        o = _operands(elements, tensors, dtype, plan.device)
+        o = _held[size]
         run, moved = (lambda: KERNELS[kernel].run(backends._BACKENDS[backend][0], o)), o.moved(KERNELS[kernel])
         facts = {"kernel": kernel, "backend": backend, "flops": KERNELS[kernel].flops * o.elements}
         run()  # Triton compiles
@@ -80,12 +78,7 @@ def _matrix_product(benchmark: Any, case: Case, plan: Plan, rounds: int) -> None
     benchmark.pedantic(torch.mm, args=(a, b), rounds=rounds, warmup_rounds=1)
 
 
-_held: list[tuple[int, int, str]] = []  # what `_operands` keeps in memory
-
-
-@lru_cache(maxsize=1)
-def _operands(elements: int, tensors: int, dtype: str, device: torch.device) -> Operands:
-    return Operands(elements, tensors, DTYPES[dtype], device)
+_held: dict[tuple[int, int, str], Operands] = {}  # of one size, which all contestants of a cell share
 
 
 def _yardstick(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:

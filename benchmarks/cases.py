@@ -30,15 +30,15 @@ class Case:
 
 
 class Plan(NamedTuple):
-    """On what, and how much, a run measures.
-
-    Attributes:
-        rehearse: tiny sizes, every kind of case once: shows that it runs, measures nothing.
-    """
+    """On what, and how much, a run measures; `rehearse`: tiny sizes, all once, which shows that it runs."""
 
     device: torch.device
-    blocks: int = 3
     rehearse: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """How often each cell is measured, where there is time."""
+        return 1 if self.rehearse else 3
 
 
 def blocks_of(cell: str, contestants: dict[str, Any], plan: Plan) -> list[Case]:

@@ -12,13 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-HEAD_START = 40_000_000  # cycles, some 20 ms, that the GPU waits while the host launches a step
-SHORT_START = 4_000_000  # some 2 ms, for a kernel
+HEAD_START = 4_000_000  # cycles, some 2 ms, that the GPU waits while the host launches a kernel
 FLUSHED = 256 << 20  # bytes, more than most last-level caches hold
 
 
@@ -58,10 +58,10 @@ class Clock:
         self._flush.zero_()
 
     def cold(self) -> None:
-        """Flushed caches, and on a GPU a short head start for the host."""
+        """Flushed caches, and on a GPU a head start for the host."""
         self.flush_caches()
         if self.on_gpu:
-            torch.cuda._sleep(SHORT_START)
+            torch.cuda._sleep(HEAD_START)
 
     def host(self, prepare: Callable[[], object], run: Callable[[], object]) -> float:
         """Seconds until `run` returns, its work done or not, starting from an idle device."""
@@ -69,18 +69,6 @@ class Clock:
         start = wall()
         run()
         return time.perf_counter() - start
-
-    def queued(self, prepare: Callable[[], object], run: Callable[[], object]) -> float:
-        """Seconds on the GPU, the host having a head start: what is left when host time is hidden.
-
-        A driver queues about a thousand launches; of a step that makes more, some host time is in it.
-        """
-        prepare()
-        torch.cuda.synchronize(self.device)
-        torch.cuda._sleep(HEAD_START)
-        start = Moment()
-        run()
-        return Moment() - start
 
     def free(self) -> int:
         """Bytes of memory that may still be taken."""
@@ -121,24 +109,28 @@ def _peak_on_cpu(run: Callable[[], object]) -> int:
     return peak
 
 
-def launched(run: Callable[[], object]) -> dict[str, list[str]]:
-    """Names of what `run` started, by the profiler's category.
-
-    "kernel", "gpu_memcpy", "gpu_memset": on the GPU. "cpu_op": torch operators, those called by other operators included.
-    """
+def traced(run: Callable[[], object], **options: bool) -> list[dict[str, Any]]:
+    """The events that the profiler sees in `run`, as it writes them for Chrome."""
     on_gpu = torch.cuda.is_initialized()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, **options) as trace:
         run()
         if on_gpu:
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         trace.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        return json.loads(path.read_text())["traceEvents"]
+
+
+def launched(run: Callable[[], object]) -> dict[str, list[str]]:
+    """Names of what `run` started, by the profiler's category.
+
+    "kernel", "gpu_memcpy", "gpu_memset": on the GPU. "cpu_op": torch operators, those called by other operators included.
+    """
     kinds: dict[str, list[str]] = {"kernel": [], "gpu_memcpy": [], "gpu_memset": [], "cpu_op": []}
-    for event in events:
-        if event.get("cat") in kinds:
-            kinds[event["cat"]].append(event["name"])
+    for event in traced(run):
+        kinds.get(event.get("cat", ""), []).append(event["name"])
     return kinds
 
 

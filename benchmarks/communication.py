@@ -1,7 +1,7 @@
 """All-reduces and their bytes in a training step under DistributedDataParallel, on 1, 2 and 4 processes.
 
-Counted, not computed: the profiler sees every all-reduce of the gloo backend, DDP's own among them. The processes share one
-machine's cores, so the time beside them tells little of a cluster.
+Counted, not computed: the profiler sees every all-reduce of the gloo backend, DDP's own among them. No times: those of
+processes that share one machine's cores tell little of a cluster.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.clock import traced
 from benchmarks.networks import batch, classifier
 from gam_fused import FusedGAM
 
@@ -38,7 +38,7 @@ IMAGES = 2  # per process: what is counted does not depend on it
 
 
 def measure(network: str, worlds: Sequence[int], limit: float = 120.0) -> dict[str, Any]:
-    """{"N processes": {contestant: {"all_reduces", "bytes", "ms", "parameters"}}} of one step, as rank 0 sees it.
+    """{"N processes": {contestant: {"all_reduces", "bytes", "parameters"}}} of one step, as rank 0 sees it.
 
     A world that fails or does not end within `limit` seconds is {"failed": why}.
     """
@@ -72,12 +72,9 @@ def _rank(rank: int, world: int, network: str, folder: str) -> None:
         step = _step(model, options, *batch(network, IMAGES, torch.device("cpu")))
         for _ in range(2):  # DDP arranges its blocks after the first pass
             step()
-        dist.barrier()
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
         elements = sum(p.numel() for p in model.parameters())
-        rows[name] = _counted(step, folder) | {"ms": 1e3 * seconds, "parameters": elements}
+        sent = [event["args"] for event in traced(step, record_shapes=True) if event.get("name") == "gloo:all_reduce"]
+        rows[name] = {"all_reduces": len(sent), "bytes": sum(map(_bytes, sent)), "parameters": elements}
     if rank == 0:
         Path(folder, "counts.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
@@ -96,15 +93,6 @@ def _step(model: torch.nn.Module, options: dict[str, Any] | None, *data: torch.T
         optimizer.step()
 
     return step
-
-
-def _counted(step: Callable[[], Any], folder: str) -> dict[str, int]:
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
-        step()
-    path = Path(folder, f"trace-{dist.get_rank()}.json")
-    trace.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "gloo:all_reduce"]
-    return {"all_reduces": len(events), "bytes": sum(_bytes(e["args"]) for e in events)}
 
 
 def _bytes(arguments: dict[str, Any]) -> int:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import BASES, AuthorsGAM, AuthorsSAM, Foreach, Settings
+from benchmarks.baselines import BASES, Authors, Foreach, Settings
 from gam_fused import FusedGAM
 
 Contestant = tuple[Callable[[], object], Callable[[], object]]
 PASSES = {"base": 1, "sam": 2, "finite_difference": 4, "accelerated": 4}
 TRAFFIC = {"sam": 11, "finite_difference": 24, "accelerated": 27}  # reads and writes per element, SGD with momentum
 AUTHORS, FOREACH, TORCH_FUSED = "authors' order", "torch._foreach", "torch, fused"
+BASELINES: dict[str, type[Authors] | type[Foreach]] = {AUTHORS: Authors, FOREACH: Foreach}
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,22 @@ class Implementation:
         method: "base" (no perturbation), "sam", "finite_difference" or "accelerated".
         by: who computes it: one of `AUTHORS`, `FOREACH`, `TORCH_FUSED`, or a backend of gam_fused.
         flatten: of FusedGAM.
-        zeroing: the authors' order with gradients that are zeroed and added to.
     """
 
     base: str
     method: str
     by: str
     flatten: bool = False
-    zeroing: bool = False
 
     def __str__(self) -> str:
-        return f"{self.base}, {self.method}, {self.by}{', flatten' * self.flatten}{', with zeroing' * self.zeroing}"
+        return f"{self.base}, {self.method}, {self.by}{', flatten' * self.flatten}"
 
     @property
     def copies(self) -> int:
         """Of the model, float32, that it holds at most with AdamW as its base, prepared gradients included."""
-        if self.method == "base":
-            return 4
-        if self.method == "sam":
-            return {"cpp": 7, "cuda": 7, "triton": 7, "torch": 9}.get(self.by, 8)
-        return {AUTHORS: 15, FOREACH: 10, "torch": 11}.get(self.by, 9)
+        if self.method in ("base", "sam"):
+            return 4 if self.method == "base" else 9
+        return 15 if self.by == AUTHORS else 11
 
     def on(self, params: list[Tensor]) -> Contestant:
         """This implementation at work on `params`."""
@@ -63,11 +60,8 @@ class Implementation:
             for p, g in zip(params, gradients.source, strict=True):
                 p.grad = g
             return (lambda: None), optimizer.step
-        if self.by in (AUTHORS, FOREACH):
-            if self.by == FOREACH:
-                baseline: AuthorsGAM | Foreach = Foreach(params, settings, self.method)
-            else:
-                baseline = (AuthorsSAM if self.method == "sam" else AuthorsGAM)(params, settings, self.zeroing)
+        if self.by in BASELINES:
+            baseline = BASELINES[self.by](params, settings, self.method)
             return prepare, lambda: baseline.step(gradients.hand_over)
         fused = fused_gam(params, self.method, settings, backend=self.by, flatten=self.flatten)
         return prepare, lambda: fused.step(gradients.closure)
@@ -114,12 +108,9 @@ class Gradients:
                 p.grad = None
 
 
-def parameters(
-    sizes: Sequence[tuple[int, ...]], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """Parameters of the given shapes, normal with standard deviation 0.02."""
-    generator = torch.Generator(device).manual_seed(0)
-    options = {"generator": generator, "device": device, "dtype": dtype}
+def parameters(sizes: Sequence[tuple[int, ...]], device: torch.device | str = "cpu") -> list[Tensor]:
+    """Parameters of the given shapes, float32, normal with standard deviation 0.02."""
+    options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     return [torch.nn.Parameter(torch.randn(size, **options).mul_(0.02)) for size in sizes]
 
 

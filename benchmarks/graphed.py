@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def graphed(run: Callable[[], object]) -> Callable[[], None]:
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
     """Warms `run` up on a stream of its own, captures it, and returns what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -18,9 +18,4 @@ def graphed(run: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-
-    def replay() -> None:
-        graph.replay()
-
-    replay.keeps = run  # type: ignore[attr-defined]  # and with it the optimizer's state, which the graph writes to
-    return replay
+    return lambda: run and graph.replay()  # keeps `run`, and with it the optimizer's state that the graph writes to

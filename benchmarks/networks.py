@@ -26,18 +26,13 @@ def _resnet(*, depths: list[int], layer: str, widths: list[int], classes: int = 
     return ResNetForImageClassification(config)
 
 
-def resnet18() -> nn.Module:
-    """He et al. 2016: 62 tensors, 11.7 M parameters."""
-    return _resnet(depths=[2, 2, 2, 2], layer="basic", widths=[64, 128, 256, 512])
-
-
 def resnet50() -> nn.Module:
     """He et al. 2016: 161 tensors, 25.6 M parameters."""
     return _resnet(depths=[3, 4, 6, 3], layer="bottleneck", widths=[256, 512, 1024, 2048])
 
 
 def resnet18_cifar() -> nn.Module:
-    """ResNet-18 for 32 x 32 images and 100 classes: a 3 x 3 stem without pooling, as is usual there."""
+    """ResNet-18 (He et al. 2016) for 32 x 32 images and 100 classes: a 3 x 3 stem without pooling, as is usual there."""
     model = _resnet(depths=[2, 2, 2, 2], layer="basic", widths=[64, 128, 256, 512], classes=100)
     stem = model.resnet.embedder
     stem.embedder.convolution = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -62,21 +57,6 @@ def vit_b_32() -> nn.Module:
     return _vit(width=768, heads=12)
 
 
-def swin_t() -> nn.Module:
-    """Swin-T (Liu et al. 2021): 221 tensors, 28.3 M parameters."""
-    from transformers import SwinConfig, SwinForImageClassification
-
-    return SwinForImageClassification(SwinConfig(num_labels=1000))  # the configuration's defaults are those of Swin-T
-
-
-def efficientnet_b0() -> nn.Module:
-    """EfficientNet-b0 (Tan and Le 2019): 213 tensors, 5.3 M parameters."""
-    from transformers import EfficientNetConfig, EfficientNetForImageClassification
-
-    size = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
-    return EfficientNetForImageClassification(EfficientNetConfig(num_labels=1000, dropout_rate=0.2, **size))
-
-
 def transformer_1b() -> nn.Module:
     """A Llama of 1.2 G parameters in 146 tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,11 +67,7 @@ def transformer_1b() -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    build.__name__: build
-    for build in (
-        *(resnet18, resnet50, resnet18_cifar, vit_s_32, vit_b_32),
-        *(swin_t, efficientnet_b0, transformer_1b),
-    )
+    build.__name__: build for build in (resnet50, resnet18_cifar, vit_s_32, vit_b_32, transformer_1b)
 }
 IMAGES = {"digits": (1, 8), "resnet18_cifar": (3, 32)}  # channels, height and width; (3, 224) otherwise
 

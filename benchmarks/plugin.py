@@ -6,14 +6,12 @@ Cases run in the order the module gives, the important ones first; when the time
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from benchmarks.cases import Case, Plan
 from benchmarks.clock import Clock
@@ -25,7 +23,6 @@ NO_TIME = "no time left for it"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gam_fused benchmarks")
     group.addoption("--device", type=torch.device, default="cpu")
-    group.addoption("--blocks", type=int, default=3, help="how often each cell is measured")
     group.addoption("--seconds", type=float, default=float("inf"), help="after them no further case begins")
     group.addoption("--lines", type=Path, required=True, help="JSON lines to write: the machine, then one for each case")
     group.addoption("--rehearse", action="store_true", help="tiny sizes: shows that everything runs")
@@ -42,10 +39,8 @@ class Suite:
     """One run of one suite."""
 
     def __init__(self, config: pytest.Config, device: torch.device):
-        rehearse = config.option.rehearse
-        self.plan = Plan(device, 1 if rehearse else config.option.blocks, rehearse)
+        self.plan = Plan(device, config.option.rehearse)
         self.end = time.monotonic() + config.option.seconds
-        self.bar: tqdm | None = None
         self.lines: Path = config.option.lines
         self.write({"machine": machine(device)})
 
@@ -60,11 +55,7 @@ class Suite:
             metafunc.parametrize("case", metafunc.module.cases(self.plan), ids=str)
 
     @pytest.hookimpl
-    def pytest_runtestloop(self, session: pytest.Session) -> None:
-        self.bar = tqdm(total=len(session.items), unit="case", mininterval=1 if sys.stderr.isatty() else 20)
-
-    @pytest.hookimpl
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+    def pytest_runtest_setup(self) -> None:
         if time.monotonic() > self.end:
             pytest.skip(NO_TIME)
 
@@ -78,21 +69,6 @@ class Suite:
         elif call.when == "call":
             benchmark = item.funcargs["benchmark"]  # type: ignore[attr-defined]
             self.write(line | {"seconds": benchmark.stats.stats.data, "facts": benchmark.extra_info})
-
-    @pytest.hookimpl
-    def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(nodeid.partition("[")[2].rstrip("]")[:60], refresh=False)
-            self.bar.update()
-
-    @pytest.hookimpl
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        return None if report.failed else (report.outcome if report.when == "call" or report.skipped else "", "", "")
-
-    @pytest.hookimpl
-    def pytest_sessionfinish(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,44 +19,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.profiler import profile
 
-from benchmarks.contestants import Contestant, Implementation, parameters
+from benchmarks.contestants import Implementation, parameters
 from benchmarks.networks import shapes
 
 FEW, MANY = 5, 45  # steps of the two runs under valgrind
-METHODS = ("sam", "finite_difference", "accelerated")
 
 
-def contestant(arguments: argparse.Namespace) -> Contestant:
-    """(prepare, run) of one step."""
-    return Implementation("SGD", arguments.method, arguments.backend).on(parameters(shapes(arguments.shapes)))
-
-
-def python_functions(pair: Contestant, steps: int) -> pstats.Stats:
-    """Python functions of `steps` steps; what prepares their gradients is left out."""
-    prepare, run = pair
-    profiler = cProfile.Profile()
-    for _ in range(steps):
-        prepare()
-        profiler.enable()
-        run()
-        profiler.disable()
-    return pstats.Stats(profiler).sort_stats("tottime")
-
-
-def operators(pair: Contestant) -> str:
-    """A table of the operators of one step, by their own time."""
-    prepare, run = pair
-    prepare()
-    with profile() as profiler:
-        run()
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40)
-
-
-def instructions(arguments: argparse.Namespace) -> float:
+def instructions(chosen: Sequence[str]) -> float:
     """Instructions per step under valgrind, without those that prepare its gradients.
 
     Raises:
@@ -64,13 +38,12 @@ def instructions(arguments: argparse.Namespace) -> float:
     """
     if not shutil.which("valgrind"):
         raise SystemExit("--callgrind needs valgrind on the PATH")
-    steps, preparations = (_count(arguments, MANY, bare) - _count(arguments, FEW, bare) for bare in ("step", "prepare"))
+    steps, preparations = (_count(chosen, MANY, bare) - _count(chosen, FEW, bare) for bare in ("step", "prepare"))
     return (steps - preparations) / (MANY - FEW)
 
 
-def _count(arguments: argparse.Namespace, steps: int, bare: str) -> int:
+def _count(chosen: Sequence[str], steps: int, bare: str) -> int:
     """Instructions of a whole process that runs `steps` steps, or only prepares them."""
-    chosen = ["--shapes", arguments.shapes, "--backend", arguments.backend, "--method", arguments.method]
     module = [sys.executable, "-m", "benchmarks.profile_step", *chosen, "--bare", bare, "--steps", str(steps)]
     with tempfile.TemporaryDirectory() as folder:
         output = f"--callgrind-out-file={folder}/callgrind"
@@ -83,36 +56,39 @@ def _count(arguments: argparse.Namespace, steps: int, bare: str) -> int:
     return int(found[1])
 
 
-def loop(pair: Contestant, steps: int, bare: str = "step") -> None:
-    """Steps, or their preparation, and nothing else: what valgrind counts."""
-    prepare, run = pair
-    for _ in range(steps):
-        prepare()
-        if bare == "step":
-            run()
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", choices=("tiny", "resnet50"), default="tiny")
     parser.add_argument("--backend", choices=("cpp", "torch"), default="cpp")
-    parser.add_argument("--method", choices=METHODS, default="finite_difference")
+    parser.add_argument("--method", choices=("sam", "finite_difference", "accelerated"), default="finite_difference")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--callgrind", action="store_true", help="instructions per step under valgrind")
-    parser.add_argument("--bare", choices=("step", "prepare"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.callgrind:
-        count = instructions(arguments)
-        print(f"{count:,.0f} instructions per step ({arguments.method}, {arguments.backend}, {arguments.shapes})")
+    parser.add_argument("--bare", choices=("step", "prepare"), help=argparse.SUPPRESS)  # nothing else: valgrind counts
+    given = parser.parse_args(arguments)
+    title = f"{given.method}, {given.backend}, {given.shapes}"
+    if given.callgrind:
+        chosen = ["--shapes", given.shapes, "--backend", given.backend, "--method", given.method]
+        print(f"{instructions(chosen):,.0f} instructions per step ({title})")
         return
-    pair = contestant(arguments)
-    if arguments.bare:
-        loop(pair, arguments.steps, arguments.bare)
+    prepare, run = Implementation("SGD", given.method, given.backend).on(parameters(shapes(given.shapes)))
+    for _ in range(given.steps if given.bare else 3):  # three: plan, state, scratch
+        prepare()
+        if given.bare != "prepare":
+            run()
+    if given.bare:
         return
-    loop(pair, 3)  # plan, state, scratch
-    print(f"{arguments.method}, {arguments.backend}, {arguments.shapes}; {arguments.steps} steps\n")
-    python_functions(pair, arguments.steps).print_stats(20)
-    print(operators(pair))
+    print(f"{title}; {given.steps} steps\n")
+    functions = cProfile.Profile()
+    for _ in range(given.steps):
+        prepare()
+        functions.enable()
+        run()
+        functions.disable()
+    pstats.Stats(functions).sort_stats("tottime").print_stats(20)
+    prepare()
+    with profile() as operators:
+        run()
+    print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
 if __name__ == "__main__":

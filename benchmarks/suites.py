@@ -1,37 +1,27 @@
-"""Runs a suite under pytest-benchmark and reduces what it measured: per cell and contestant quantiles, blocks and facts.
-
-python -m benchmarks.suites kernels --out kernels.json [--device cuda] [--seconds 90] [--grace 120] [--blocks 3] [--rehearse]
-"""
+"""Runs a suite under pytest-benchmark and reduces what it measured: per cell and contestant quantiles, blocks and facts."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import quantiles
+import numpy as np
 
 HERE = Path(__file__).parent
 SUITES = {"kernels": "on_device", "optimizer": "wall", "training": "wall", "scaling": "wall"}  # and the timer of each
-MEASURED_ONCE = ("operators", "kernels", "copies", "peak_bytes")  # in the first block
 WITHIN = "over_passes"  # ratios, of each timed step: median, 20 and 80 % quantile over all
-MEDIANS = ("host_ms", "queued_ms")  # over the blocks
+QUIET = ("-q", "--no-header", "--no-summary", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet")
 
 
 def run_suite(
-    name: str,
-    *,
-    device: str = "cpu",
-    seconds: float = float("inf"),
-    grace: float = 120.0,
-    blocks: int = 3,
-    rehearse: bool = False,
+    name: str, *, device: str = "cpu", seconds: float = float("inf"), grace: float = 120.0, rehearse: bool = False
 ) -> dict[str, Any]:
     """Measure one suite, in a process of its own; what it measured before it failed or was killed is there.
 
@@ -46,10 +36,11 @@ def run_suite(
     """
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder, "lines.jsonl")
-        command = [sys.executable, "-m", "pytest", str(HERE / f"bench_{name}.py"), "-p", "benchmarks.plugin"]
-        command += ["-p", "no:cacheprovider", "-s", "-qq", "--no-header", "--tb=short", "-o", "python_functions=bench_*"]
-        command += ["--benchmark-timer", f"benchmarks.clock.{SUITES[name]}", "--benchmark-disable-gc", "--benchmark-quiet"]
-        command += [f"--device={device}", f"--seconds={seconds}", f"--lines={lines}", f"--blocks={blocks}"]
+        # None of the tests' own options: side by side with others nothing can be measured.
+        command = [sys.executable, "-m", "pytest", str(HERE / f"bench_{name}.py"), "-o", "addopts="]
+        command += [*QUIET, "-o", "python_functions=bench_*", "-p", "benchmarks.plugin"]
+        command += ["--benchmark-disable-gc", "--benchmark-timer", f"benchmarks.clock.{SUITES[name]}"]
+        command += [f"--device={device}", f"--seconds={seconds}", f"--lines={lines}"]
         command += ["--rehearse"] if rehearse else []
         environment = os.environ | {"KINETO_LOG_LEVEL": "9"}  # the profiler reports on every start otherwise
         limit = None if seconds == float("inf") else seconds + grace
@@ -68,50 +59,36 @@ def read_lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def reduced(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def reduced(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the plugin wrote, as `run_suite` returns it."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    lists: dict[tuple[str, str], dict[str, list[float]]] = {}
-    result: dict[str, Any] = {"machine": {}, "cells": cells, "left_out": [line for line in lines if "why" in line]}
+    machines = [line["machine"] for line in lines if "machine" in line]
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
-        result |= {"machine": line["machine"]} if "machine" in line else {}
-        if "seconds" not in line:
-            continue
-        facts = line["facts"]
-        row = cells.setdefault(line["cell"], {}).setdefault(line["contestant"], {"blocks": {}})
-        row["blocks"][str(line["block"])] = 1e3 * statistics.median(line["seconds"])
-        row |= {k: v for k, v in facts.items() if k not in MEASURED_ONCE or k not in row}
-        kept = lists.setdefault((line["cell"], line["contestant"]), {"seconds": []})
-        kept["seconds"] += line["seconds"]
-        for key in MEDIANS:
-            if key in facts:
-                kept.setdefault(key, []).append(facts[key])
-        if WITHIN in facts:
-            kept.setdefault(WITHIN, []).extend(facts[WITHIN])
-    for (cell, contestant), kept in lists.items():
-        row = cells[cell][contestant]
-        if WITHIN in kept:
-            q = quantiles(kept.pop(WITHIN))
-            row[WITHIN] = [q[key] / 1e3 for key in ("ms", "ms_q20", "ms_q80")]
-        row |= quantiles(kept.pop("seconds")) | {key: statistics.median(values) for key, values in kept.items()}
-    return result
+        if "seconds" in line:
+            measured.setdefault(line["cell"], {}).setdefault(line["contestant"], []).append(line)
+    return {
+        "machine": machines[0] if machines else {},
+        "cells": {cell: {name: _row(blocks) for name, blocks in rows.items()} for cell, rows in measured.items()},
+        "left_out": [line for line in lines if "why" in line],
+    }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--grace", type=float, default=120.0)
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--rehearse", action="store_true")
-    options = vars(parser.parse_args())
-    out, name = options.pop("out"), options.pop("suite")
-    result = run_suite(name, **options)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    return bool(result["failed"]) or not result["cells"]
+def _row(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One contestant's lines, one from each block, as a row; facts that differ are those of the first block."""
+    facts: dict[str, Any] = {}
+    for line in blocks:
+        facts = line["facts"] | facts
+    if "host_ms" in facts:
+        facts["host_ms"] = statistics.median(line["facts"]["host_ms"] for line in blocks)
+    if WITHIN in facts:
+        low, median, high = quantiles([ratio for line in blocks for ratio in line["facts"][WITHIN]])
+        facts[WITHIN] = [median, low, high]
+    seconds = [s for line in blocks for s in line["seconds"]]
+    low, median, high = quantiles([1e3 * s for s in seconds])
+    medians = {str(line["block"]): 1e3 * statistics.median(line["seconds"]) for line in blocks}
+    return {"blocks": medians, **facts, "ms_q20": low, "ms": median, "ms_q80": high, "runs": len(seconds)}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def quantiles(values: Sequence[float]) -> list[float]:
+    """At 20, 50 and 80 %."""
+    return np.quantile(values, (0.2, 0.5, 0.8)).tolist()

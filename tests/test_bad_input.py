@@ -10,7 +10,7 @@ from gam_helpers import METHODS, batch, closure_of, make, mlp, regression, same,
 from torch import nn
 
 from gam_fused import FusedGAM, FusedSAM
-from gam_fused.settings import DEFAULTS
+from gam_fused.methods import TAKES
 
 NAN, INF = float("nan"), float("inf")
 HYPERPARAMETERS = [
@@ -42,7 +42,7 @@ HYPERPARAMETERS = [
     ({"xi": NAN}, "xi", "nan", "finite"),
     ({"max_grad_norm": 0.0}, "max_grad_norm", "0.0", "greater"),
     ({"max_grad_norm": NAN}, "max_grad_norm", "nan", "finite"),
-    ({"perturb_sync": "sometimes"}, "perturb_sync", "sometimes", "auto"),
+    ({"perturb_sync": "sometimes"}, "perturb_sync", "sometimes", "global"),
 ]
 TYPES = [
     ({"rho": "big"}, "rho", "big"),
@@ -103,7 +103,7 @@ NONSENSE = [("rho", NAN), ("rho", -1.0), ("alpha", NAN), ("rho_prime", 0.0), ("g
 
 @pytest.mark.parametrize(
     ("method", "name", "bad"),
-    [(m, *case) for m in METHODS for case in NONSENSE if getattr(DEFAULTS[m], case[0]) is not None],
+    [(m, *case) for m in METHODS for case in NONSENSE if getattr(TAKES[m], case[0]) is not None],
 )
 def test_hyperparameters_changed_to_nonsense_are_refused_by_the_step(method, name, bad):
     model = mlp()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from gam_helpers import tables_are_rectangular
 
 from benchmarks.kernels import KERNELS
-from benchmarks.report import figures, tables
-from benchmarks.report.compare import changes, text
-from benchmarks.report.files import write
+from benchmarks.report import figures, tables, write
+from benchmarks.report.compare import changes, main, text
 from benchmarks.report.ratios import beyond_passes, ms_per_step, ratio, share_of_yardstick
+
+RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "amd-epyc-2-cores.json"
 
 
 def row(*blocks: float, **facts) -> dict:
@@ -79,7 +78,7 @@ def test_figures_that_moved_beyond_the_noise(after, moved):
     runs = run_of(cell=BEFORE), run_of(cell=after)
     found = list(changes(*runs))
     assert len(found) == 3
-    assert [change.contestant for change in found if change.moved] == moved
+    assert [change.key[-1] for change in found if change.moved] == moved
     assert text(*runs).startswith(f"{len(moved)} of 3 times moved")
 
 
@@ -106,14 +105,28 @@ def test_counts_and_machines_that_differ_are_named():
     assert "Not the same torch: 2.13 and 2.14." in said
 
 
-def test_comparison_on_the_command_line(tmp_path):
+def test_comparison_on_the_command_line(tmp_path, capsys):
     slower = run_of(cell=BEFORE | {"ours": row(4.8, 4.9, 4.7)})
     paths = [tmp_path / name for name in ("before.json", "after.json")]
     for path, record in zip(paths, (run_of(cell=BEFORE), slower), strict=True):
         path.write_text(json.dumps(record))
-    command = [sys.executable, "-m", "benchmarks.report.compare", *map(str, paths)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert "optimizer: cell: ours: takes 1.20 times as long" in done.stdout
+    main([*map(str, paths)])
+    assert "optimizer: cell: ours: takes 1.20 times as long" in capsys.readouterr().out
+
+
+def test_a_record_has_not_moved_from_itself_and_has_every_table_and_picture(tmp_path):
+    record = json.loads(RECORDED.read_text())
+    assert text(record, record).startswith("0 of ")
+    assert text(record, record).count("\n") == 0
+    write(record, tmp_path / "recorded.json")
+    document = (tmp_path / "recorded.md").read_text()
+    for heading in ("Training steps", "The optimizer alone", "Kernels", "Scaling", "Communication", "Left out"):
+        assert f"## {heading}" in document
+    assert tables_are_rectangular(document)
+    recorded = RECORDED.with_suffix(".md").read_text()  # it has times of communication too, which are not measured any more
+    assert document.split("## Communication")[0] == recorded.split("## Communication")[0]
+    pictures = {p.name for p in tmp_path.glob("*.png")}
+    assert pictures == {f"recorded-{name}.png" for name in ("overhead", "roofline", "scaling")}
 
 
 def test_the_report_of_a_run_that_was_cut():

@@ -7,10 +7,12 @@ resident at once: 64 registers. Adam in float64 may take twice as many (4 blocks
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,7 @@ ARCHITECTURES = ("80", "90", "100")
 KERNELS = ("squared_norm", "direction_products", "perturb", "combine", "restore", "combined_update")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")]
 
 
 def flags() -> list[str]:
@@ -33,19 +35,50 @@ def flags() -> list[str]:
     raise AssertionError("setup.py has no NVCC_FLAGS")
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, str]]:
-    """(kernel, architecture) -> object file and what ptxas printed."""
-    folder = tmp_path_factory.mktemp("cuda")
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one in Triton's package."""
+    triton = find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton and triton.origin else None
+    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
 
-    def build(job: tuple[str, str]) -> tuple[Path, str]:
+
+def kept(path: Path, make: Callable[[], str]) -> str:
+    """The text of `path`; made, if that has not been done."""
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(make())
+        unfinished.replace(path)
+    return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], tuple[str, str]]:
+    """(kernel, architecture) -> what ptxas printed, and the machine code; kept in build/ until a source changes."""
+    options = [*flags(), "-DGAM_MANY_WORDS", "-Xptxas", "-v"]
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    inputs = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.*"))]
+    key = hashlib.sha256(repr((options, version)).encode() + b"".join(p.read_bytes() for p in inputs))
+    folder = ROOT / "build" / f"cuda_compile-{key.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def build(job: tuple[str, str]) -> tuple[str, str]:
         kernel, architecture = job
-        target = folder / f"{kernel}-{architecture}.o"
-        command = [NVCC, *flags(), "-DGAM_MANY_WORDS", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        command += ["-Xptxas", "-v", "-c", str(ROOT / "csrc" / "cuda" / f"{kernel}.cu"), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return target, done.stderr
+        target = folder / f"{kernel}-{architecture}.cubin"
+
+        def compile_it() -> str:
+            command = [NVCC, *options, f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+            command += ["-cubin", str(ROOT / "csrc" / "cuda" / f"{kernel}.cu"), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stderr
+
+        def disassemble() -> str:
+            tools = {**os.environ, "PATH": f"{Path(cuobjdump()).parent}:{os.environ['PATH']}"}
+            command = [cuobjdump(), "-sass", str(target)]
+            return subprocess.run(command, capture_output=True, text=True, check=True, env=tools).stdout
+
+        printed = kept(target.with_suffix(".txt"), compile_it)
+        return printed, kept(target.with_suffix(".sass"), disassemble) if cuobjdump() else ""
 
     jobs = [(kernel, architecture) for kernel in reversed(KERNELS) for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -65,7 +98,7 @@ def kernels(printed: str) -> list[tuple[str, int, int, int]]:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_registers_and_spills(compiled, kernel):
     for architecture in ARCHITECTURES:
-        found = kernels(compiled[kernel, architecture][1])
+        found = kernels(compiled[kernel, architecture][0])
         assert len(found) >= 8, "four dtypes, two sizes of argument block"
         for name, registers, stack, spilled in found:
             double_adam = kernel == "combined_update" and "IdLi1E" in name  # combined_update<double, 1, ...>
@@ -73,21 +106,11 @@ def test_registers_and_spills(compiled, kernel):
             assert registers <= (128 if double_adam else 64), f"sm_{architecture}: {name} takes {registers} registers"
 
 
-def cuobjdump() -> str | None:
-    """The toolkit's, or the one in Triton's package."""
-    triton = find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton and triton.origin else None
-    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
-
-
 @pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither of a CUDA toolkit nor in the triton package")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_loops_move_16_bytes_at_a_time(compiled, kernel):
-    tools = {**os.environ, "PATH": f"{Path(cuobjdump()).parent}:{os.environ['PATH']}"}
     for architecture in ARCHITECTURES:
-        command = [cuobjdump(), "-sass", str(compiled[kernel, architecture][0])]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=tools).stdout
-        functions = sass.split("Function : ")[1:]
+        functions = compiled[kernel, architecture][1].split("Function : ")[1:]
         assert len(functions) >= 8
         for function in functions:
             name = function.split("\n", 1)[0]

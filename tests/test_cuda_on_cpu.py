@@ -1,15 +1,9 @@
 """The CUDA kernels themselves, run on the CPU, against the reference: every kernel, dtype and awkward shape.
 
-GAM_FUSED_SANITIZED=1 builds them with the address and undefined-behaviour sanitizers; `test_under_sanitizers` runs this
-file that way.
+`run_under_sanitizers` runs them once more, built with the address and undefined-behaviour sanitizers.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
 import cuda_on_cpu
@@ -28,15 +22,14 @@ from gam_fused.constants import Algorithm, Column, Control, Flag
 
 pytestmark = [
     pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built"),
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("cuda on cpu"),
 ]
-SANITIZED = os.environ.get("GAM_FUSED_SANITIZED") == "1"
 NAME = "cuda on cpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def backend():
-    cases.EXTRA_BACKENDS[NAME] = cuda_on_cpu.backend(sanitized=SANITIZED)
+    cases.EXTRA_BACKENDS[NAME] = cuda_on_cpu.backend()
     return cases.EXTRA_BACKENDS[NAME]
 
 
@@ -184,39 +177,34 @@ def test_whole_steps(monkeypatch, backend, method, base):
         groups_follow_float64(method, base, options, NAME)
 
 
-@pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
+def run_under_sanitizers() -> None:
+    """What kernels compute is compared above; here they only run."""
+    torch.set_num_threads(1)
+    backend = cuda_on_cpu.backend(sanitized=True)
+    for kind in ("chunk edges", "empty tensors", "misaligned", "0-dim"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for run in KERNELS.values():
+                run(backend, Problem(kind, dtype, dtype))
+    test_more_tensors_than_an_argument_block_holds(backend, 500)
+    test_list_overload_sends_the_layout_along(backend)
+    test_chunks_of_one_tensor_see_the_same_step(backend)
+    print("done")
+
+
 def test_under_sanitizers():
-    """This file again, in a process whose kernels report every access out of bounds, misaligned or undefined."""
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
-        pytest.skip("g++ has no address sanitizer runtime")
-    environment = os.environ | {
-        "GAM_FUSED_SANITIZED": "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }  # fmt: skip
-    awkward = "awkward and (edges or empty or misaligned or 0-dim) and (float32 or bfloat16)"
-    chosen = f"({awkward}) or block_holds[500] or list_overload or same_step"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    """In a process whose kernels report every access out of bounds, misaligned or undefined."""
+    done = cuda_on_cpu.run_sanitized("import test_cuda_on_cpu as t; t.run_under_sanitizers()")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout == "done\n"
 
 
-@pytest.mark.skipif(SANITIZED, reason="this is the run without sanitizers")
 def test_sanitizers_see_an_access_out_of_bounds():
     """A layout that promises one element more than the tensor has."""
-    code = (
+    done = cuda_on_cpu.run_sanitized(
         "import torch, cuda_on_cpu; from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList\n"
         "backend = cuda_on_cpu.backend(sanitized=True); layout = Layout([1001], [0], [True])\n"
         "x = TensorList([torch.ones(1000)])\n"
         "backend.squared_norm(layout, x, EMPTY, EMPTY, torch.zeros(2, 1, dtype=torch.float64))"
     )
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -30,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from gam_fused.parallel.dtensor import local
 from gam_fused.schedules import ProportionalRho
 
+pytestmark = pytest.mark.processes
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "adam": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),

@@ -30,6 +30,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.processes
 MODES = ("global", "local")
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
@@ -71,7 +72,7 @@ def _long_run(rank, mode, views):
         unused = bits(model.module.unused.weight)
         start = fingerprint(model.parameters())
         torch.manual_seed(100 + rank)  # other dropout masks, other batches
-        for _ in range(300 if method == "finite_difference" else 20):
+        for _ in range(100 if method == "finite_difference" else 20):
             x, y = torch.randn(8, 3), torch.randn(8, 2)
             loss_fn = lambda x=x, y=y, model=model: (model(x, rank) - y).square().mean()  # noqa: E731
             optimizer.step(closure_of(optimizer, loss_fn))

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from gam_fused.parallel.dtensor import local
 
+pytestmark = pytest.mark.processes
 METHODS = ("sam", "finite_difference", "accelerated")
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),

@@ -11,7 +11,7 @@ from test_kernels import KERNELS, reference, torch_error
 from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.gpu
 
 
 def check(backend_name: str, kernel: str, kind: str, dtype: torch.dtype, **options) -> dict:

@@ -23,7 +23,10 @@ from gam_fused import FusedGAM, FusedSAM
 from gam_fused.integrations import all_micro_batches
 from gam_fused.integrations.transformers import GAMTrainerMixin
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.frameworks,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 BATCHES, SIZE = 10, 4  # with an accumulation of 4 the last step of an epoch has 2
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,17 +14,17 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("sklearn", reason="the interval study needs scikit-learn")
 pytest.importorskip("matplotlib", reason="the interval study needs matplotlib")
 
-from benchmarks.interval import report
-from benchmarks.interval.__main__ import main
-from benchmarks.interval.cost import over
-from benchmarks.interval.estimates import chosen_alpha, judged, paired_difference, part_kept, result_rows, sweep_rows
-from benchmarks.interval.settings import ALPHAS, ORACLES, RATIOS, WINDOW
 from examples.digits.data import load
 from examples.digits.net import conv_net
 from examples.digits.training import train_step
+from studies.interval import __main__ as program
+from studies.interval import report
+from studies.interval.__main__ import evaluate, main, write
+from studies.interval.cost import over
+from studies.interval.estimates import chosen_alpha, judged, paired_difference, part_kept, result_rows, sweep_rows
+from studies.interval.settings import ALPHAS, ORACLES, RATIOS, WINDOW
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parents[1] / "studies" / "results"
 NOISE = (0.01, -0.02, 0.0, 0.03, -0.01)  # of a seed, the same in all settings
 
 
@@ -187,21 +185,31 @@ def test_every_window_holds_whole_intervals_and_the_default_alpha_is_tried():
 # The program.
 
 
-def test_the_program_writes_its_results_and_measures_the_cost_anew(tmp_path, capsys):
+def test_the_page_and_the_picture_follow_from_the_recorded_runs(tmp_path):
+    result = evaluate(json.loads((RESULTS / "interval.json").read_text()))
+    write(result, tmp_path)
+    assert (tmp_path / "interval.md").read_text() == (RESULTS / "interval.md").read_text()
+    assert (tmp_path / "interval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_program_writes_its_results_and_measures_the_cost_anew(tmp_path, capsys, monkeypatch):
+    """Of made-up runs, every setting a little better than the one before; their cost is measured."""
+
+    def made_up_runs(jobs, workers):
+        facts = {"train": 0.9, "skipped_steps": 0}
+        return [made_up(method, [0.8 + 1e-3 * i])[0] | facts | {"seed": seed} for i, (method, seed, _) in enumerate(jobs)]
+
+    monkeypatch.setattr(program, "run_all", made_up_runs)
     out = ["--out", str(tmp_path), "--rounds", "1"]
-    small = ["--quick", "--epochs", "2", "--validation-seeds", "1", "--oracles", "sgd", "--workers", "1"]
-    command = [sys.executable, "-m", "benchmarks.interval", *out, *small]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    main([*out, "--quick", "--oracles", "sgd"])
     first = json.loads((tmp_path / "interval.json").read_text())
     assert [r["ratio"] for r in first["rows"] if r["chosen"]] == [0.0, *RATIOS]
     assert {run["seed"] for run in first["runs"]} == {0, 1}
-    assert {run["seed"] for run in first["sweep"]["runs"]} == {100}
+    assert {run["seed"] for run in first["sweep"]["runs"]} == {100, 101}
     assert first["sweep"]["settings"]["validation"]
     assert not first["settings"]["validation"]
     assert first["machine"]["torch"] == torch.__version__
-    assert first["claims"][0]["text"] in done.stdout
-    assert (tmp_path / "interval.png").read_bytes().startswith(b"\x89PNG")
+    assert first["claims"][0]["text"] in capsys.readouterr().out
 
     (tmp_path / "interval.png").unlink()
     main([*out, "--timing-only"])

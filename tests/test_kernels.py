@@ -56,7 +56,6 @@ KERNELS = {
     "combine two": partial(run_combine, x1=False, totals=TWO),
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 backend_names = pytest.mark.parametrize("backend_name", BACKENDS)
 
 

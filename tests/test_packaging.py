@@ -16,6 +16,7 @@ import gam_fused
 from gam_fused.backends import cpp
 
 ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
 SOURCES = ("csrc", "gam_fused", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -62,9 +63,11 @@ def unpack(wheel: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> Path:
+    """A wheel with the CPU backend and, where it can be built, the CUDA backend."""
     if cpp.reason():
         pytest.skip(cpp.reason())
-    return build_wheel(tmp_path_factory.mktemp("compiled"), GAM_FUSED_REQUIRE_CPP="1")[0]
+    cuda = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"} if NVCC else {}
+    return build_wheel(tmp_path_factory.mktemp("compiled"), GAM_FUSED_REQUIRE_CPP="1", **cuda)[0]
 
 
 def packages() -> set[str]:
@@ -112,11 +115,10 @@ def test_requiring_the_backend_is_an_error_without_a_compiler(tmp_path):
         build_wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent", GAM_FUSED_REQUIRE_CPP="1")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-def test_cuda_backend_builds_against_a_torch_without_cuda_and_stays_out_of_it(tmp_path):
-    wheel, _ = build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
-    assert "gam_fused/_cuda.abi3.so" in zipfile.ZipFile(wheel).namelist()
-    installed = unpack(wheel)
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+def test_cuda_backend_builds_against_a_torch_without_cuda_and_stays_out_of_it(compiled):
+    assert "gam_fused/_cuda.abi3.so" in zipfile.ZipFile(compiled).namelist()
+    installed = unpack(compiled)
     done = python("import gam_fused; print(gam_fused.available_backends()['cuda'])", installed)
     assert done.returncode == 0, done.stderr
     if torch.version.cuda is None:
@@ -147,10 +149,14 @@ def test_toolkits_that_do_not_do_are_named_in_one_line(tmp_path, nvcc, line):
         build_wheel(tmp_path, FORCE_CUDA="1", CUDA_HOME=str(tmp_path / "toolkit"))
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 def test_unknown_architectures_are_named(tmp_path):
+    """The CPU backend is built before: by a compiler that only makes empty files."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    compiler.chmod(0o755)
     with pytest.raises(AssertionError, match="TORCH_CUDA_ARCH_LIST holds 'volta'"):
-        build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;volta")
+        build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;volta", CXX=str(compiler))
 
 
 def test_triton_kernels_only_under_its_full_name():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,33 +14,26 @@ import torch
 pytest.importorskip("sklearn", reason="the training program needs scikit-learn")
 pytest.importorskip("matplotlib", reason="the training program needs matplotlib")
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from examples.digits import __main__ as program
+from examples.digits.data import POOL, load
+from examples.digits.methods import BASES, METHODS, Method
+from examples.digits.net import conv_net
+from examples.digits.plot import spread
+from examples.digits.report import diverged, summary, table, without_folder
+from examples.digits.training import Settings, run, train_step
 
-from examples.digits.data import POOL, load  # noqa: E402
-from examples.digits.methods import BASES, METHODS, Method  # noqa: E402
-from examples.digits.net import conv_net  # noqa: E402
-from examples.digits.plot import spread  # noqa: E402
-from examples.digits.report import diverged, summary, table, without_folder  # noqa: E402
-from examples.digits.training import Settings, run, train_step  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def rows_of(images):
     return {tuple(image.flatten().tolist()) for image in images}
 
 
-def test_the_program_writes_a_table_a_document_and_a_picture(tmp_path):
-    command = [sys.executable, "-m", "examples.digits", "--out", str(tmp_path / "new"), "--epochs", "1", "--seeds", "1"]
-    done = subprocess.run(
-        [*command, "--bases", "SGD", "--methods", "base", "finite_difference", "--workers", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "largest Hessian eigenvalue" in done.stdout
+def test_the_program_writes_a_table_a_document_and_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "step_times", partial(program.step_times, rounds=2))
+    given = ["--out", str(tmp_path / "new"), "--epochs", "1", "--seeds", "1", "--workers", "1"]
+    program.main([*given, "--bases", "SGD", "--methods", "base", "finite_difference"])
+    assert "largest Hessian eigenvalue" in capsys.readouterr().out
     document = json.loads((tmp_path / "new" / "digits.json").read_text())
     assert [row["label"] for row in document["rows"]] == ["SGD", "SGD + GAM"]
     assert document["rows"][0]["cost"] == 1.0
@@ -113,3 +106,8 @@ def test_labels_of_the_picture_do_not_overlap():
     heights = spread([1.0] * 4, [50.0, 50.0, 51.0, 90.0], reach=1.0, gap=5.0, bottom=0.0, top=100.0)
     assert heights[3] == 90.0
     assert min(b - a for a, b in zip(sorted(heights), sorted(heights)[1:], strict=False)) > 4.9
+
+
+def test_examples_stand_on_their_own():
+    for path in EXAMPLES.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (benchmarks|studies)", path.read_text(), re.MULTILINE), path

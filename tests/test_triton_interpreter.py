@@ -1,7 +1,7 @@
 """The Triton backend through Triton's interpreter, on CPU tensors: kernels of every dtype on awkward shapes, whole steps.
 
-Triton decides when kernels are defined whether to interpret them, so these tests run in a process of their own, started by
-the first of them with TRITON_INTERPRET=1. `TRITON_INTERPRET=1 pytest tests/test_triton_interpreter.py` runs them directly.
+Triton decides when kernels are defined whether to interpret them, so these tests run in processes of their own, which the
+first test starts with TRITON_INTERPRET=1. `TRITON_INTERPRET=1 pytest tests/test_triton_interpreter.py` runs them directly.
 """
 
 from __future__ import annotations
@@ -39,21 +39,13 @@ EVERY_DTYPE = ("0-dim", "empty tensors", "chunk edges")
 OTHERS = ("one element", "misaligned", "channels_last", "transposed")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(backend.INTERPRETED, reason="is what the test starts")
-def test_everything_below_in_the_interpreter():
-    root = Path(__file__).parents[1]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-k",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        str(Path(__file__).relative_to(root)),
-    ]
+@pytest.mark.parametrize("tests", [("tests/test_triton_interpreter.py",), ELSEWHERE], ids=["below", "elsewhere"])
+def test_everything_in_the_interpreter(tests):
+    command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, *ELSEWHERE], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

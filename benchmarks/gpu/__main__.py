@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [--out benchmarks/results] [--minutes 9.5] [--stages build tests ...] [--rehearse]
 
-Stages run one after the other, the important ones first, each with a time limit; when one fails the rest goes on. Everything
-they find is in gpu-<device>.json in the folder, which is rewritten whenever a stage ends. Exit status 1 if a stage failed.
-`--rehearse` runs on the CPU, with tiny sizes, what can run there, and skips the rest.
+Stages run one after the other, the important ones first, each with a time limit; when one fails the rest goes on. What they
+find is in <device>.json in the folder, which is rewritten whenever a stage ends: how each stage went, beside the figures of
+`make bench`. Exit status 1 if a stage failed. `--rehearse` runs on the CPU, with tiny sizes, what can run there.
 """
 
 from __future__ import annotations
@@ -13,46 +13,34 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import pytest_report
-from benchmarks.gpu.record import Record, Stage, read_json
+from benchmarks.gpu.record import Record, Stage
 from benchmarks.machine import machine, slug, tool
-from benchmarks.report.files import write
-from benchmarks.suites import SUITES
+from benchmarks.report import write
 
 ROOT = Path(__file__).parents[2]
 NO_DEVICE = "no CUDA device"
 
 
-def stages(device: str, folder: Path) -> list[Stage]:
-    """All stages, in the order they run. `folder` takes what they leave for the record."""
-    python, on_cpu = sys.executable, device == "cpu"
-    no_device = NO_DEVICE if on_cpu else ""
-    outcomes = folder / "outcomes.jsonl"
-
-    def suite(name: str, limit: float) -> Stage:
-        out = folder / f"{name}.json"
-        command = [python, "-m", "benchmarks.suites", name, "--out", str(out), "--device", device]
-        return Stage(name, [*command, *(["--rehearse"] if on_cpu else [])], limit, lambda: read_json(out), told=True)
-
+def stages(device: str, figures: Path) -> list[Stage]:
+    """All stages, in the order they run; the benchmarks leave theirs in `figures`."""
+    rehearse = ["--rehearse"] if device == "cpu" else []
+    no_device = NO_DEVICE if rehearse else ""
+    python = [sys.executable, "-m"]
+    tests = [*python, "pytest", "-m", "gpu", "-v", "-rfEs", "--durations=10", "--continue-on-collection-errors"]
+    tests += ["-o", "addopts=--import-mode=importlib"]  # in one process: tests measure the GPU's memory
+    bench = [*python, "benchmarks", "--suites", "kernels", "optimizer", "training", "--device", device, *rehearse]
     return [
-        Stage("build", [python, "-m", "benchmarks.gpu.build"], 180, skip=no_device),
-        Stage("self-check", [python, "-m", "gam_fused"], 90),
-        Stage(
-            "tests",
-            [python, "-m", "pytest", "-m", "gpu", "-p", "benchmarks.gpu.pytest_report", "--continue-on-collection-errors"],
-            240,
-            lambda: pytest_report.summary(outcomes),
-            {pytest_report.REPORT: str(outcomes)},
-            no_device,
-        ),
-        suite("kernels", 110),
-        suite("optimizer", 170),
+        Stage("build", [*python, "benchmarks.gpu.build"], 180, skip=no_device),
+        Stage("self-check", [*python, "gam_fused"], 90),
+        Stage("tests", [*tests, "-k", "not triton"], 180, skip=no_device),
+        Stage("benchmarks", [*bench, "--minutes", "3.5", "--out", str(figures.parent)], 270, figures),
         *(_sanitizer(name, no_device) for name in ("memcheck", "racecheck")),
-        suite("training", 400),
+        Stage("tests of Triton", [*tests, "-k", "triton"], 240, skip=no_device),  # they wait for its compiler
     ]
 
 
@@ -68,31 +56,31 @@ def _sanitizer(name: str, skip: str) -> Stage:
     return Stage(name, [*command, sys.executable, "tests/every_kernel.py"], 120, environment=environment, skip=skip)
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--minutes", type=float, default=9.5, help="of the whole run")
     parser.add_argument("--stages", nargs="+", help="only these")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if not arguments.rehearse and not torch.cuda.is_available():
         print(f"{NO_DEVICE}: torch {torch.__version__} sees none. What a CPU can run of this: make gpu ARGS=--rehearse")
         return 1
-    about = machine(torch.device("cuda"))
+    device = "cpu" if arguments.rehearse else "cuda"
+    about = machine(torch.device(device))
     name = "rehearsal" if arguments.rehearse else slug(about)
-    record = Record(arguments.out.resolve() / f"gpu-{name}.json", about, 60 * arguments.minutes)
+    record = Record(arguments.out.resolve() / f"{name}.json", about, 60 * arguments.minutes)
     os.chdir(ROOT)  # stages run modules of the repository
     with tempfile.TemporaryDirectory() as folder:
-        chosen = stages("cpu" if arguments.rehearse else "cuda", Path(folder))
+        chosen = stages(device, Path(folder, f"{slug(about)}.json"))
         unknown = set(arguments.stages or ()) - {stage.name for stage in chosen}
         if unknown:
             parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stage.name for stage in chosen)}")
         for stage in chosen:
             if not arguments.stages or stage.name in arguments.stages:
                 record.run(stage)
-    found = {name: stage.get("figures") for name, stage in record.content["stages"].items() if name in SUITES}
-    report = {"machine": about, "suites": {name: figures for name, figures in found.items() if figures}}
-    write(report, record.path.with_name(f"{record.path.stem}-report.json"))
+    if "suites" in record.content:
+        write(record.content, record.path)
     print(record.path)
     return 1 if record.failed else 0
 

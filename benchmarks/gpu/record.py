@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MARGIN = 40  # seconds of a stage's limit for what it has begun
-TAIL = 6000  # characters of a failed stage's output that are kept
+TAIL = 20_000  # characters of a stage's output that are kept
 
 
 @dataclass
@@ -24,27 +23,25 @@ class Stage:
         name: its key in the record.
         command: what to run; a nonzero exit status fails the stage.
         limit: seconds after which it and its children are killed; less where the whole run's time ends before.
-        figures: reads what the command left behind, also when it was cut.
+        figures: a JSON file that the command leaves, also when it was cut; its entries go into the record.
         environment: added to this process's own.
         skip: why it does not run, or "".
-        told: the command takes `--seconds`, after which it begins nothing further, and `--grace`, after which it ends what
-            it has begun, so that it tells what it has found before it is killed.
     """
 
     name: str
     command: list[str]
     limit: float
-    figures: Callable[[], Any] = lambda: None
+    figures: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     skip: str = ""
-    told: bool = False
 
 
 class Record:
-    """What is written to `path`: the machine, and for every stage its status, seconds and figures."""
+    """What is written to `path`: the machine, figures, and for every stage its status, seconds and the end of its output."""
 
     def __init__(self, path: Path, machine: dict[str, Any], budget: float):
-        self.path, self.content = path, {"machine": machine, "stages": {}}
+        self.path, self.stages = path, dict[str, dict[str, Any]]()
+        self.content: dict[str, Any] = {"machine": machine, "stages": self.stages}
         self.end = time.monotonic() + budget
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
@@ -58,7 +55,12 @@ class Record:
             entry = {"status": "failed: no time left for it", "seconds": 0.0}
         else:
             entry = _run(stage, min(stage.limit, left))
-        self.content["stages"][stage.name] = entry
+        if stage.figures and "output" in entry:
+            try:
+                self.content = json.loads(stage.figures.read_text()) | self.content
+            except (OSError, ValueError) as error:
+                entry["status"] = f"failed: it left no figures ({error})"
+        self.stages[stage.name] = entry
         self.write()
         print(f"{stage.name}: {entry['status']} ({entry['seconds']:.0f} s)", flush=True)
         if entry["status"].startswith("failed"):
@@ -72,15 +74,14 @@ class Record:
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, entry in self.content["stages"].items() if entry["status"].startswith("failed")]
+        return [name for name, entry in self.stages.items() if entry["status"].startswith("failed")]
 
 
 def _run(stage: Stage, limit: float) -> dict[str, Any]:
     start = time.monotonic()
-    told = [f"--seconds={max(limit - MARGIN, 0):.0f}", f"--grace={MARGIN - 10}"] if stage.told else []
     try:
         process = subprocess.Popen(
-            [*stage.command, *told],
+            stage.command,
             env={**os.environ, **stage.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -100,20 +101,4 @@ def _run(stage: Stage, limit: float) -> dict[str, Any]:
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    entry: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 2)}
-    if status != "passed":
-        entry["output"] = output[-TAIL:]
-    try:
-        figures = stage.figures()
-    except (OSError, ValueError) as error:
-        figures = None
-        if status == "passed":
-            entry["status"] = f"failed: it left no figures ({error})"
-    if figures is not None:
-        entry["figures"] = figures
-    return entry
-
-
-def read_json(path: Path) -> Any:
-    """The figures of a stage that writes JSON."""
-    return json.loads(path.read_text())
+    return {"status": status, "seconds": round(time.monotonic() - start, 2), "output": output[-TAIL:]}

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +23,14 @@ from benchmarks.report.ratios import Cell, Row
 
 LEAST = math.log(1.03)
 COUNTS = ("kernels", "copies", "operators", "peak_bytes", "all_reduces", "bytes")
+Record = dict[str, Any]
+Key = tuple[str, str, str]  # suite, cell, contestant
 
 
 class Change(NamedTuple):
     """A figure in two runs: `factor` is after / before, `noise` the factor that noise explains."""
 
-    suite: str
-    cell: str
-    contestant: str
+    key: Key
     factor: float
     noise: float
 
@@ -39,92 +39,84 @@ class Change(NamedTuple):
         return abs(math.log(self.factor)) > max(math.log(self.noise), LEAST)
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
+def figures(record: Record) -> dict[Key, tuple[Row, Cell]]:
+    """Every row of a run, and the cell it is in."""
+    suites = {name: suite["cells"] for name, suite in record["suites"].items()}
+    suites["communication"] = {w: rows for w, rows in record.get("communication", {}).items() if "failed" not in rows}
+    cells = ((suite, cell, rows) for suite, cells in suites.items() for cell, rows in cells.items())
+    return {(suite, cell, name): (row, rows) for suite, cell, rows in cells for name, row in rows.items()}
+
+
+def changes(before: Record, after: Record) -> list[Change]:
     """Every time that both runs measured, in cells whose yardstick both measured."""
-    for suite, cell, old, new in _cells(before, after):
-        yardstick = next(iter(old))
-        if yardstick not in new:
-            continue
-        for contestant in old.keys() & new.keys():
-            (was, noise), (now, noise_now) = (_figure(rows, contestant, yardstick) for rows in (old, new))
-            if was and now:
-                yield Change(suite, cell, contestant, now / was, noise * noise_now)
+    old, new = figures(before), figures(after)
+    result = []
+    for key in (key for key in old if key in new and "blocks" in old[key][0]):
+        yardstick = next(iter(old[key][1]))
+        if yardstick in new[key][1]:
+            (was, noise), (now, noise_now) = (_figure(*run[key], yardstick) for run in (old, new))
+            result += [Change(key, now / was, noise * noise_now)] if was and now else []
+    return result
 
 
-def counts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Counts that differ, as lines."""
-    cells = [*_cells(before, after)]
-    worlds = before.get("communication", {}), after.get("communication", {})
-    cells += [("communication", world, worlds[0][world], worlds[1][world]) for world in worlds[0].keys() & worlds[1].keys()]
-    return [
-        f"  {suite}: {cell}: {contestant}: {key.replace('_', ' ')} {old[contestant][key]} -> {new[contestant][key]}"
-        for suite, cell, old, new in cells
-        for contestant in (name for name in old if name in new)
-        for key in COUNTS
-        if _differ(key, old[contestant].get(key), new[contestant].get(key))
-    ]
-
-
-def _differ(key: str, old: int | None, new: int | None) -> bool:
-    """Whether a count differs; peaks of memory by more than 1 %, as what else is alive then is not always the same."""
-    if key == "peak_bytes" and old and new:
-        return abs(new - old) > 0.01 * old
-    return old != new
-
-
-def one_sided(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Contestants that only one of the runs measured, as lines."""
-    lines = []
-    for word, these, those in (("gone", before, after), ("new", after, before)):
-        for suite, result in these["suites"].items():
-            other = those["suites"].get(suite, {"cells": {}})["cells"]
-            for cell, rows in result["cells"].items():
-                names = [name for name in rows if name not in other.get(cell, {})]
-                if names:
-                    lines.append(f"  {word}: {suite}: {cell}{'' if cell not in other else ': ' + '; '.join(names)}")
-    return lines
-
-
-def _cells(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str, Cell, Cell]]:
-    for suite, result in before["suites"].items():
-        later = after["suites"].get(suite, {"cells": {}})["cells"]
-        yield from ((suite, cell, rows, later[cell]) for cell, rows in result["cells"].items() if cell in later)
-
-
-def _figure(cell: Cell, contestant: str, yardstick: str) -> tuple[float, float]:
+def _figure(row: Row, cell: Cell, yardstick: str) -> tuple[float, float]:
     """The median over blocks and its noise; 0 where the yardstick has no block in common with it."""
-    row = cell[contestant]
-    divisors: Row = {} if contestant == yardstick else cell[yardstick]["blocks"]
-    values = [ms / divisors.get(block, 1.0) for block, ms in row["blocks"].items() if not divisors or block in divisors]
+    divisors = cell[yardstick]["blocks"] if row is not cell[yardstick] else dict.fromkeys(row["blocks"], 1.0)
+    values = [ms / divisors[block] for block, ms in row["blocks"].items() if block in divisors]
     if not values:
         return 0.0, 1.0
     noise = max(values) / min(values) if len(values) > 1 else row["ms_q80"] / row["ms_q20"]
     return statistics.median(values), noise
 
 
-def text(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What moved between two runs, the greatest changes first."""
-    lines = [
-        f"Not the same {key}: {before['machine'].get(key)} and {after['machine'].get(key)}."
-        for key in ("cpu", "gpu", "cores", "threads", "torch")
-        if before["machine"].get(key) != after["machine"].get(key)
+def counts(before: Record, after: Record) -> list[str]:
+    """Counts that differ, as lines."""
+    old, new = ({key: row for key, (row, _) in figures(record).items()} for record in (before, after))
+    return [
+        f"  {': '.join(key)}: {count.replace('_', ' ')} {old[key][count]} -> {new[key][count]}"
+        for key in old
+        for count in COUNTS
+        if key in new and _differ(count, old[key].get(count), new[key].get(count))
     ]
-    found = list(changes(before, after))
+
+
+def _differ(key: str, old: int | None, new: int | None) -> bool:
+    """Whether a count that both runs have differs; peaks of memory by over 1 %, as what else is alive varies."""
+    return None not in (old, new) and abs(new - old) > (0.01 * old if key == "peak_bytes" else 0)
+
+
+def _only(word: str, these: Iterable[Key], those: Iterable[Key]) -> list[str]:
+    """What only `these` have: whole cells by their names, of others the contestants."""
+    there, cells = set(those), {key[:2] for key in those}
+    missing: dict[str, list[str]] = {}
+    for suite, cell, name in (key for key in these if key not in there):
+        missing.setdefault(f"{suite}: {cell}", []).extend([name] if (suite, cell) in cells else [])
+    return [f"  {word}: {cell}{': ' * bool(names)}{'; '.join(names)}" for cell, names in missing.items()]
+
+
+def text(before: Record, after: Record) -> str:
+    """What moved between two runs, the greatest changes first."""
+    machines = before["machine"], after["machine"]
+    keys = ("cpu", "gpu", "cores", "threads", "torch")
+    lines = ["Not the same {}: {} and {}.".format(k, *(m.get(k) for m in machines)) for k in keys]
+    lines = [line for k, line in zip(keys, lines, strict=True) if machines[0].get(k) != machines[1].get(k)]
+    found = changes(before, after)
     moved = sorted((c for c in found if c.moved), key=lambda c: -abs(math.log(c.factor)))
     lines.append(f"{len(moved)} of {len(found)} times moved beyond the noise.")
     for c in moved:
-        change = f"takes {c.factor:.2f} times as long (noise {1 / c.noise:.2f} .. {c.noise:.2f})"
-        lines.append(f"  {c.suite}: {c.cell}: {c.contestant}: {change}")
-    for title, more in (("Counts that differ:", counts(before, after)), ("Measured once:", one_sided(before, after))):
+        lines.append(f"  {': '.join(c.key)}: takes {c.factor:.2f} times as long (noise {1 / c.noise:.2f} .. {c.noise:.2f})")
+    old, new = figures(before), figures(after)
+    only = [*_only("gone", old, new), *_only("new", new, old)]
+    for title, more in (("Counts that differ:", counts(before, after)), ("Measured once:", only)):
         lines += [title, *more] if more else []
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     print(text(*(json.loads(path.read_text()) for path in (options.before, options.after))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def overhead(cells: dict[str, dict[str, Cell]]) -> Figure | None:
     if not training and not alone:
         return None
     figure = plt.figure(figsize=(14, max(7.5, 0.85 * len(training) + 1.5)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1]) if training and alone else (figure, figure)
+    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
     if training:
         _training(left.subplots(), training)
     if alone:
@@ -65,7 +66,7 @@ def _training(ax: Axes, cells: dict[str, Cell]) -> None:
         pairs = [(y, ratio(cell[name], cell["base"])) for y, cell in enumerate(cells.values()) if name in cell]
         found = [(y + (place - (len(names) - 1) / 2) * height, r) for y, r in pairs if r]
         ys, values = [y for y, _ in found], [r.value for _, r in found]
-        spread = [[r.value - r.low for _, r in found], [r.high - r.value for _, r in found]]
+        spread = _spread([r for _, r in found])
         ax.barh(ys, values, 0.92 * height, xerr=spread, color=COLOURS[place], label=name, error_kw={"lw": 0.8})
         for y, r in found:
             ax.text(r.high + 0.08, y, f"{r.value:.2f}", va="center", fontsize=7.5)
@@ -82,14 +83,18 @@ def _alone(ax: Axes, name: str, cell: Cell) -> None:
     shown = [(label, row) for label, row in cell.items() if "method" in row][::-1]
     times = [ms_per_step(row) for _, row in shown]
     values = [t[0] for t in times]
-    spread = [[t[0] - t[1] for t in times], [t[2] - t[0] for t in times]]
-    colours = [BY.get(row["by"], OURS) for _, row in shown]
-    ax.barh([label.removeprefix("SGD, ") for label, _ in shown], values, xerr=spread, color=colours, error_kw={"lw": 0.8})
+    style = {"color": [BY.get(row["by"], OURS) for _, row in shown], "error_kw": {"lw": 0.8}}
+    ax.barh([label.removeprefix("SGD, ") for label, _ in shown], values, xerr=_spread(times), **style)
     for y, value in enumerate(values):
         ax.text(value + 0.012 * max(values), y + 0.25, f"{value:.3g}", va="center", fontsize=8)
     row = shown[0][1]
     size = f"{row['elements'] / 1e6:.1f} M parameters" if row["elements"] > 1e5 else f"{row['elements']} parameters"
     ax.set(title=f"the optimizer alone, {name}\n{row['tensors']} tensors, {size}", xlabel="ms per step")
+
+
+def _spread(found: Sequence[tuple[float, float, float]]) -> list[list[float]]:
+    """How far the lows and the highs of (value, low, high) lie from the values."""
+    return [[value - low for value, low, _ in found], [high - value for value, _, high in found]]
 
 
 def roofline(cells: dict[str, dict[str, Cell]]) -> Figure | None:
@@ -147,12 +152,11 @@ def scaling(cells: dict[str, dict[str, Cell]]) -> Figure | None:
         (axes[1], "tensors", "elements", 10**6, "tensors, of 10^6 parameters in all"),
     ):
         for place, name in enumerate(dict.fromkeys(name for name, _ in rows)):
-            points = sorted((r[x], *ms_per_step(r)) for n, r in rows if n == name and r[fixed] == at)
+            points = sorted((r[x], ms_per_step(r)) for n, r in rows if n == name and r[fixed] == at)
             if points:
-                xs, ms, low, high = zip(*points, strict=True)
-                spread = [[m - a for m, a in zip(ms, low, strict=True)], [b - m for m, b in zip(ms, high, strict=True)]]
-                label = name.removeprefix("SGD, ")
-                ax.errorbar(xs, ms, spread, marker=MARKERS[place], color=COLOURS[place % 8], label=label, capsize=2)
+                xs, times = [x for x, _ in points], [t for _, t in points]
+                style = {"marker": MARKERS[place], "color": COLOURS[place % 8], "label": name.removeprefix("SGD, ")}
+                ax.errorbar(xs, [t[0] for t in times], _spread(times), capsize=2, **style)
         ax.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per step")
         ax.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}

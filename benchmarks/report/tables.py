@@ -81,15 +81,8 @@ def optimizer(cells: dict[str, Cell]) -> Iterable[str]:
             rivals = [_times(_against(row, cell, by)) for by in (AUTHORS, FOREACH)]
             share = share_of_yardstick(row, cell["triad"]) if "triad" in cell else None
             rows.append([contestant, _ms(row), *rivals, _share(share), *_host(row, cell)])
-        header = [
-            "",
-            "ms per step",
-            "authors' order takes",
-            "foreach takes",
-            "of the triad's rate",
-            *_host_keys(cell).values(),
-        ]
-        yield f"{name}\n\n{_table(header, rows)}"
+        header = ["", "ms per step", "authors' order takes", "foreach takes", "of the triad's rate"]
+        yield f"{name}\n\n{_table([*header, *_host_keys(cell).values()], rows)}"
 
 
 def kernels(cells: dict[str, Cell]) -> Iterable[str]:
@@ -112,15 +105,14 @@ def communication(worlds: dict[str, dict[str, Row]]) -> str:
     rows = []
     for world, contestants in worlds.items():
         if "failed" in contestants:
-            rows.append([world, f"failed: {contestants['failed']}", "", "", "", ""])
+            rows.append([world, f"failed: {contestants['failed']}", "", "", ""])
             continue
         for name, row in contestants.items():
             model = 4 * row["parameters"]
             times = f"{row['bytes'] / model:.3f}"
-            rows.append([world, name, str(row["all_reduces"]), f"{row['bytes'] / 2**20:.2f}", times, f"{row['ms']:.0f}"])
-    header = ["", "", "all-reduces per step", "MiB", "gradients of the model", "ms per step"]
-    note = "Counted by the profiler on rank 0; the processes share the machine's cores, one thread each."
-    return f"{_table(header, rows)}\n\n{note}"
+            rows.append([world, name, str(row["all_reduces"]), f"{row['bytes'] / 2**20:.2f}", times])
+    header = ["", "", "all-reduces per step", "MiB", "gradients of the model"]
+    return f"{_table(header, rows)}\n\nCounted by the profiler on rank 0."
 
 
 def left_out(record: Record) -> str:
@@ -162,7 +154,7 @@ def _host(row: Row, cell: Cell) -> list[str]:
 
 def _host_keys(cell: Cell) -> dict[str, str]:
     """What is known of a cell's rows, and how it is headed."""
-    titles = {"kernels": "kernels", "copies": "copies", "host_ms": "host ms", "queued_ms": "ms with the host ahead"}
+    titles = {"kernels": "kernels", "copies": "copies", "host_ms": "host ms"}
     there = {key: title for key, title in titles.items() if any(key in row for row in cell.values())}
     return there or {"operators": "torch operators"}
 

@@ -16,7 +16,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}),
 }
 
-RHO = 0.2  # chosen on validation folds of the training images: benchmarks/results/sweep_digits.csv
+RHO = 0.2  # chosen on validation folds of the training images: studies/results/sweep_digits.csv
 
 # name: (label after the base optimizer's name, FusedGAM's arguments or None for the base optimizer alone)
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {

@@ -69,7 +69,7 @@ def _cost(ax: Axes, rows: list[dict[str, Any]]) -> None:
     high = max(y + 100 * r["test_sd"] for r, y in zip(rows, accuracies, strict=True))
     ax.set_ylim(low - 0.1 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
     _label(ax, rows, costs, accuracies, reach=0.3)
-    _clean(ax)
+    clean(ax)
 
 
 def _curves(ax: Axes, rows: list[dict[str, Any]], runs: list[dict[str, Any]], key: str) -> None:
@@ -85,7 +85,7 @@ def _curves(ax: Axes, rows: list[dict[str, Any]], runs: list[dict[str, Any]], ke
     ax.set_ylim(max(0.0, min(ends) - 15), 101)
     ax.set_xlim(1, max(len(mean), 2))
     _label(ax, rows, [float(len(mean))] * len(rows), ends, reach=1.0)
-    _clean(ax)
+    clean(ax)
 
 
 def _label(ax: Axes, rows: list[dict[str, Any]], xs: list[float], ys: list[float], reach: float) -> None:
@@ -123,7 +123,8 @@ def spread(xs: list[float], ys: list[float], reach: float, gap: float, bottom: f
     return heights
 
 
-def _clean(ax: Axes) -> None:
+def clean(ax: Axes, axis: str = "y") -> None:
+    """No frame but the axes, and a light grid across `axis`."""
     ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.8)
+    ax.grid(axis=axis, color="#dddddd", linewidth=0.8)
     ax.set_axisbelow(True)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from benchmarks.machine import machine
+from examples.digits.machine import machine
 from examples.digits.training import Settings
 
 Run = dict[str, Any]

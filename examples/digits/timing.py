@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.measure import quantiles, side_by_side
 from examples.digits.data import load
 from examples.digits.methods import Method
 from examples.digits.net import conv_net
@@ -15,7 +17,7 @@ from examples.digits.training import train_step
 
 def step_times(methods: Sequence[Method], batch_size: int, rounds: int = 30) -> list[float]:
     """Median milliseconds of a training step (all its passes and the update) of each method."""
-    return [quantiles(seconds)["ms"] for seconds in window_times(methods, batch_size, 1, rounds)]
+    return [1e3 * statistics.median(seconds) for seconds in window_times(methods, batch_size, 1, rounds)]
 
 
 def window_times(
@@ -23,26 +25,29 @@ def window_times(
 ) -> list[list[float]]:
     """Seconds of `steps` training steps in a row, of each method in each round.
 
-    With `interval`, let `steps` be a multiple of it: then every window holds equally many steps of the method.
+    Every round runs all methods, so that drift of the machine meets all alike; a first one warms up and is dropped. With
+    `interval`, let `steps` be a multiple of it: then every window holds equally many steps of the method.
     """
     data = load(seed=0)
     x, y = data.images[:batch_size], data.labels[:batch_size]
-
-    def window(method: Method) -> Callable[[], None]:
-        model = conv_net(seed=0)
-        optimizer = method.optimizer(model)
-
-        def run() -> None:
-            for _ in range(steps):
-                train_step(model, optimizer, x, y)
-
-        return run
-
-    contestants = {str(number): ((lambda: None), window(method)) for number, method in enumerate(methods)}
+    models = [conv_net(seed=0) for _ in methods]
+    optimizers = [method.optimizer(model) for method, model in zip(methods, models, strict=True)]
+    times: list[list[float]] = [[] for _ in methods]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = side_by_side(contestants, rounds, progress)
+        for number in range(rounds + 1):
+            for model, optimizer, seconds in zip(models, optimizers, times, strict=True):
+                gc.disable()
+                start = time.perf_counter()
+                for _ in range(steps):
+                    train_step(model, optimizer, x, y)
+                elapsed = time.perf_counter() - start
+                gc.enable()
+                if number:
+                    seconds.append(elapsed)
+                progress()
     finally:
+        gc.enable()
         torch.set_num_threads(threads)
-    return list(times.values())
+    return times

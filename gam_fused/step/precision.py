@@ -91,7 +91,7 @@ class Watch:
 
 
 def _warn(rho_prime: float, ratio: float) -> None:
-    """Where the user's code has called the step; before Python 3.12, where the step was called."""
+    """Where the user's code has called the step; before Python 3.12, which cannot skip frames by file, from here."""
     text = (
         f"FusedGAM: the finite difference's probe is below the precision of the forward pass: rho_prime={rho_prime:g} makes "
         f"{ratio:.1f} times as much rounding noise as probe. Raise rho_prime, or run the forward in float32"
@@ -99,7 +99,7 @@ def _warn(rho_prime: float, ratio: float) -> None:
     if sys.version_info >= (3, 12):
         warnings.warn(text, skip_file_prefixes=_INSIDE)
     else:
-        warnings.warn(text, stacklevel=6)
+        warnings.warn(text, stacklevel=2)
 
 
 def _eps_of_casts(root: Any, limit: int = 20_000) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils import cpp_extension
 
@@ -42,9 +45,16 @@ def library(*, sanitized: bool = False) -> Path:
     key = hashlib.sha256(repr((flags, torch.__version__)).encode() + b"".join(p.read_bytes() for p in inputs))
     build = ROOT / "build" / f"cuda_on_cpu-{key.hexdigest()[:16]}"
     result = build / "kernels.so"
-    if result.exists():
-        return result
     build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:  # of two processes one builds, and the other waits
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            _compile(result, flags, sources, sanitized)
+    return result
+
+
+def _compile(result: Path, flags: list[str], sources: list[Path], sanitized: bool) -> None:
+    build = result.parent
     objects = [build / f"{source.stem}.o" for source in sources]
     shim = ["-include", str(Path(__file__).parent / "shim.h"), "-x", "c++"]
     commands = [["g++", *flags, *shim, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
@@ -52,10 +62,9 @@ def library(*, sanitized: bool = False) -> Path:
         list(pool.map(_run, commands))
     torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     link = ["g++", "-shared", *(SANITIZERS if sanitized else []), *map(str, objects), *torch_libraries]
-    unfinished = build / f"kernels.{os.getpid()}.so"
+    unfinished = build / "unfinished.so"
     _run([*link, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(unfinished)])
     unfinished.replace(result)
-    return result
 
 
 def _run(command: list[str]) -> None:
@@ -88,3 +97,19 @@ def backend(*, sanitized: bool = False) -> CudaOnCpu:
     """The backend, built if need be. A sanitized one needs the address sanitizer's runtime preloaded."""
     operators.define(NAMESPACE)
     return CudaOnCpu(library(sanitized=sanitized))
+
+
+def run_sanitized(code: str) -> subprocess.CompletedProcess:
+    """Run `code` in a process where the sanitized backend can be had, in which `tests/` is on the path."""
+    # With the library that throws, or the sanitizer does not find the exceptions it watches.
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(path).is_absolute() for path in runtimes):
+        pytest.skip("g++ has no address sanitizer runtime")
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.interval.settings import GAM, ORACLES, RATIOS
 from examples.digits.methods import Method
 from examples.digits.report import Run, diverged, mean_sd, row_key
+from studies.interval.settings import GAM, ORACLES, RATIOS
 
 LEVEL = 0.95
 RESAMPLES = 10_000

@@ -1,4 +1,4 @@
-"""How long the finite difference's probe should be: `python -m benchmarks.probe_cosine` (about three minutes on two cores).
+"""How long the finite difference's probe should be: `python -m studies.probe_cosine` (about three minutes on two cores).
 
 The cosine between Appendix D's Hessian-vector product, (grad L(theta + rho' v/|v|) - grad L(theta)) / rho', and the exact
 one, for v the gradient, over rho', at four stages of training. The exact product under bfloat16 autocast is that of the
@@ -13,7 +13,7 @@ import argparse
 import copy
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from benchmarks.probe_plot import save
-from benchmarks.transformer import PatchTransformer
 from examples.digits.data import load
 from examples.digits.net import conv_net
 from gam_fused import finite_difference_hvp
+from studies.probe_plot import save
+from studies.probe_transformer import PatchTransformer
 
 RHO_PRIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 STEPS = 240
@@ -121,11 +121,11 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().reshape(-1) for t in tensors])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probe_cosine", description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.probe_cosine", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rows: list[Row] = []
     with sdpa_kernel(SDPBackend.MATH), tqdm(total=len(options.nets) * len(STAGES), unit="stage") as bar:
         # the fused attention kernels have no second derivative to compare with

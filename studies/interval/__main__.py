@@ -1,4 +1,4 @@
-"""GAM on 0, 1/20, 1/10, 1/2 and all of the steps: `python -m benchmarks.interval` (about 15 minutes on two cores).
+"""GAM on 0, 1/20, 1/10, 1/2 and all of the steps: `python -m studies.interval` (about 15 minutes on two cores).
 
 First alpha is swept at every ratio on validation folds of the training images, seeds from 100 as in the sweep behind the
 defaults; then what was chosen, and the default alpha, is judged on the test images with seeds 0, 1, ...; last the cost is
@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.interval import cost, plot, report
-from benchmarks.interval.estimates import chosen_alpha, judged, result_rows, sweep_rows
-from benchmarks.interval.settings import ALPHAS, GAM, ORACLES, RATIOS, swept
-from benchmarks.sweep_digits import FIRST_SEED
 from examples.digits.jobs import default_workers, run_all
 from examples.digits.report import Run, document, without_nan
 from examples.digits.training import Settings
+from studies.interval import cost, plot, report
+from studies.interval.estimates import chosen_alpha, judged, result_rows, sweep_rows
+from studies.interval.settings import ALPHAS, GAM, ORACLES, RATIOS, swept
+from studies.sweep_digits import FIRST_SEED
 
 QUICK_ALPHAS = dict.fromkeys(RATIOS, (1.0, 4.0))
 KEPT = ("base", "name", "options", "base_options", "label", "seed", "test", "train", "loss", "eigenvalue", "skipped_steps")
@@ -75,7 +75,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.interval", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m studies.interval", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--oracles", nargs="+", choices=ORACLES, default=list(ORACLES), help="where h_loss comes from (all)")
     parser.add_argument("--seeds", type=int, help="on the test images (10)")

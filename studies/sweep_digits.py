@@ -1,4 +1,4 @@
-"""The sweep from which the package's defaults are chosen: `python -m benchmarks.sweep_digits` (about 12 minutes, two cores).
+"""The sweep from which the package's defaults are chosen: `python -m studies.sweep_digits` (about 12 minutes, two cores).
 
 Every run trains on four fifths of the training pool of the digits, with wrong labels, and is judged on the other fifth; five
 seeds take the five folds in turn. The test images are not loaded. Seeds start at 100, so that the main job (seeds 0, 1, ...)
@@ -12,15 +12,16 @@ import csv
 import json
 import math
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep_plot import save
 from examples.digits.jobs import default_workers, run_all
 from examples.digits.methods import Method
 from examples.digits.report import document, summary
 from examples.digits.training import Settings
+from studies.sweep_plot import save
 
 FIRST_SEED = 100
 RHO_PRIME = 0.05
@@ -77,13 +78,13 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
             writer.writerow([*values, r["seeds"], r["diverged"], *shown])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep_digits", description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.sweep_digits", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seeds", type=int, default=5, help="multiples of 5 use every fold equally (5)")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--workers", type=int, default=default_workers())
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     settings = Settings(epochs=options.epochs, validation=True, curves=False)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     start = time.perf_counter()

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.interval.estimates import accuracies, paired_difference
-from benchmarks.interval.settings import ORACLES, ratio_name
 from examples.digits.report import Run
+from studies.interval.estimates import accuracies, paired_difference
+from studies.interval.settings import ORACLES, ratio_name
 
 CLAIM = "GAM on 1/10 of the iterations keeps most of the gain at less than 25 % extra cost"
 RATIO, MOST, EXTRA_COST = 0.1, 0.5, 0.25

@@ -15,9 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from benchmarks.interval.settings import ORACLES, RATIOS, ratio_name
-from benchmarks.sweep_plot import clean
-from examples.digits.plot import spread
+from examples.digits.plot import clean, spread
+from studies.interval.settings import ORACLES, RATIOS, ratio_name
 
 # Okabe and Ito's palette: one half for the oracles, the other for the ratios.
 ORACLE_STYLES = {"sgd": ("#D55E00", "o"), "sam": ("#CC79A7", "s"), "sam_wide": ("#0072B2", "D")}
@@ -75,7 +74,7 @@ def _cost(ax: Axes, rows: list[Row], key: str) -> None:
     ax.plot([], [], ":", color="#777777", label="no GAM")
     ax.plot([], [], color="#cccccc", label="the other panels")
     ax.set_ylabel(f"h_loss from {ORACLES[key].label}", fontweight="bold")
-    clean(ax, "y")
+    clean(ax)
 
 
 def _points(rows: list[Row]) -> tuple[list[float], list[float]]:
@@ -135,4 +134,4 @@ def _alphas(ax: Axes, rows: list[Row], chosen: list[Row], key: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted({r["alpha"] for r in rows}))
     ax.xaxis.set_major_formatter("{x:g}")
-    clean(ax, "y")
+    clean(ax)

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from examples.digits.plot import STYLES
+from examples.digits.plot import STYLES, clean
 
 RHO_COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#000000")  # Okabe and Ito, light to dark
 
@@ -59,7 +59,7 @@ def _surface(ax: Axes, rows: list[dict[str, Any]], base: dict[str, Any], key: st
     ax.plot([], [], "x", color="#777777", label="runs diverged")
     ax.axhline(scale * base[key], color="#777777", linestyle="--", linewidth=1, label="SGD")
     ax.set_xticks(sorted({r["options"]["alpha"] for r in rows}))
-    clean(ax, "y")
+    clean(ax)
 
 
 def _alpha(row: dict[str, Any], number: int) -> float:
@@ -83,9 +83,3 @@ def _dots(ax: Axes, rows: list[dict[str, Any]]) -> None:
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_title("every other setting: validation accuracy, %  (right: eigenvalue)")
     clean(ax, "x")
-
-
-def clean(ax: Axes, axis: str) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis=axis, color="#dddddd", linewidth=0.8)
-    ax.set_axisbelow(True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from examples.digits.methods import Method
-from gam_fused.settings import DEFAULTS
+from gam_fused.methods import TAKES
 
-GAM = DEFAULTS["finite_difference"]  # rho' stays at its default
-RHO = 0.2  # the radius at which GAM, and SAM alone, are at their best here (benchmarks/sweep_digits.py)
+GAM = TAKES["finite_difference"]  # rho' stays at its default
+RHO = 0.2  # the radius at which GAM, and SAM alone, are at their best here (studies/sweep_digits.py)
 RATIOS = (0.05, 0.1, 0.5, 1.0)  # of the steps; and 0, the oracle alone
 WINDOW = 20  # steps: a multiple of every interval, so that all windows of one setting hold the same steps
 
@@ -46,7 +46,7 @@ class Oracle:
 
 
 # SAM at two radii. GAM's probe doubles as SAM's ascent when sam_rho = rho', the package's default, which saves a pass but is
-# a small radius for SAM; the other is the radius at which SAM alone is at its best here (benchmarks/sweep_digits.py).
+# a small radius for SAM; the other is the radius at which SAM alone is at its best here (studies/sweep_digits.py).
 ORACLES = {
     "sgd": Oracle("SGD", Method("base"), "finite_difference"),
     "sam": Oracle(f"SAM {GAM.rho_prime:g}", Method("sam", options={"rho": GAM.rho_prime}), "sam_gam", {}, 2, 4),

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-from benchmarks.interval.settings import ORACLES, RATIOS, WINDOW
-from benchmarks.machine import machine
-from benchmarks.measure import quantiles
+from examples.digits.machine import machine
 from examples.digits.methods import Method
 from examples.digits.report import row_key
 from examples.digits.timing import window_times
 from examples.digits.training import Settings
+from studies.interval.settings import ORACLES, RATIOS, WINDOW
 
 
 def measure(oracles: Sequence[str], rounds: int) -> dict[str, Any]:
@@ -34,8 +33,8 @@ def measure(oracles: Sequence[str], rounds: int) -> dict[str, Any]:
     for key, ratio in settings:
         oracle = ORACLES[key]
         mine, alone = seconds[_key(oracle.method(ratio))], seconds[_key(oracle.alone)]
-        step = quantiles([s / WINDOW for s in mine])
-        row = {"oracle": key, "ratio": ratio, "step_ms": {k: v for k, v in step.items() if k != "runs"}}
+        q20, ms, q80 = quantiles([1e3 * s / WINDOW for s in mine])
+        row = {"oracle": key, "ratio": ratio, "step_ms": {"ms_q20": q20, "ms": ms, "ms_q80": q80}}
         row |= {"over_alone": over(mine, alone), "over_sgd": over(mine, seconds[_key(Method("base"))])}
         rows.append(row | {"passes": oracle.passes(ratio), "passes_over_alone": oracle.passes(ratio) / oracle.passes(0.0)})
     return {"machine": machine() | {"threads": 1}, "steps_per_window": WINDOW, "rounds": rounds, "windows": rows}
@@ -43,9 +42,13 @@ def measure(oracles: Sequence[str], rounds: int) -> dict[str, Any]:
 
 def over(these: Sequence[float], those: Sequence[float]) -> dict[str, float]:
     """Median, 20 and 80 % quantiles over rounds of this / that."""
-    ratios = torch.tensor([a / b for a, b in zip(these, those, strict=True)], dtype=torch.float64)
-    q20, median, q80 = torch.quantile(ratios, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    q20, median, q80 = quantiles([a / b for a, b in zip(these, those, strict=True)])
     return {"value": median, "q20": q20, "q80": q80}
+
+
+def quantiles(values: Sequence[float]) -> list[float]:
+    """At 20, 50 and 80 %."""
+    return np.quantile(values, (0.2, 0.5, 0.8)).tolist()
 
 
 def _key(method: Method) -> str:

@@ -1,4 +1,4 @@
-"""GAM on a fraction of the iterations (figure 4, section 5.5 of the paper), on the digits. `python -m benchmarks.interval`.
+"""GAM on a fraction of the iterations (figure 4, section 5.5 of the paper), on the digits. `python -m studies.interval`.
 
 settings.py   oracles, ratios, the values of alpha that are tried, gradient passes per step
 cost.py       training speed: whole windows of steps, side by side
