@@ -1,6 +1,7 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
 # make test     the tests, on all cores (ARGS="-k flatness"; WORKERS=0: in one process)
 # make check    lint, formatting, types
+# make docs     the pages of docs/ as a site in site/, warnings are errors (Python 3.11 or newer)
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
 # make compare  which figures of two runs of make bench moved beyond the noise: OLD=before.json NEW=after.json
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
@@ -14,7 +15,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check bench compare profile gpu sweep interval probe wheel clean
+.PHONY: train test check docs bench compare profile gpu sweep interval probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -41,6 +42,9 @@ check: $(STAMPS)/check
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror $(CLANG_FORMATTED)
 	$(RUN) mypy -p gam_fused
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet $(ARGS)
 
 bench: $(STAMPS)/bench
 	$(PYTHON) -m benchmarks $(ARGS)
@@ -71,7 +75,7 @@ wheel: $(STAMPS)/environment
 	@ls dist/*.whl
 
 clean:
-	rm -rf build dist out *.egg-info gam_fused/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist out site *.egg-info gam_fused/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks
 
 $(STAMPS)/environment: requirements-dev.txt
 ifeq ($(ACTIVE),)
@@ -104,4 +108,8 @@ $(STAMPS)/test: $(STAMPS)/bench
 
 $(STAMPS)/check: $(STAMPS)/environment
 	$(INSTALL) ruff mypy clang-format
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/environment
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Builds the compiled backends where torch and a compiler are there; otherwise gam_fused installs as pure Python.
+"""Builds the compiled backends where torch and a compiler are available; otherwise gam_fused installs as pure Python.
 
 Everything else about the package is in pyproject.toml. Environment:
     GAM_FUSED_REQUIRE_CPP=1   fail when the CPU backend cannot be built (for CI)
@@ -47,13 +47,13 @@ def version_of(text: str) -> tuple[int, ...]:
 
 
 def cpu_missing() -> str:
-    """What keeps the CPU backend from being built, and what to do about it; "" when nothing does."""
+    """Why the CPU backend cannot be built, and the remedy; "" when it can."""
     if sys.platform == "win32":
         return "the compiled CPU backend is not built on Windows"
     try:
         import torch
     except ImportError:
-        return f"torch is not there at build time; install it, then: {INSTALL}"
+        return f"torch is not installed at build time; install it, then: {INSTALL}"
     if version_of(torch.__version__) < TORCH_MINIMUM:
         return f"torch {torch.__version__} is older than 2.10; upgrade it, then: {INSTALL}"
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
@@ -75,7 +75,7 @@ def nvcc() -> tuple[str, tuple[int, ...]]:
 
 
 def cuda_missing() -> str:
-    """What keeps the CUDA backend from being built, and what to do about it; "" when nothing does."""
+    """Why the CUDA backend cannot be built, and the remedy; "" when it can."""
     path, version = nvcc()
     if not path:
         return f"no CUDA toolkit (nvcc); install one or set CUDA_HOME, then: {INSTALL}"

@@ -5,5 +5,5 @@ from gam_fused.backends import available_backends
 from gam_fused.flatness.hessian_vector import finite_difference_hvp
 from gam_fused.optimizer import FusedGAM, FusedSAM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["FusedGAM", "FusedSAM", "available_backends", "finite_difference_hvp", "flatness", "graphs", "schedules"]

@@ -1,4 +1,4 @@
-"""`python -m gam_fused`: what is installed, which backends are there, and a self-check of each against `reference`."""
+"""`python -m gam_fused`: lists available backends and self-tests them, each against `reference`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gam_fused.selfcheck import compare_with_reference
 
 
 def main() -> int:
-    """Print the report. Returns the exit status: 1 if a backend that is there disagrees with the reference."""
+    """Print the report. Returns the exit status: 1 if an available backend disagrees with the reference."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     print(f"gam_fused {gam_fused.__version__}, {versions}")
     print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
@@ -25,14 +25,14 @@ def main() -> int:
     failed = False
     for name, why in gam_fused.available_backends().items():
         if why:
-            print(f"  {name:<10} not there: {why}")
+            print(f"  {name:<10} not available: {why}")
             continue
         for device in devices:
             result = compare_with_reference(name, torch.device(device))
             failed |= result.startswith("FAILED")
             if result:
                 print(f"  {name:<10} {device}: {result}")
-    print("A backend disagrees with the reference." if failed else "Every backend that is there agrees with the reference.")
+    print("A backend disagrees with the reference." if failed else "Every available backend agrees with the reference.")
     return int(failed)
 
 

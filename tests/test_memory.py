@@ -1,4 +1,4 @@
-"""Scratch of a step beyond plain SGD-momentum's theta, gradient and momentum: DESIGN section 4, measured."""
+"""Scratch of a step beyond plain SGD-momentum's theta, gradient and momentum: docs/design.md, section 4, measured."""
 
 from __future__ import annotations
 

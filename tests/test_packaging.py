@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gam_fused
 from gam_fused.backends import cpp
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,7 @@ def packages() -> set[str]:
 def test_wheel_holds_one_package_for_every_python(compiled):
     assert "-cp310-abi3-" in compiled.name
     names = zipfile.ZipFile(compiled).namelist()
-    assert {name.split("/")[0] for name in names} == {"gam_fused", "gam_fused-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"gam_fused", f"gam_fused-{gam_fused.__version__}.dist-info"}
     for package in packages() | {"gam_fused/triton_kernels/"}:
         assert f"{package}__init__.py" in names
     kernels = {f"gam_fused/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}

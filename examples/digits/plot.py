@@ -64,7 +64,7 @@ def _cost(ax: Axes, rows: list[dict[str, Any]]) -> None:
     for row, x, y in zip(rows, costs, accuracies, strict=True):
         colour, marker = STYLES[row["name"]]
         ax.errorbar(x, y, 100 * row["test_sd"], fmt=marker, color=colour, markersize=9, capsize=4, elinewidth=1.2, zorder=5)
-    ax.set_xlim(0, 1.5 * max(costs))  # backend for the labels
+    ax.set_xlim(0, 1.5 * max(costs))  # space for the labels
     low = min(y - 100 * r["test_sd"] for r, y in zip(rows, accuracies, strict=True))
     high = max(y + 100 * r["test_sd"] for r, y in zip(rows, accuracies, strict=True))
     ax.set_ylim(low - 0.1 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)

@@ -1,4 +1,4 @@
-"""What the measures share: checked parameters, losses and gradients at a point, random directions, restored weights."""
+"""Shared by the measures: checked parameters, losses and gradients at a point, random directions, restored weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LossFunction = Callable[[], Tensor]
 
 
 def checked_params(params: Iterable[Tensor]) -> list[Tensor]:
-    """`params` as a list of distinct leaves that require a gradient; errors name the culprit."""
+    """`params` as a list of distinct leaves that require a gradient; errors name the one at fault."""
     result: list[Tensor] = []
     for p in params:
         if not isinstance(p, Tensor):
@@ -72,7 +72,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator of our own: results do not depend on the device, and the user's random state stays."""
+    """A separate CPU generator: results do not depend on the device, and the global random state is untouched."""
     return torch.Generator("cpu").manual_seed(seed)
 
 
@@ -83,7 +83,7 @@ def random_direction(params: Sequence[Tensor], random: torch.Generator) -> list[
 
 @contextmanager
 def weights_restored(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields copies of the weights and writes them back at the end, whatever happens in between."""
+    """Yields copies of the weights and writes them back at the end, also after an exception."""
     with Interrupts() as interrupts:
         saved = [p.detach().clone() for p in params]
         interrupts.open()

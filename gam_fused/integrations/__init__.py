@@ -1,4 +1,4 @@
-"""Helpers for training loops that are not the user's own; each is imported on demand, and only it needs its package.
+"""Helpers for training loops of other packages; each is imported on demand and needs only its own package.
 
 `gam_fused.integrations.lightning.GAMCallback` and `gam_fused.integrations.transformers.GAMTrainerMixin`. Accelerate needs
 none, or `all_micro_batches`. This file imports nothing of them.
@@ -18,9 +18,9 @@ from gam_fused.step.foreign_loops import overridden as overridden
 
 @contextmanager
 def on_direction(optimizer: Any, act: Callable[[], Any]) -> Iterator[None]:
-    """Within, a step of `optimizer` calls `act` right before the base optimizer's update, each `p.grad` holding d.
+    """Inside, a step of `optimizer` calls `act` right before the base optimizer's update, with d in each `p.grad`.
 
-    d is unscaled and of all micro-batches, weights are unperturbed. The step is then not fused. A skipped one calls nothing.
+    d is unscaled and of all micro-batches, weights are unperturbed. The step is not fused. A skipped step does not call it.
     """
 
     def hook(*_: Any) -> None:
@@ -36,7 +36,7 @@ def on_direction(optimizer: Any, act: Callable[[], Any]) -> Iterator[None]:
 
 @contextmanager
 def clipping_to(optimizer: Any, limit: float | None) -> Iterator[None]:
-    """Within, `limit` is the optimizer's `max_grad_norm`; what its owner has set comes back."""
+    """Inside, `limit` is the optimizer's `max_grad_norm`; its own value is restored."""
     own, optimizer.max_grad_norm = optimizer.max_grad_norm, limit
     try:
         yield

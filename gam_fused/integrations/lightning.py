@@ -40,8 +40,8 @@ class GAMCallback(pl.Callback):
       base optimizer's update: weights are unperturbed, and each `p.grad` holds the combined direction d, unscaled and of all
       micro-batches. What they do to it counts (`diagnostics` tells the norm before). Where one is overridden, in the
       module or (the first) a callback, or the Trainer clips by value, the update is not fused.
-    - Otherwise `gradient_clip_val` is the optimizer's `max_grad_norm` while it steps, and nothing is slower. With any
-      clipping by Lightning, the optimizer's own `max_grad_norm` rests.
+    - Otherwise `gradient_clip_val` is the optimizer's `max_grad_norm` during its step, and the update stays fused. With any
+      clipping by Lightning, the optimizer's own `max_grad_norm` is not used.
     - Manual optimization: `self.clip_gradients(opt, ...)` before `opt.step(closure)` clips the d of that step.
     - `self.log` and the step's outputs see pass 1 only, the unperturbed one; `on_before_zero_grad` runs in it, and finds no
       gradients, as a step leaves none.
@@ -74,7 +74,7 @@ class GAMCallback(pl.Callback):
 
 
 class _Skip(Exception):
-    """`training_step` returned None for every micro-batch, Lightning's word for: no update."""
+    """`training_step` returned None for every micro-batch, which in Lightning means: no update."""
 
 
 class _Optimization(AutomaticOptimization):
@@ -133,7 +133,7 @@ class _Optimization(AutomaticOptimization):
 
 
 class _Clipping:
-    """What `clip_gradients` has to know: whose passes are running, whose d lies in `p.grad`, what was asked for before."""
+    """State of `clip_gradients`: whose passes are running, whose d is in `p.grad`, which clipping was requested before."""
 
     def __init__(self, trainer: pl.Trainer):
         self.trainer = trainer
@@ -179,7 +179,7 @@ class _ServesGAM:
         return one_pass
 
     def _clipping(self, optimizer: Any, model: Any) -> tuple[float | None, Callable[[], None] | None]:
-        """What the coming step shall clip d to, and what shall act on d before the update (None: nothing has to)."""
+        """The norm to clip d to in the coming step, and what has to act on d before the update (None: nothing)."""
         trainer, automatic = self._gam.trainer, model.automatic_optimization
         clips = self._gam.asked.pop(optimizer, [])
         if automatic and trainer.gradient_clip_val:
@@ -199,7 +199,7 @@ class _ServesGAM:
         return limit, act if clips or hooks else None
 
     def _is_max_grad_norm(self, clips: list[tuple[float, GradClipAlgorithmType]]) -> bool:
-        """Whether to clip so is to clip once, by norm, as torch does."""
+        """Whether the requested clipping is one clipping by norm, done by torch."""
         by_torch = self._plugin_with("clip_gradients") in (Precision, MixedPrecision)
         by_torch = by_torch and self._plugin_with("clip_grad_by_norm") is Precision
         return by_torch and [algorithm for _, algorithm in clips] == [GradClipAlgorithmType.NORM]
@@ -210,7 +210,7 @@ class _ServesGAM:
         clip_val: float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        """For `FusedGAM`: clips d where that lies in `p.grad`, and before a step by hand, the d of that step."""
+        """For `FusedGAM`: clips d if it is in `p.grad`; called before a manual step, clips the d of that step."""
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         clip: Callable[..., None] = super().clip_gradients  # type: ignore[misc]
         if isinstance(optimizer, FusedGAM):
@@ -235,12 +235,12 @@ class _ServesGAM:
             asked.append((clip_val, algorithm))
 
     def _plugin_with(self, method: str) -> Any:
-        """The class that the plugin has `method` from."""
+        """The class that defines the plugin's `method`."""
         return next(c for c in type(self).__mro__ if c is not _ServesGAM and method in vars(c))
 
 
 def _serving(plugin: Any, trainer: pl.Trainer) -> Any:
-    """The precision plugin with `_ServesGAM` mixed in. It goes by the same name, which checkpoints know it by."""
+    """The precision plugin with `_ServesGAM` mixed in, under the same name, which checkpoints refer to."""
     kind = type(plugin)
     own = {"__qualname__": kind.__qualname__, "_gam": _Clipping(trainer)}
     served: Any = object.__new__(type(kind.__name__, (_ServesGAM, kind), own))

@@ -85,7 +85,7 @@ class GAMTrainerMixin:
         return losses[0]
 
     def _step(self, one_pass: Callable[[], Tensor]) -> None:
-        """One optimizer step, with the callbacks that the loop would call around it."""
+        """One optimizer step with the callbacks that the loop would call around it."""
         trainer: Any = self
         before, after = self._defining("on_pre_optimizer_step"), self._defining("on_optimizer_step")
         kept: list[tuple[Tensor, Tensor | None]] = []
@@ -106,7 +106,7 @@ class GAMTrainerMixin:
         trainer.callback_handler.on_pre_optimizer_step = lambda args, state, control, **_: control
 
     def _defining(self, event: str) -> list[Any]:
-        """Callbacks that define `event`, but for transformers' own, which leave gradients alone (and save checkpoints)."""
+        """Callbacks that define `event`, except transformers' own, which do not change gradients (and save checkpoints)."""
         callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
         return [c for c in callbacks if overridden(c, [event]) and not type(c).__module__.startswith("transformers.")]
 

@@ -1,4 +1,4 @@
-"""Frozen parameters that a forward moves, such as a momentum encoder's: which they are, and where they stand."""
+"""Frozen parameters that a forward changes, such as a momentum encoder's: which they are, and what they hold."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _version_of = attrgetter("_version")
 
 
 class FrozenParameters:
-    """Parameters that the optimizer does not write to: most never move, some are moved by the forward.
+    """Parameters that the optimizer does not update: most never change, some are changed by the forward.
 
-    Which do is learnt: from their versions and addresses in every step, and, since nothing tells of a write through `.data`,
-    from copies around the first pass of some steps, where they are not too large. Those that have moved are copied in every
-    later step; once one has moved that nothing told of, all are.
+    Which ones change is learnt: from their versions and addresses in every step, and, since a write through `.data` changes
+    neither, from copies around the first pass of some steps, where they are not too large. Those that have changed are
+    copied in every later step; once one has changed undetected, all are.
 
     Attributes:
-        late: those that moved although no copy had been made of them.
+        late: those that changed although no copy had been made of them.
     """
 
     def __init__(self, params: list[Tensor], budget: int):
@@ -51,7 +51,7 @@ class FrozenParameters:
         return same_objects(params, self._all)
 
     def begin(self) -> list[Tensor]:
-        """Before a step: where they lie, and how often they have been written to. Returns those to be copied."""
+        """Before a step: note addresses and versions. Returns those to be copied."""
         self.late = []
         if not self._params:
             return []
@@ -71,7 +71,7 @@ class FrozenParameters:
         return self._copied
 
     def first_pass_done(self, before: BufferLayout, after: BufferLayout) -> None:
-        """Keep what the first pass has made of those that no copy was made of, and learn which it has moved."""
+        """Keep the first pass's values of those without a copy, and learn which it has changed."""
         if not self._params:
             return
         told: set[int] = set()
@@ -89,7 +89,7 @@ class FrozenParameters:
             self._lesson = Lesson(before, after, told)
 
     def _learn(self) -> None:
-        """Read what an earlier step has compared, once it has arrived."""
+        """Read an earlier step's comparison, once it has arrived."""
         if self._lesson and (found := self._lesson.moved()) is not None:
             self._untold = self._untold or not found <= self._lesson.told
             self._add(found)
@@ -101,8 +101,8 @@ class FrozenParameters:
             self._moving = [p for p in self._params if id(p) in moved]
 
     def replay(self) -> None:
-        """Before each further pass, and after a failure: those without a copy start from where the first pass started, if it
-        has put them into other memory, otherwise from where it left them."""
+        """Before each further pass, and after a failure: those without a copy get the values before the first pass, if it
+        has moved them to other memory, otherwise those after it."""
         for parameter in self.late:
             parameter.replay()
 
@@ -113,7 +113,7 @@ class FrozenParameters:
 
 
 class MovedParameter:
-    """A frozen parameter that the first pass moved, of which there is no copy from before."""
+    """A frozen parameter that the first pass changed, without a copy from before."""
 
     def __init__(self, p: Tensor, home: Tensor):
         self._p, self._home = p, home
@@ -133,10 +133,10 @@ class MovedParameter:
 
 
 class Lesson:
-    """Which frozen parameters the first pass of a step has changed: compared on their devices, read when that is done.
+    """Which frozen parameters the first pass of a step has changed: compared on their devices, read later without waiting.
 
     Attributes:
-        told: ids of those that versions or addresses told of.
+        told: ids of those that versions or addresses reveal.
     """
 
     def __init__(self, before: BufferLayout, after: BufferLayout, told: set[int]):
@@ -153,14 +153,14 @@ class Lesson:
         self._hosts, self._ready = _on_the_way(flags)
 
     def moved(self) -> set[int] | None:
-        """Their ids; None where that is not known yet."""
+        """Their ids; None while that is not known yet."""
         if not all(ready() for ready in self._ready):
             return None
         return {i for i, flag in zip(self._ids, self._hosts, strict=True) if flag.item()} | self.told
 
 
 def _on_the_way(flags: list[Tensor]) -> tuple[list[Tensor], list[Callable[[], bool]]]:
-    """The flags in the host's memory, and what tells whether they have arrived there. Nothing waits."""
+    """The flags in host memory, and functions that say whether they have arrived. Nothing waits."""
     if all(flag.device.type != "cuda" for flag in flags):
         return flags, []
     hosts, ready = [], []

@@ -1,7 +1,7 @@
-"""Signals during a step: their handlers run while the closure does, and wait while weights and state are being written.
+"""Signals during a step: handlers run during the closure; interrupts are deferred during weight writes.
 
 A handler that Python code has installed (Ctrl-C, a SIGTERM that exits, a timer that raises) may raise between any two
-bytecodes. Between a kernel that has written weights and the note that says so, that would leave them perturbed. DESIGN
+bytecodes. Between the kernel that writes weights and the record of it, that would leave them perturbed. docs/design.md,
 section 3, point 4.
 """
 
@@ -25,11 +25,11 @@ _SIGNALS = sorted(int(s) for s in signal.valid_signals())
 
 
 class Interrupts:
-    """For the time of one step, the handlers of all signals; entered once.
+    """Holds the handlers of all signals during one step; entered once.
 
-    Inside, handlers wait, except between `open` and `close`, around code of the user's. After one that raises, all others
-    wait until the end, so that what it started (putting everything back) is not cut in half. Python runs handlers in the
-    main thread only; in any other there is nothing to hold.
+    Inside, handlers are deferred, except between `open` and `close`, around the user's code. After one that raises, all
+    others are deferred until the end, so that the rollback it started is not interrupted. Python runs handlers in the main
+    thread only; in other threads there is nothing to hold.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         try:
             self._take_over()
-        except BaseException:  # of a handler that was not held yet
+        except BaseException:  # raised by a handler that was not held yet
             self._give_back()
             raise
         return self
@@ -54,7 +54,7 @@ class Interrupts:
             self._deliver_all()
 
     def open(self) -> None:
-        """From here on handlers run at once; those that waited run now."""
+        """From here on handlers run at once; deferred ones run now."""
         self._open = True
         if self._pending:
             self._open = False
@@ -62,13 +62,13 @@ class Interrupts:
             self._open = True
 
     def close(self) -> None:
-        """From here on handlers wait."""
+        """From here on handlers are deferred."""
         self._open = False
         if self._installed and list(map(_get, _SIGNALS)) != self._installed:  # the user's code has set some
             self._take_over()
 
     def let_through(self, call: Callable[[], Result]) -> Result:
-        """What `call` returns, which runs users' code: handlers run at once while it does."""
+        """The result of `call`, which runs the user's code: meanwhile handlers run at once."""
         self.open()
         try:
             return call()
@@ -85,7 +85,7 @@ class Interrupts:
         self.open()  # others may have arrived while it ran
 
     def holds(self, number: int, receiver: _Receiver) -> bool:
-        """Whether `receiver` is what stands in the place of the handler of a signal now."""
+        """Whether `receiver` currently replaces the handler of a signal."""
         return self._held.get(number) is receiver
 
     def _take_over(self) -> None:
@@ -104,16 +104,16 @@ class Interrupts:
         self._installed = list(map(_get, _SIGNALS))
 
     def _give_back(self) -> None:
-        """Handlers as they were, but those that have been replaced since."""
+        """Reinstall the original handlers, except where the user has replaced them since."""
         raised: BaseException | None = None
-        self._installed = []  # no circle of references is left
+        self._installed = []  # leaves no reference cycle
         while self._held:
             try:
                 number, receiver = next(iter(self._held.items()))
                 if _get(number) is receiver:
                     _set(number, receiver.handler)
                 del self._held[number]
-            except BaseException as error:  # a handler that is back already; the others go back all the same
+            except BaseException as error:  # raised by a handler that is reinstalled already; reinstall the others too
                 raised = error
         if raised is not None:
             raise raised
@@ -126,7 +126,7 @@ class Interrupts:
                 handler(number, frame)
 
     def _deliver_all(self) -> None:
-        """At the end: also those behind one that raises."""
+        """At the end: also those queued behind one that raises."""
         try:
             self._deliver(_get)
         finally:
@@ -135,10 +135,10 @@ class Interrupts:
 
 
 class _Receiver:
-    """What stands in the place of a handler during a step.
+    """Replaces a handler during a step.
 
-    Code that asks for a signal's handler in a closure gets this one, and may call it from a handler of its own or set it
-    again, then or after the step: wherever it is not the one that holds the signal, it is the handler that it stands for.
+    Code in a closure that asks for a signal's handler gets this object, and may call it from its own handler or install it
+    again, during or after the step. Where it does not hold the signal any more, it forwards to the original handler.
     """
 
     def __init__(self, owner: Interrupts, handler: Callable[[int, FrameType | None], Any]):

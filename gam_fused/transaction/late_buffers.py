@@ -1,4 +1,4 @@
-"""Buffers and parameters that the first pass of a step registers: what they held then is where later passes start from."""
+"""Buffers and parameters that the first pass of a step registers: later passes start from their initial values."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class LateBuffers:
-    """What the first pass registers, and what it held when it was.
+    """What the first pass registers, and its initial values.
 
     Attributes:
-        any: whether there may be such, in the model or in modules that a closure makes for its own use.
+        any: whether there may be some, in the model or in modules that a closure makes for its own use.
     """
 
     def __init__(self, layout: BufferLayout) -> None:
@@ -66,7 +66,7 @@ class LateBuffers:
                     self._keep(owner, key, t)
 
     def keep(self, after: BufferLayout) -> None:
-        """After the first pass: those only that are the model's."""
+        """After the first pass: keep only those of the model."""
         self._initial = [entry for entry in self._initial if after.tracks(*entry[:2])]
 
     def _note(self, owner: Owner, name: str, t: Tensor | None) -> None:

@@ -1,8 +1,8 @@
-"""What forward passes read and move besides the trained parameters (DESIGN section 3, point 3).
+"""What forward passes read and change besides the trained parameters (docs/design.md, section 3, point 3).
 
 Buffers (batch norm's statistics, spectral norm's vectors, a memory queue, observers) and frozen parameters that follow the
-trained ones (a momentum encoder). Every pass of a step starts from the same, and after the step they are as the first pass
-left them.
+trained ones (a momentum encoder). Every pass of a step starts from the same values, and after the step they are as the
+first pass left them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _COPIED_TO_LEARN, _TIMES_TRAINED = 16 << 20, 2
 
 
 class ModelState:
-    """The buffers and frozen parameters of some modules, from step to step.
+    """The buffers and frozen parameters of the given modules, across steps.
 
     Args:
         modules: the modules.
-        trained: the parameters that the optimizer writes to; what shares their memory is left alone.
+        trained: the parameters that the optimizer updates; tensors that share their memory are not touched.
         backend: the optimizer's.
     """
 
@@ -46,7 +46,7 @@ class ModelState:
         self._tree: ModuleTree | None = None
 
     def begin(self) -> StepState:
-        """Take note of what they hold now, before the passes of a step."""
+        """Save what they hold, before the passes of a step."""
         if self._tree is None or not self._tree.is_current():
             self._tree = ModuleTree(self._modules, self._trained)
         frozen = self._tree.frozen
@@ -59,14 +59,14 @@ class ModelState:
         return StepState(self, self._layout, self._frozen)
 
     def modules_have_changed(self) -> bool:
-        """Whether other modules than at the beginning of the step belong to them."""
+        """Whether the set of submodules has changed since the beginning of the step."""
         tree = self._tree
         if tree is None or tree.is_current():
             return tree is None
         return not same_objects(ModuleTree(self._modules, self._trained).owners, tree.owners)
 
     def layout_now(self, frozen: Sequence[Tensor]) -> BufferLayout:
-        """The layout of what is there now: of buffers, of `frozen`, and of frozen parameters that came since `begin`."""
+        """The present layout: of buffers, of `frozen`, and of frozen parameters added since `begin`."""
         tree, before = ModuleTree(self._modules, self._trained), self._tree
         known = set(map(id, chain(frozen, before.frozen if before else ())))
         frozen = [*frozen, *(p for p in tree.frozen if id(p) not in known)]
@@ -87,7 +87,7 @@ class StepState:
         return self._layout.devices
 
     def first_pass(self) -> AbstractContextManager[None]:
-        """For the time of the first pass: buffers and parameters that it registers are copied as they come."""
+        """During the first pass: buffers and parameters that it registers are copied on registration."""
         return self._late.watching()
 
     def first_pass_done(self) -> None:
@@ -100,13 +100,13 @@ class StepState:
         self._frozen.first_pass_done(self._layout, self._after)
 
     def replay(self) -> None:
-        """Before each further pass: as at the start of the first."""
+        """Before each further pass: restore the start of the first."""
         self._layout.put_back(BEFORE, reshaped=self._after is not self._layout)
         self._late.put_back()
         self._frozen.replay()
 
     def finish(self, skipped: Tensor) -> None:
-        """After the step: as the first pass left them, or, where `skipped` is not 0, as before the step.
+        """After the step: restore what the first pass left, or, where `skipped` is not 0, what was before the step.
 
         Args:
             skipped: 0-d, on any device; the host waits for it only where a buffer lies on the CPU and it does not, and where
@@ -125,13 +125,13 @@ class StepState:
             self._layout.put_back(AFTER, reshaped=False)
 
     def abort(self) -> None:
-        """After a failure: as before the step, whatever pass has changed it."""
+        """After a failure: restore what was before the step, whichever pass changed it."""
         self._after = None
         self.replay()
 
 
 class BufferLayout:
-    """Which tensors stand under which names, and memory for copies of them.
+    """Which tensors are registered under which names, and memory for copies of them.
 
     Attributes:
         owners: the dicts that the names are in. frozen: the frozen parameters among the tensors.
@@ -150,7 +150,7 @@ class BufferLayout:
         self.snapshots = Snapshots(tensors, backend)
 
     def fits(self, owners: list[Owner], frozen: Sequence[Tensor]) -> bool:
-        """Whether the same tensors stand under the same names and lie where and as they did."""
+        """Whether the same tensors are registered under the same names, at the same addresses with the same layout."""
         return (
             same_objects(owners, self.owners)
             and same_objects(frozen, self._wanted)
@@ -161,15 +161,15 @@ class BufferLayout:
         )
 
     def is_in_place(self) -> bool:
-        """The same in short, for the time of a step."""
+        """A cheaper check of the same, during a step."""
         return self._names_are_in_place() and not self._has_lazy and self.snapshots.in_place()
 
     def tracks(self, owner: Owner, name: str) -> bool:
-        """Whether there are copies of what stands under a name."""
+        """Whether what is registered under a name is copied."""
         return id(owner.get(name)) in self._tracked and any(owner is mine for mine in self.owners)
 
     def has(self, owner: Owner, name: str) -> bool:
-        """Whether something stands under a name."""
+        """Whether something is registered under a name."""
         end = 0
         for known, count in zip(self.owners, self._counts, strict=True):
             end += count
@@ -181,7 +181,7 @@ class BufferLayout:
         return self._names == names_of(self.owners) and same_objects(values_of(self.owners), self._values)
 
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
-        """The same tensors under the same names, holding what copy `number` says. Names that came later stay."""
+        """Restore the same tensors under the same names, with the contents of copy `number`. Names added later stay."""
         if not self._names_are_in_place():
             names, values = iter(self._names), iter(self._values)
             for owner, count in zip(self.owners, self._counts, strict=True):
@@ -193,7 +193,7 @@ class BufferLayout:
 
 
 def _extent(t: Tensor) -> tuple[str, int, int]:
-    """Device, first and last byte of what the elements of `t` span in memory."""
+    """Device, first and last byte of the memory that `t` spans."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return str(t.device), t.data_ptr(), t.data_ptr() + span * t.element_size()
 

@@ -1,4 +1,4 @@
-"""The modules below some roots: their buffers and parameters, and whether any have changed, asked of all at once."""
+"""The modules below some roots: their buffers and parameters, and whether any were replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModuleTree:
     def __init__(self, roots: Sequence[nn.Module], trained: set[int]):
         modules: dict[int, nn.Module] = {}
         waiting: list[nn.Module | None] = list(roots)
-        self._names_others = False  # whether a class names other modules than its own: then nothing tells of a change
+        self._names_others = False  # whether a class overrides modules(): then changes cannot be detected
         while waiting:
             module = waiting.pop()
             if module is None or id(module) in modules:
@@ -56,7 +56,7 @@ class ModuleTree:
 
 
 def _names_others(kind: Any) -> bool:
-    """Whether modules of a class may name other modules than their own."""
+    """Whether modules of a class may list other modules than their own."""
     return any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("modules", "named_modules"))
 
 

@@ -1,4 +1,4 @@
-"""The same random numbers in every pass of a step (DESIGN section 3, point 2): states saved, replayed and handed back."""
+"""The same random numbers in every pass of a step: states are saved, replayed and restored (docs/design.md, section 3)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Generators:
         self._always += [source_of(g) for g in own]
 
     def begin(self) -> RandomState:
-        """Take note of where they stand, before the passes of a step."""
+        """Save their states before the passes of a step."""
         return RandomState([*self._always, _numpy()] if "numpy.random" in sys.modules else self._always)
 
 
 class RandomState:
     """States of generators at the start of pass 1 and at its end.
 
-    After the step they stand where one ordinary pass would have left them, and then the base optimizer's update, so a run is
+    After the step they are in the state that one ordinary pass and the base optimizer's update leave, so a run is
     reproducible whatever the number of passes.
     """
 
@@ -68,7 +68,7 @@ class RandomState:
 
 
 def source_of(generator: Any) -> Any:
-    """What reads and writes the state of a generator of the user's.
+    """A reader and writer of the state of a user's generator.
 
     Raises:
         TypeError: neither a torch.Generator, a numpy.random.Generator or RandomState, nor a random.Random.

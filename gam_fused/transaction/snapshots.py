@@ -39,7 +39,7 @@ class Snapshots:
         plain = [t for t in tensors if _is_plain(t)]
         self._others = [t for t in tensors if not _is_plain(t)]
         self._placed = plain + [t for t in self._others if t.layout is torch.strided and type(t) in _OWN_MEMORY]
-        self._home = [t.detach() for t in self._placed]  # where they lie: keeps that memory, should they be moved
+        self._home = [t.detach() for t in self._placed]  # keeps their memory alive, should they be moved
         self._where = self._lie()
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for t in plain:
@@ -55,18 +55,18 @@ class Snapshots:
             return []
 
     def still_fit(self) -> bool:
-        """Whether the tensors lie where, and as, they did when memory was made for them."""
+        """Whether addresses and layouts are those for which memory was made."""
         return self._lie() == self._where and not self._others
 
     def moved(self) -> bool:
-        """Whether one lies elsewhere."""
+        """Whether any has another address."""
         try:
             return list(map(Tensor.data_ptr, self._placed)) != self._where[0]
         except RuntimeError:
             return True
 
     def in_place(self) -> bool:
-        """Whether all lie where they did, in the same shapes."""
+        """Whether all have their addresses and shapes."""
         return not self.moved() and list(map(_shape_of, self._placed)) == self._where[2]
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class Snapshots:
 
     @torch.no_grad()
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
-        """The tensors as they were when copy `number` was taken: in the same memory, with the same contents.
+        """Restore the tensors as copy `number` has them: in the same memory, with the same contents.
 
         `reshaped`: whether one may have another shape in the same place.
         """
@@ -97,7 +97,7 @@ class Snapshots:
                 part(t).copy_(copy)
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
-        """Copy `number` becomes copy `other` where `flag` (0-d, on any device) is not 0. Waits for nothing on a device."""
+        """Copy `number` becomes copy `other` where `flag` (0-d, on any device) is not 0. Does not wait for the device."""
         for kind in self._kinds:
             kind.choose(number, other, flag)
         mine, theirs = self._other_copies.get(number, []), self._other_copies.get(other, [])
@@ -160,7 +160,7 @@ def _row(t: Tensor, word: torch.dtype) -> Tensor:
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether a tensor is one gapless stretch of memory of its own."""
+    """Whether a tensor is one contiguous stretch of its own memory."""
     return (
         not is_dtensor(t)
         and t.layout is torch.strided
@@ -175,7 +175,7 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _mark(t: Tensor) -> Any:
-    """What differs where one that is not strided has been written to, or been given other memory."""
+    """A value that changes when a tensor that is not strided is written to or gets other memory."""
     if t.layout is torch.strided:
         return None if t.is_inference() else t._version
     return t._version, values_of(t).data_ptr()
@@ -197,7 +197,7 @@ def part(t: Tensor) -> Tensor:
 
 
 def _move_home(t: Tensor, home: Tensor) -> None:
-    """Let `t` lie in the memory of `home` again, which may have been resized in the meantime."""
+    """Move `t` back to the memory of `home`, which may have been resized in the meantime."""
     needed = (home.storage_offset() + home.numel()) * home.element_size()
     if home.untyped_storage().nbytes() < needed:
         home.untyped_storage().resize_(int(needed))
