@@ -42,6 +42,7 @@ check: $(STAMPS)/check
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror $(CLANG_FORMATTED)
 	$(RUN) mypy -p gam_fused
+	$(RUN) lint-imports --no-cache
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet $(ARGS)
@@ -107,7 +108,7 @@ $(STAMPS)/test: $(STAMPS)/bench
 	@touch $@
 
 $(STAMPS)/check: $(STAMPS)/environment
-	$(INSTALL) ruff mypy clang-format
+	$(INSTALL) ruff mypy clang-format import-linter
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/environment

@@ -100,7 +100,7 @@ GAM_HOST_DEVICE void narrow(float x, Float16& out) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Stochastic rounding (DESIGN, "low-precision parameters"): up with the probability of the distance to the lower
+// Stochastic rounding (docs/design.md, section 4): up with the probability of the distance to the lower
 // neighbour. Beyond the largest number, where the upper one is infinity, to nearest.
 
 // A 32-bit integer hash.

@@ -17,6 +17,7 @@ from gam_fused.base import keywords
 from gam_fused.checks import one_of
 from gam_fused.memory.parameters import check_parameters
 from gam_fused.methods import METHODS, TAKES, plain
+from gam_fused.migration import PAGE, explain
 from gam_fused.settings import OF_METHODS, Settings, Weight
 from gam_fused.step import checkpoint, run
 from gam_fused.step.diagnostics import diagnose
@@ -29,25 +30,29 @@ from gam_fused.transaction.randomness import source_of
 
 
 class FusedGAM(Optimizer):
-    r"""Gradient norm Aware Minimization (Zhang et al., CVPR 2023, arXiv 2303.03108) around a base optimizer.
+    """Gradient norm Aware Minimization (Zhang et al., CVPR 2023, arXiv 2303.03108) around a base optimizer.
 
-    Minimises L(theta) + alpha * R(theta), where R(theta) = rho * max over \|theta' - theta\| <= rho of \|grad L(theta')\| is
-    the first-order flatness (equations 3 and 6). One step makes several gradient passes by calling the closure, then one
-    update of the base optimizer in the combined direction d:
+    Minimises L(theta) + alpha R(theta), where R(theta) = rho max |grad L(theta')| over |theta' - theta| <= rho is the
+    first-order flatness (equations 3 and 6). One step makes several gradient passes by calling the closure, then one update
+    of the base optimizer in the combined direction d:
 
-    ======================= ======================= ====================================================================
-    method                  passes                  direction d
-    ======================= ======================= ====================================================================
-    ``"finite_difference"`` 4                       g0 + (alpha rho/rho') (g3 - g2), Algorithm 1 with Appendix D
-    ``"accelerated"``       4                       (1 + gamma s) h+ - gamma h-, Algorithm 2 of the appendix
-    ``"exact"``             2, differentiated twice g + alpha rho H(theta_adv) g_adv/\|g_adv\|, Algorithm 1
-    ``"sam"``               2                       g1 (Foret et al. 2021), also as `FusedSAM`
-    ``"gradient_penalty"``  2                       (1 - c) g0 + c g1, c = alpha rho/rho', theta1 at rho' (Zhao et al. 2022)
-    ``"gsam"``              2                       g1 - alpha (g0 minus its projection on g1) (Zhuang et al. 2022)
-    ======================= ======================= ====================================================================
+        method             passes  direction d
+        finite_difference  4       h_loss + (alpha rho/rho') (g3 - g2)                      Algorithm 1 with Appendix D
+        accelerated        4       h+ - gamma (h- - s h+)                                   Algorithm 2 of the appendix
+        exact              2 (*)   h_loss + alpha rho H(theta_adv) g_adv/|g_adv|            Algorithm 1
+        gradient_penalty   2       h_loss + (alpha rho/rho') (g1 - g0), theta1 at rho'      Zhao et al., ICML 2022
+        gsam               2       g1 - alpha (g0 minus its projection on g1)               Zhuang et al., ICLR 2022
+        sam                2       g1                                                       Foret et al., ICLR 2021
 
-    with g0 = grad L(theta), g1 at theta1 = theta + rho' g0/\|g0\|, g2 at theta2 = theta + rho (g1 - g0)/\|g1 - g0\|, g3 at
-    theta3 = theta2 + rho' g2/\|g2\|, h+ = alpha g1 + (1 - alpha) g3, h- = beta g0 + (1 - beta) g2, s = <h-, h+>/\|h+\|^2.
+        (*) differentiated twice
+
+        h_loss = g0 = grad L(theta)         theta1 = theta  + rho' g0/|g0|  (gsam, sam: rho)
+             g1 = grad L(theta1)            theta2 = theta  + rho (g1 - g0)/|g1 - g0|
+             g2 = grad L(theta2)            theta3 = theta2 + rho' g2/|g2|
+             g3 = grad L(theta3)
+             h+ = alpha g1 + (1 - alpha) g3
+             h- = beta g0 + (1 - beta) g2
+             s  = <h-, h+>/|h+|^2
 
     A step is a transaction: weights return bit for bit before the update, all passes see the same random numbers and start
     from the same buffers, which end as the first pass left them, an exception in any pass leaves everything as it was, and a
@@ -62,31 +67,31 @@ class FusedGAM(Optimizer):
             hooks of its own, gets d in `p.grad` and is stepped; it is the one case where the host waits for the device, to
             know whether to skip. Where that step fails half-way, weights and state are as it left them.
         method: see above.
-        rho: radius of the neighbourhood, in the units of the weights; default and schedule per param group ("rho").
-        rho_prime: length of the finite difference's probe. Too small, and it drowns in the rounding of the weights.
+        rho: radius in which the gradient norm is minimised, in the units of the weights; param groups may have their own.
+        rho_prime: length of the finite difference's probe. Too short, and it is lost in the rounding of the weights.
         alpha: for ``finite_difference``, ``exact`` and ``gradient_penalty``: weight of the flatness term, alpha of equation
             6; for ``gsam``: of the surrogate gap. For ``accelerated`` something else: the convex weight of g1 in h+, or a
             pair of weights for g1 and g3.
         beta: ``accelerated`` only: the convex weight of g0 in h-, or a pair of weights for g0 and g2. The authors'
             released code uses h- = g0 + (1 - beta) g2: that is ``beta=(1.0, 1 - beta)``.
         gamma: ``accelerated`` only: weight of the part of h- that is orthogonal to h+.
-        xi: of the paper, added to norms that divide. (`eps` is the base optimizer's.)
+        xi: added to norms that divide, as in the paper. (`eps` is the base optimizer's.)
         adaptive: element-wise scaling as in ASAM: norms of g*|theta|, perturbations rho theta^2 g/norm.
-        oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/\|g0\|), the paper's SAM + GAM
+        oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/|g0|), the paper's SAM + GAM
             (``finite_difference``, ``exact`` and ``gradient_penalty``).
         sam_rho: radius of that ascent; None means rho_prime, which costs a further pass with ``exact`` only.
         interval: run the method on every interval-th step (the first one included) and plain steps between.
         model: the module, or modules, whose buffers (batch norm, spectral norm, a memory queue, ...) and frozen parameters
-            (a momentum encoder) shall move once per step. What a model that is not given moves cannot be seen: it moves with
-            every pass. Which frozen parameters move is learnt from their versions and addresses and, where they take at most
-            16 MiB or twice the memory of the trained ones, from copies of them in the first steps and some later ones; of
-            larger ones that begin to move, passes 2 to 4 of that one step start from where pass 1 left them. Give the
-            DistributedDataParallel wrapper itself, with which ``exact`` and ``perturb_sync="local"`` work, or the root that
-            `fully_shard` was applied to.
+            (a momentum encoder) shall update once per step. The buffers of a model that is not given cannot be seen: they
+            update in every pass. Which frozen parameters change is learnt from their versions and addresses and, where they
+            take at most 16 MiB or twice the memory of the trained ones, from copies of them in the first steps and some
+            later ones; of larger ones that begin to change, passes 2 to 4 of that one step start from the values that pass 1
+            left. Give the DistributedDataParallel wrapper itself, with which ``exact`` and ``perturb_sync="local"`` work, or
+            the root that `fully_shard` was applied to.
         preserve_rng_state: replay the random numbers of pass 1 in the others: torch's on the CPU and on the devices in use,
             Python's `random`, numpy's global ones. Without, the finite difference follows the noise of different dropout
             masks. These generators belong to the whole process: what another thread draws from them during a step, such as
-            augmentation, comes twice. Give such a thread a generator of its own, or use a DataLoader's worker processes.
+            augmentation, is drawn twice. Give such a thread a generator of its own, or use a DataLoader's worker processes.
         generators: generators of your own that the closure draws from, to be replayed too: torch.Generator,
             numpy.random.Generator, numpy.random.RandomState or random.Random. A copy or unpickled optimizer has none; they
             can be set, as an attribute.
@@ -99,7 +104,7 @@ class FusedGAM(Optimizer):
             per step averages the combined direction, before it is clipped; DDP reduces nothing (its communication hooks do
             not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank whose
             step raised, and which caught that, may step again: the others wait for it. With ``"global"``, as under plain
-            DDP, they would take its next pass for the one that failed: let the process end.
+            DDP, collectives would mismatch; terminate the rank.
         flatten: move parameters into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
         base_kwargs: what the base optimizer is built with, for keywords that FusedGAM has too (RMSprop's ``alpha``,
@@ -114,7 +119,7 @@ class FusedGAM(Optimizer):
         ValueError, TypeError: a hyperparameter or parameter that cannot work, named with what is allowed, before anything
             is built. ``perturb_sync="local"`` without a DistributedDataParallel in `model`; ``exact`` with sharded
             parameters; FSDP1.
-        RuntimeError: a backend that is not there.
+        RuntimeError: a backend that is not available.
     """
 
     def __init__(
@@ -144,6 +149,15 @@ class FusedGAM(Optimizer):
         base_kwargs: dict[str, Any] | None = None,
         **more_base_kwargs: Any,
     ):
+        if isinstance(params, Optimizer):
+            raise TypeError(
+                f"params is an optimizer: {type(self).__name__}(None, optimizer) steps the one that is there, and "
+                f"{type(self).__name__}(params, {type(params).__name__}, lr=..., ...) makes one; see {PAGE}"
+            )
+        if told := [
+            text for name in more_base_kwargs if (text := explain(name)) and not keywords.takes(base_optimizer, name)
+        ]:
+            raise TypeError("; ".join(told))
         arguments = {name: value for name, value in locals().items() if name in _KEYWORDS}
         one_of("method", method, tuple(METHODS))
         given = {name: value for name, value in arguments.items() if value is not _KEYWORDS[name]}
@@ -201,7 +215,9 @@ class FusedGAM(Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None, interrupts: Interrupts) -> Any:
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("step was called in torch.inference_mode(), in which nothing can be differentiated: leave it")
+            raise RuntimeError(
+                "step was called in torch.inference_mode(), which disables differentiation; call step outside of it"
+            )
         session = self.session
         if closure is None:
             return checkpoint.create_state(session)
@@ -313,10 +329,11 @@ class FusedGAM(Optimizer):
         return "session" not in self.__dict__
 
     def __getattr__(self, name: str) -> Any:
-        """What only the base optimizer has, such as `train()` and `eval()` of schedule-free ones."""
+        """Attributes of the base optimizer, such as `train()` and `eval()` of schedule-free ones."""
         session = self.__dict__.get("session")
         if session is None or name.startswith("_") or not hasattr(session.base, name):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            hint = explain(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}" + (f": {hint}" if hint else ""))
         return getattr(session.base, name)
 
     if TYPE_CHECKING:  # hyperparameters are attributes that can be set; `Settings` lists them
@@ -397,7 +414,7 @@ _SETTINGS = tuple(field.name for field in fields(Settings))
 for _name in _SETTINGS:
     if _name != "rho":  # an entry of param groups
         setattr(FusedGAM, _name, _setting(_name))
-# FusedGAM's own keywords and their defaults, but `method`, which nobody means for a base optimizer.
+# FusedGAM's own keywords and their defaults, except `method`, which is never the base optimizer's.
 _KEYWORDS = {
     name: parameter.default
     for name, parameter in inspect.signature(FusedGAM.__init__).parameters.items()

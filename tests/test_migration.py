@@ -109,3 +109,34 @@ def test_a_step_of_sam_is_first_and_second_step():
     FusedSAM(model, torch.optim.SGD, lr=0.1, rho=0.05).step(lambda: torch.nn.functional.mse_loss(model(x), y))
     for mine, p, g in zip(model.parameters(), theirs, g1, strict=True):
         torch.testing.assert_close(mine.detach(), p.detach() - 0.1 * g, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(migration.ATTRIBUTES))
+def test_an_attribute_of_another_implementation_points_to_the_page(name):
+    optimizer = FusedGAM([torch.zeros(2, requires_grad=True)], torch.optim.SGD, lr=0.1)
+    with pytest.raises(AttributeError, match=rf"{name} belongs to another implementation; here: .* See docs/migration.md"):
+        getattr(optimizer, name)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)])
+@pytest.mark.parametrize("name", sorted(migration.KEYWORDS))
+def test_a_keyword_of_another_implementation_points_to_the_page(name, base):
+    params = [torch.zeros(2, requires_grad=True)] if isinstance(base, type) else None
+    with pytest.raises(TypeError, match=rf"{name} belongs to another implementation; here: .* See docs/migration.md"):
+        FusedGAM(params, base, **{name: 0.1})
+
+
+def test_a_keyword_that_the_base_optimizer_takes_is_its_own():
+    def factory(params, rho_scheduler=None):
+        return torch.optim.SGD(params, lr=0.1)
+
+    FusedGAM([torch.zeros(2, requires_grad=True)], factory, rho_scheduler=3)
+
+
+@pytest.mark.parametrize("kind", [FusedGAM, FusedSAM])
+def test_an_optimizer_in_the_place_of_parameters_is_told_where_it_goes(kind):
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    with pytest.raises(TypeError, match=rf"params is an optimizer: {kind.__name__}\(None, optimizer\)"):
+        kind(optimizer)
+    with pytest.raises(TypeError, match="positional"):
+        kind([torch.zeros(2, requires_grad=True)], torch.optim.SGD, 0.05)

@@ -1,4 +1,4 @@
-"""Which keyword is whose: FusedGAM's, or the base optimizer's that it builds."""
+"""Which keywords belong to FusedGAM, and which to the base optimizer that it builds."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def split(
     more: dict[str, Any],
     base_kwargs: dict[str, Any] | None,
 ) -> Keywords:
-    """Whom each keyword belongs to.
+    """Assigns each keyword to FusedGAM or the base optimizer.
 
     Args:
         given: those that FusedGAM has. unused: names of those that its method has no use for.
-        more: those that FusedGAM does not know. base_kwargs: those that the user has set apart for the base optimizer.
+        more: those that FusedGAM does not know. base_kwargs: those that the user gave for the base optimizer.
 
     Raises:
         TypeError: one that both have a use for, or that is given twice.
@@ -49,6 +49,11 @@ def split(
             f"Give the base optimizer's as base_kwargs={{{name!r}: ...}}; then {name}= is FusedGAM's"
         )
     return Keywords(of_base | both, frozenset(both))
+
+
+def takes(base_optimizer: Any, name: str) -> bool:
+    """Whether a class or factory takes a keyword by that name, as far as its signature tells. An instance takes none."""
+    return callable(base_optimizer) and not isinstance(base_optimizer, Optimizer) and name in _known(base_optimizer)
 
 
 def _known(factory: Any) -> set[str]:

@@ -177,7 +177,7 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
         raise TypeError(f"capture_step captures steps of a FusedGAM, not of a {type(optimizer).__name__}")
     if optimizer.session.fused is None:
         name = type(optimizer.base_optimizer).__name__
-        raise ValueError(f"base optimizer {name} asks the host in every step: capture one around torch's SGD, Adam or AdamW")
+        raise ValueError(f"base optimizer {name} waits for the host in every step; use torch's SGD, Adam or AdamW")
     refused = {
         "step hooks of the base optimizer": has_step_hooks(optimizer.base_optimizer),
         "generators=": bool(optimizer.generators),
@@ -197,7 +197,7 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
     for p in params:
         if p.device.type != "cuda" or p.device != params[0].device:
             where = describe(p, optimizer.param_groups)
-            raise ValueError(f"{where} is not on the one CUDA device that a graph needs all parameters on")
+            raise ValueError(f"{where} is not on the graph's CUDA device; all parameters must be on one")
     device: torch.device = params[0].device
     return device
 

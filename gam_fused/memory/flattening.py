@@ -30,7 +30,9 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
             existing DDP.
     """
     if any(isinstance(m, DistributedDataParallel) for m in modules):
-        raise ValueError("flatten=True must come before DistributedDataParallel, which holds on to the parameters' memory")
+        raise ValueError(
+            "flatten=True must come before DistributedDataParallel, which keeps references to the parameters' memory"
+        )
     kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for group in param_groups:
         for p in group["params"]:

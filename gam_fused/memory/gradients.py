@@ -1,4 +1,4 @@
-"""Taking gradients: `p.grad` becomes ours without a copy wherever that is safe, and with one where it is not.
+"""Taking gradients: `p.grad` is taken without a copy where that is safe, and copied where it is not.
 
 Streams: gradients are read on the stream that is current in `step`. `backward` makes the stream that it is called on wait
 for all others it has used, so there is nothing to wait for here; a closure that calls it on a stream of its own has to let
@@ -95,7 +95,7 @@ def _all_fit(gradients: list[Any], strides: Sequence[tuple[int, ...]], dtype: to
 
 
 def _any_is_held(gradients: list[Any]) -> bool:
-    """Whether anybody else may hold one of them, or its memory."""
+    """Whether other code may still hold one of them, or its memory."""
     if max(map(sys.getrefcount, gradients)) > _LISTED_REFERENCES:
         return True
     if storage_use_count is None or storage_address is None:

@@ -64,13 +64,13 @@ def _check_kind(p: Tensor, groups: Groups) -> None:
         _check_placements(p, groups)
     elif p.numel() and p.device.type != "meta" and not _address(p):
         raise TypeError(
-            f"{describe(p, groups)} is a {type(p).__name__}, which keeps its elements elsewhere: kernels cannot reach them. "
-            "Optimize the tensors that it is made of"
+            f"{describe(p, groups)} is a {type(p).__name__}, whose elements kernels cannot access.  "
+            "Optimize the tensors that it wraps"
         )
 
 
 def _address(p: Tensor) -> int:
-    """Where the elements lie; 0 where they do not."""
+    """Address of the elements; 0 where there are none."""
     try:
         return p.data_ptr()
     except RuntimeError:
@@ -83,7 +83,7 @@ def check_materialized(groups: Groups) -> None:
         for p in group["params"]:
             if p.device.type == "meta":
                 raise RuntimeError(
-                    f"{describe(p, groups)} is on the meta device and holds no numbers: materialize the model "
+                    f"{describe(p, groups)} is on the meta device and has no data: materialize the model  "
                     "(model.to_empty(device=...), then initialize or load it) before the first step"
                 )
 
@@ -91,9 +91,9 @@ def check_materialized(groups: Groups) -> None:
 def _check_placements(p: Any, groups: Groups) -> None:
     where = f"{describe(p, groups)}, distributed as {tuple(p.placements)} over {p.device_mesh},"
     if any(placement.is_partial() for placement in p.placements):
-        raise TypeError(f"{where} holds sums that are still to be added; redistribute it to Shard or Replicate")
+        raise TypeError(f"{where} holds partial sums; redistribute it to Shard or Replicate")
     if p.device_mesh.get_coordinate() is None:
-        raise TypeError(f"{where} has no part on this rank; give this rank only parameters whose mesh it is in")
+        raise TypeError(f"{where} has no shard on this rank; pass each rank only parameters whose mesh contains it")
 
 
 def check_groups(groups: Groups, rho_key: str = "rho") -> None:

@@ -61,7 +61,7 @@ def _refuse_shards(groups: Groups, local: bool) -> None:
 def _check_local(ddp: list[DistributedDataParallel], groups: Groups) -> None:
     if not ddp:
         raise ValueError(
-            "perturb_sync='local' averages the combined direction itself, and has to see DistributedDataParallel for that: "
+            "perturb_sync='local' averages the combined direction itself and needs the DistributedDataParallel module: "
             "wrap the model first, then pass the wrapper as model=. Without DDP use perturb_sync='global'"
         )
     if any(m.process_group is not ddp[0].process_group for m in ddp):
@@ -83,7 +83,7 @@ def no_unseen_ddp(seen: Replicas | None) -> Iterator[None]:
     """For the time of a pass that DDP's hooks will not average: raise where a DDP runs that was not given as `model`.
 
     Raises:
-        RuntimeError: from its forward. Unaveraged gradients would let the replicas drift apart without a word.
+        RuntimeError: from its forward. Unaveraged gradients would make the replicas diverge silently.
     """
 
     def refuse(module: nn.Module, _: Any) -> None:
@@ -92,7 +92,7 @@ def no_unseen_ddp(seen: Replicas | None) -> Iterator[None]:
                 return
             raise RuntimeError(
                 "method='exact' under DistributedDataParallel averages gradients and Hessian-vector products itself, so it "
-                "has to see the wrapper: FusedGAM(..., model=ddp_model)"
+                "needs the wrapper: FusedGAM(..., model=ddp_model)"
             )
 
     if not (dist.is_available() and dist.is_initialized()):

@@ -41,7 +41,7 @@ def differentiable_in(result: Any) -> Tensor:
         what = "a tensor without a graph" if isinstance(loss, Tensor) else reprlib.repr(result)
         raise RuntimeError(
             f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return it as a 0-d "
-            "tensor that can be differentiated, alone or as (loss, ...). One computed outside of the closure, or under "
+            "tensor that can be differentiated, alone or as (loss, ...). A loss computed outside of the closure, or under  "
             "no_grad, cannot be"
         )
     if loss.numel() != 1:
@@ -52,7 +52,7 @@ def differentiable_in(result: Any) -> Tensor:
 
 
 def detached(result: Any) -> Any:
-    """`result` with every tensor in it detached: nobody shall differentiate it at weights that are not its own."""
+    """`result` with every tensor in it detached: its graph belongs to weights that have changed since."""
     if isinstance(result, Tensor):
         return result.detach()
     if result is None or isinstance(result, (int, float)):  # walking through nests takes a while

@@ -59,7 +59,7 @@ def _of_base(number: int, group: dict[str, Any], base: FusedBase) -> dict[Column
     try:
         return _checked(number, {Column.LR: group["lr"]} | base.coefficients(group))
     except KeyError as error:
-        raise KeyError(f"param group {number} has no entry {error}, which the base optimizer needs") from error
+        raise KeyError(f"param group {number} has no entry {error}, which the base optimizer requires") from error
 
 
 def _checked(number: int, entries: dict[Column, Any]) -> dict[Column, Any]:

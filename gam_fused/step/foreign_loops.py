@@ -1,6 +1,6 @@
-"""Closures that other people's training loops hand over, where that would train wrongly without a word.
+"""Closures that training loops of other packages pass, where they would train wrongly and silently.
 
-The loops are told by what they leave around the closure, so nothing of them is imported.
+Loops are recognised by how they wrap the closure; none of their packages is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MARK = "_runs_all_micro_batches"
 
 
 def check_closure(closure: Callable[[], Any]) -> None:
-    """Refuses what is no function, and what other people's loops hand over where that would train wrongly without a word.
+    """Refuses what is not callable, and what loops of other packages pass where that would train wrongly and silently.
 
     Raises:
         TypeError: not callable.
@@ -50,7 +50,7 @@ def all_micro_batches(closure: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
-    """Which of its `hooks` do something: are not those of the class, last in its ancestry, that declares them."""
+    """Which of its `hooks` are overridden: differ from those of the base class that declares them."""
     result = []
     for name in hooks:
         declared = next((vars(c)[name] for c in reversed(type(thing).__mro__) if name in vars(c)), None)
@@ -61,7 +61,7 @@ def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
 
 
 def _check_lightning(module: Any) -> None:
-    """Without `GAMCallback` a Trainer runs the last micro-batch only, and in each pass what is to act once per step."""
+    """Without `GAMCallback` a Trainer runs the last micro-batch only, and acts in each pass instead of once per step."""
     trainer, automatic = module.trainer, module.automatic_optimization
     settings, hooks = [], ["on_before_optimizer_step"]
     if automatic:
@@ -87,7 +87,7 @@ def _check_accelerate() -> None:
     if kind is None:
         return
     count = accelerate.GradientState().num_steps  # type: ignore[union-attr]  # one for all accelerators of the process
-    if count > 1 and _is_called_by(kind.step):  # an optimizer that is not prepared has nothing to do with it
+    if count > 1 and _is_called_by(kind.step):  # an optimizer that was not prepared is not affected
         raise RuntimeError(
             f"Accelerator(gradient_accumulation_steps={count}): in accelerator.accumulate a step would see the last of "
             f"{count} micro-batches only, and 1/{count} of its loss. Let the closure run all micro-batches, each loss "

@@ -1,4 +1,4 @@
-"""Loss scaling: what FusedGAM and a `torch.amp.GradScaler` tell each other, all of it here.
+"""Loss scaling: everything that FusedGAM and a `torch.amp.GradScaler` exchange.
 
 The scaler multiplies the loss of every pass, and the kernels divide by the scale where they read gradients, so each pass is
 unscaled exactly once. The scaler learns whether the step was skipped by its own `unscale_`, called on a one-element stand-in

@@ -27,7 +27,7 @@ from gam_fused.step.record import Record
 from gam_fused.torch_private import dtype_cast_to, forward_dtypes
 
 TF32_EPS = 2.0**-10
-CLEARLY_NOISY = 4.0  # above, cosines with the exact product below 0.95 were seen; see README's table of rho_prime
+CLEARLY_NOISY = 4.0  # above, cosines with the exact product below 0.95 were seen; see docs/methods.md
 _INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 

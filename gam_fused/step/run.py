@@ -1,4 +1,4 @@
-"""A step from its beginning to its end: all of it, or as if it had not been."""
+"""A step from its beginning to its end: completed, or rolled back."""
 
 from __future__ import annotations
 
