@@ -31,11 +31,11 @@ CLANG_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu
 train: $(STAMPS)/train
 	$(PYTHON) -m examples.digits $(if $(QUICK),--quick) $(ARGS)
 
-# More than 8 processes, each of which imports torch, would spend their time on that. By groups: what is built or run once for
-# several tests is so in one process.
+# By files, since the tests of one share what is built or run once. More than 8 processes, each of which imports torch, would
+# spend their time on that.
 WORKERS := logical
 test: $(STAMPS)/test
-	$(RUN) $(PYTHON) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(RUN) $(PYTHON) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMPS)/check
 	$(RUN) ruff check .

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 
 # Fixtures of a module that take long to make, and the marker of the tests that need them.
-MADE_ONCE = {"compiled": "nvcc", "rehearsal": "processes"}
+LONG_FIXTURES = {"compiled": "nvcc", "rehearsal": "processes"}
+LONG = ("nvcc", "processes", "frameworks")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Of processes that tests start. Their problems are small: a second thread mostly waits for the first."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """What processes that tests start inherit."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # their problems are small: a second thread mostly waits for the first
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing where it sees this
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist one process runs all tests that share such a fixture, and what takes long begins first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, which hands out files in this order, those that take long come first, then those of many tests."""
     for item in items:
-        for name in MADE_ONCE.keys() & item.fixturenames:
-            item.add_marker(MADE_ONCE[name])
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in MADE_ONCE.values()))
+        for name in LONG_FIXTURES.keys() & item.fixturenames:
+            item.add_marker(LONG_FIXTURES[name])
+    if hasattr(config, "workerinput"):
+        count = Counter(item.path for item in items)
+        long = {item.path for item in items if any(map(item.get_closest_marker, LONG))}
+        items.sort(key=lambda item: (item.path not in long, -count[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """One thread, too: see above; tests that take more need not put that back."""
+    """One thread, too; tests that take more need not put that back."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -21,10 +21,7 @@ from gam_fused.backends.operands import CombinedUpdate, Restore, SquaredNorm
 from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
-pytestmark = [
-    pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built"),
-    pytest.mark.xdist_group("cuda on cpu"),
-]
+pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
 NAME = "cuda on cpu"
 
 

@@ -155,7 +155,6 @@ def test_a_large_chunk_beside_few_elements():
 
 
 @pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
-@pytest.mark.xdist_group("cuda on cpu")
 def test_checks_under_sanitizers():
     """The same refusals where every overflow of a signed number ends the process."""
     code = (
