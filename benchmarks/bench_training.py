@@ -167,7 +167,7 @@ class Job:
             capturable = {"capturable": True} if graph and kind is torch.optim.AdamW else {}
             optimizer = kind(self.model.parameters(), fused=True, **base, **capturable)
             return graphed(lambda: self._base_step(optimizer)) if graph else (lambda: self._base_step(optimizer))
-        gam = FusedGAM(self.model.parameters(), kind, model=self.model, **options, **base)
+        gam = FusedGAM(self.model, kind, **options, **base)
         if graph:
             captured = capture_step(gam, self.loss, (self.images, self.labels))
             return lambda: captured(self.images, self.labels)

@@ -83,7 +83,7 @@ def _rank(rank: int, world: int, network: str, folder: str) -> None:
 def _step(model: torch.nn.Module, options: dict[str, Any] | None, *data: torch.Tensor) -> Callable[[], Any]:
     images, labels = data
     if options is not None:
-        gam = FusedGAM(model.parameters(), torch.optim.SGD, model=model, **options, **SGD)
+        gam = FusedGAM(model, torch.optim.SGD, **options, **SGD)
         return functools.partial(gam.step, lambda: cross_entropy(model(images), labels))
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
 

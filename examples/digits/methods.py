@@ -52,4 +52,4 @@ class Method:
         arguments = METHODS[self.name][1]
         if arguments is None:
             return base(model.parameters(), **settings)
-        return FusedGAM(model.parameters(), base, model=model, **{**arguments, **self.options}, **settings)
+        return FusedGAM(model, base, **{**arguments, **self.options}, **settings)

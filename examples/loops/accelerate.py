@@ -20,9 +20,7 @@ def train(epochs: int, limit: int | None = None, **accelerator_options) -> float
     accelerator = Accelerator(**accelerator_options)
     torch.manual_seed(0)
     model = conv_net(seed=0)
-    optimizer = FusedGAM(
-        model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, model=model, grad_scaler=accelerator.scaler
-    )
+    optimizer = FusedGAM(model, torch.optim.SGD, lr=0.05, momentum=0.9, grad_scaler=accelerator.scaler)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, loader(64, limit), schedule)
     for _ in range(epochs):

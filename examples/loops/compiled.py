@@ -16,7 +16,7 @@ def train(epochs: int, limit: int | None = None, backend: str = "inductor") -> f
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = conv_net(seed=0).to(device)
-    optimizer = FusedGAM(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, model=model)
+    optimizer = FusedGAM(model, torch.optim.SGD, lr=0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader(64, limit)))
     if device == "cuda":
         step = capture_step(optimizer, lambda x, y: cross_entropy(model(x), y), next(iter(loader(64, limit))))

@@ -28,7 +28,7 @@ class Digits(pl.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = FusedGAM(self.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, model=self)
+        optimizer = FusedGAM(self, torch.optim.SGD, lr=0.05, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

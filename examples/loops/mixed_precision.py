@@ -16,9 +16,7 @@ def train(epochs: int, limit: int | None = None) -> float:
     torch.manual_seed(0)
     model = conv_net(seed=0).to(device)
     scaler = torch.amp.GradScaler(device)
-    optimizer = FusedGAM(
-        model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, model=model, grad_scaler=scaler, max_grad_norm=5.0
-    )
+    optimizer = FusedGAM(model, torch.optim.SGD, lr=0.05, momentum=0.9, grad_scaler=scaler, max_grad_norm=5.0)
     for _ in range(epochs):
         for x, y in loader(64, limit):
             x, y = x.to(device), y.to(device)

@@ -2,7 +2,7 @@
 
     class Model(LightningModule):
         def configure_optimizers(self):
-            return FusedGAM(self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=self)
+            return FusedGAM(self, torch.optim.SGD, lr=0.1, momentum=0.9)
 
 Without the callback, fp32 and bf16 train correctly too as long as gradients are neither accumulated nor clipped and no hook
 acts on them. Settings and hooks that say otherwise are errors; `self.clip_gradients` by hand would clip nothing before a

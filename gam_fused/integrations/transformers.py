@@ -1,6 +1,6 @@
 """Hugging Face Trainer: `class MyTrainer(GAMTrainerMixin, Trainer)`.
 
-    optimizer = FusedGAM(model.parameters(), torch.optim.AdamW, lr=5e-5, model=model)
+    optimizer = FusedGAM(model, torch.optim.AdamW, lr=5e-5)
     MyTrainer(model, args, train_dataset=..., optimizers=(optimizer, None)).train()
 
 or `optimizer_cls_and_kwargs=(FusedGAM, {"base_optimizer": torch.optim.AdamW, "lr": 5e-5})`, which keeps the Trainer's param
