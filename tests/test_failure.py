@@ -222,3 +222,25 @@ def test_a_closure_of_another_optimizer_still_works_afterwards():
     assert torch.is_grad_enabled()
     assert all(p.grad is not None for p in task.model.parameters())
     closure_of(task.optimizer, task.loss_fn)()
+
+
+@pytest.mark.parametrize(("method", "k"), EVERY_PASS)
+def test_a_failed_pass_leaves_no_gradient_behind(method, k):
+    """Of trained parameters and of frozen ones, which a closure may have given one."""
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    calls = []
+
+    def loss_fn():
+        calls.append(None)
+        loss = regression(model, *batch())()
+        if len(calls) == k + 1:
+            model[2].weight.grad = torch.ones_like(model[2].weight)
+            model[0].bias.grad = torch.ones_like(model[0].bias)
+            raise ValueError("in the middle of a pass")
+        return loss
+
+    optimizer, _ = trainer(method, model, loss_fn)
+    with pytest.raises(ValueError, match="in the middle of a pass"):
+        optimizer.step(loss_fn)
+    assert all(p.grad is None for p in model.parameters())

@@ -369,3 +369,33 @@ def test_a_setting_changed_in_place_acts_in_the_next_step():
     betas[0] = float("nan")
     with pytest.raises(ValueError, match="beta1 of group 0"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("spacing", ["above the probe", "below the probe"])
+def test_the_noise_ratio_is_that_of_the_estimate(spacing):
+    """precision.py: u = 0.72 eps |theta|, noise u/sqrt(6) where u is below the length, sqrt(u length) above."""
+    model = mlp()
+    length = 1e-9 if spacing == "above the probe" else 0.05
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()), rho_prime=length, lr=0.0)
+    optimizer.step(closure)
+    theta = math.sqrt(sum(p.double().square().sum().item() for p in model.parameters()))
+    u = 0.72 * torch.finfo(torch.float32).eps * theta
+    expected = math.sqrt(u / length) if spacing == "above the probe" else u / length / math.sqrt(6.0)
+    assert optimizer.diagnostics()["noise_ratio"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_noise_ratio_of_bfloat16_weights_is_what_was_stored():
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    start = model.weight.detach().double()
+    x = torch.randn(16, 64).to(torch.bfloat16)
+    optimizer, _ = trainer("finite_difference", model, lambda: None, rho_prime=0.02, lr=0.0)
+    moved = []
+
+    def closure():
+        moved.append((model.weight.detach().double() - start).norm().item())
+        return model(x).float().square().mean()
+
+    optimizer.step(closure)
+    expected = math.sqrt(moved[1] ** 2 - 0.02**2) / 0.02
+    assert optimizer.diagnostics()["noise_ratio"].item() == pytest.approx(expected, rel=1e-6)
