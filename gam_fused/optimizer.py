@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import checks, integrations, methods, settings
-from gam_fused.backends import base_optimizers, check_backend
+from gam_fused.backends import check_backend
+from gam_fused.backends.base_optimizers import fused_base
 from gam_fused.backends.tensor_lists import upload
 from gam_fused.base import keywords
+from gam_fused.base.build import build, rho_key
 from gam_fused.constants import Control
 from gam_fused.memory import flattening
 from gam_fused.memory.parameters import check_groups, check_materialized, check_parameters
@@ -175,9 +177,9 @@ class FusedGAM(Optimizer):
         self._last: Step | None = None
         self._precision_watch = precision.Watch()
 
-        base = base_optimizers.build(params, base_optimizer, split.of_base)
-        self._fused = base_optimizers.fused_base(base)
-        self.rho_key = base_optimizers.rho_key(base)
+        base = build(params, base_optimizer, split.of_base)
+        self._fused = fused_base(base)
+        self.rho_key = rho_key(base)
         self._gam_defaults: dict[str, Any] = {self.rho_key: values.rho, "perturb": True, "gam": {}}
         self._group_values: list[dict[str, Any]] = []  # GAM's entries of each group as they last were
         check_parameters(base.param_groups)
