@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "gam_math.h"
+#include "math/constants.h"
 #include "operands.h"
 
 namespace gam {

@@ -1,6 +1,6 @@
 """The numbers that Python, C++ and Triton agree on: columns of the coefficient table, slots of the control block, flags.
 
-`csrc/gam_math.h` repeats them; a test compares the two.
+`csrc/math/constants.h` repeats them; a test compares the two.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import torch_private
-from gam_fused.backends import base_optimizers, check_backend
+from gam_fused.backends import check_backend
 from gam_fused.base import keywords
+from gam_fused.base.build import build, rho_key
 from gam_fused.checks import one_of
 from gam_fused.memory.parameters import check_parameters
 from gam_fused.methods import METHODS, TAKES, plain
@@ -170,10 +171,9 @@ class FusedGAM(Optimizer):
         if isinstance(params, nn.Module):
             modules = modules or [params]
             params = params.parameters()
-        base = base_optimizers.build(params, base_optimizer, split.of_base)
+        base = build(params, base_optimizer, split.of_base)
         check_parameters(base.param_groups)
-        rho_key = base_optimizers.rho_key(base)
-        session = Session(base, rho_key, self.settings.rho, modules, _as_generators(generators))
+        session = Session(base, rho_key(base), self.settings.rho, modules, _as_generators(generators))
         super().__init__(base.param_groups, {**base.defaults, **session.entries.defaults})
         self.session = session
         session.entries.complete()

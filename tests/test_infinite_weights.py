@@ -9,7 +9,7 @@ from float64_gam import Gam64
 from gam_helpers import METHODS, make
 from test_rounding import tables
 
-from gam_fused.backends.foreach import lists as foreach_lists
+from gam_fused.backends.math import lists as foreach_lists
 from gam_fused.backends.operands import CombinedUpdate, Perturb, SquaredNorm
 from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm, Flag

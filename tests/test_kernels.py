@@ -212,7 +212,7 @@ def test_results_do_not_depend_on_threads(backend_name, dtype):
 
 
 def test_cpp_and_python_agree_on_numbers():
-    source = (Path(__file__).parents[1] / "csrc" / "gam_math.h").read_text()
+    source = (Path(__file__).parents[1] / "csrc" / "math" / "constants.h").read_text()
     for name in ("Column", "Control", "Flag", "Algorithm"):
         body = re.search(rf"struct {name} {{\s*enum : int {{(.*?)}}", source, re.DOTALL)[1]
         numbers = {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}

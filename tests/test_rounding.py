@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BACKENDS, get_backend
 
-from gam_fused.backends import rounding
+from gam_fused.backends.math import rounding
 from gam_fused.backends.operands import Combine, Perturb
 from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Column, Control

@@ -8,7 +8,7 @@ from cases import DTYPES, SHAPES, Problem, assert_as_precise_as_torch, assert_sa
 from test_kernels import ADAM, KERNELS, SGD, torch_error
 
 from gam_fused.backends import foreach, reference
-from gam_fused.backends.foreach import lists as foreach_lists
+from gam_fused.backends.math import lists as foreach_lists
 from gam_fused.constants import Control, Flag
 
 KINDS = ["chunk edges", "empty tensors", "misaligned", "transposed", "0-dim"]

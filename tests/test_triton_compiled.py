@@ -126,7 +126,7 @@ def test_whole_blocks_are_read_and_written_16_bytes_at_a_time(name, dtype):
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_hardware_rounds_to_nearest_even(generation):
-    """`gam_math.narrow` leaves this to the conversion; in the interpreter, which cuts off, it rounds by itself."""
+    """`numbers.narrow` leaves this to the conversion; in the interpreter, which cuts off, it rounds by itself."""
     conversions = set(re.findall(r"cvt\.\w+\.(?:bf16|f16)\w*\.f32", compiled("adam", torch.bfloat16, generation).asm["ptx"]))
     assert conversions
     assert all(conversion.startswith("cvt.rn.bf16") for conversion in conversions)

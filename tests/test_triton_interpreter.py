@@ -18,8 +18,8 @@ from gam_helpers import batch, batch_norm_net, close, mlp, regression, trainer
 from test_kernels import KERNELS, check
 
 from gam_fused import available_backends
-from gam_fused.backends import rounding
 from gam_fused.backends import triton as module
+from gam_fused.backends.math import rounding
 from gam_fused.backends.operands import Restore
 from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.backends.triton import backend

@@ -3,45 +3,22 @@ with it: the close of the step and d of a block."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import (
-    DIRECTION_FOLDED,
-    FOUND_INF,
-    LAST_SKIPPED,
-    LOSS_SCALE,
-    MAX_NORM,
-    NOISE_STEP,
-    SKIPPED,
-    direction,
-    direction_of,
-    direction_scale,
-    narrow,
-)
-from gam_fused.triton_kernels.sums import all_finite, row_sums, square
+from gam_fused.triton_kernels.math.direction import direction, direction_of
+from gam_fused.triton_kernels.math.numbers import narrow
+from gam_fused.triton_kernels.math.skip import close_of, count_step
+from gam_fused.triton_kernels.sums import row_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, read, row_of, span_at, store
-
-
-class Close(NamedTuple):
-    """What a step's end knows before it visits elements: whether to skip, and the scalars of d."""
-
-    skip: Any
-    scale: Any
 
 
 @triton.jit
 def close_step(partials, stride, columns, control, coefficients, ROWS: tl.constexpr):
     """Decides; the first program counts the step in slots of the control block that no other reads meanwhile."""
-    total = row_sums(partials, stride, columns, ROWS)
-    skip = (tl.load(control + FOUND_INF) != 0.0) | (all_finite(total) == 0)
+    close = close_of(row_sums(partials, stride, columns, ROWS), control, coefficients)
     if tl.program_id(0) == 0:
-        tl.store(control + LAST_SKIPPED, skip.to(tl.float64))
-        tl.store(control + SKIPPED, tl.load(control + SKIPPED) + skip.to(tl.float64))
-        tl.store(control + NOISE_STEP, tl.load(control + NOISE_STEP) + 1.0)
-    loss_scale, max_norm = tl.load(control + LOSS_SCALE), tl.load(control + MAX_NORM)
-    return Close(skip, direction_scale(total, tl.load(coefficients + DIRECTION_FOLDED), loss_scale, max_norm))
+        count_step(close.skip, control)
+    return close
 
 
 @triton.jit

@@ -5,18 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from gam_fused.triton_kernels.combine import close_step, direction_block
-from gam_fused.triton_kernels.gam_math import (
-    SGD,
-    TICKET,
-    adam,
-    adam_of,
-    direction_of,
-    narrow,
-    sgd,
-    sgd_momentum,
-    sgd_of,
-    widen,
-)
+from gam_fused.triton_kernels.math.adam import adam, adam_of
+from gam_fused.triton_kernels.math.constants import SGD, TICKET
+from gam_fused.triton_kernels.math.direction import direction_of
+from gam_fused.triton_kernels.math.numbers import narrow, widen
+from gam_fused.triton_kernels.math.sgd import sgd, sgd_momentum, sgd_of
 from gam_fused.triton_kernels.restore import restore_span
 from gam_fused.triton_kernels.sums import square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, row_of, span_at, store

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import DIRECTION_FOLDED, DIRECTION_G1, DIRECTION_LAST, Direction, direction
+from gam_fused.triton_kernels.math.direction import direction, direction_of, h_plus
+from gam_fused.triton_kernels.math.projection import DirectionScale
 from gam_fused.triton_kernels.sums import put
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, row_of, span_at
 
@@ -14,10 +15,10 @@ def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: t
     """h+ h+, h- h+ and h- h-. Without g1 there is one product, d^2, in place of the first."""
     g1, last, folded = lists
     minus = read(folded, at[2], block, WHOLE, C, C)
-    # With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete (k.folded is not 0).
-    plus = direction(k, read(g1, at[0], block, WHOLE, DTYPE, C), read(last, at[1], block, WHOLE, DTYPE, C), minus).to(
-        tl.float64
-    )
+    first, second = read(g1, at[0], block, WHOLE, DTYPE, C), read(last, at[1], block, WHOLE, DTYPE, C)
+    # With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete.
+    plus = direction(k, first, second, minus) if g1 is None else h_plus(k, first, second)
+    plus = plus.to(tl.float64)
     minus = minus.to(tl.float64)
     return plus * plus, minus * plus, minus * minus
 
@@ -35,8 +36,7 @@ def direction_products_kernel(
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
         row = row_of(layout, tensors, coefficients, tensor)
-        of_folded = zero if g1 is not None else tl.load(row + DIRECTION_FOLDED)
-        k = Direction(tl.load(row + DIRECTION_G1).to(C), tl.load(row + DIRECTION_LAST).to(C), of_folded.to(C))
+        k = direction_of(row, DirectionScale(1.0, 1.0), C)
         at = address(g1, tensor, span, DTYPE), address(last, tensor, span, DTYPE), address(folded, tensor, span, C)
         aa = tl.zeros([BLOCK], tl.float64)
         ab = tl.zeros([BLOCK], tl.float64)

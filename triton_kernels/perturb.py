@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import (
+from gam_fused.triton_kernels.math.ascent import ascend, ascend_adaptive, ascent_scale, fold
+from gam_fused.triton_kernels.math.constants import (
     FOLD_0,
     FOLD_2,
-    FOUND_INF,
     LOSS_SCALE,
     NOISE_SEED,
     NOISE_STEP,
     RADIUS_0,
     XI,
-    ascend,
-    ascend_adaptive,
-    ascent_scale,
-    change_of,
-    fold,
-    noise,
-    noise_key,
-    noise_stream,
-    stochastic_round,
-    widen,
 )
-from gam_fused.triton_kernels.sums import all_finite, row_sums, square
+from gam_fused.triton_kernels.math.numbers import change_of, widen
+from gam_fused.triton_kernels.math.rounding import noise, noise_key, noise_stream, stochastic_round
+from gam_fused.triton_kernels.math.skip import all_finite, note_found_inf, stays
+from gam_fused.triton_kernels.sums import row_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, read, row_of, span_at, store
 
 
@@ -86,9 +79,9 @@ def perturb_kernel(
     total = row_sums(partials, stride, columns, 2)
     bad = all_finite(total) == 0
     # Others may read FOUND_INF before or after it is written: what they make of it is the same.
-    stay = bad | ((ascent != 0) & (tl.load(control + FOUND_INF) != 0.0))
-    if (tl.program_id(0) == 0) & (bad | (ascent == 0)):
-        tl.store(control + FOUND_INF, bad.to(tl.float64))
+    stay = stays(bad, ascent, control)
+    if tl.program_id(0) == 0:
+        note_found_inf(bad, ascent, control)
     key = noise_key(tl.load(control + NOISE_SEED), tl.load(control + NOISE_STEP), ascent)
     loss_scale, eps = tl.load(control + LOSS_SCALE), tl.load(control + XI)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import times
+from gam_fused.triton_kernels.math.numbers import times
 from gam_fused.triton_kernels.sums import put, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, span_at
 

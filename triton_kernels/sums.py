@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import is_finite
 
 COLUMN_BLOCK = tl.constexpr(256)
 
@@ -42,14 +41,6 @@ def row_sums(partials, stride, columns, ROWS: tl.constexpr):
 @triton.jit
 def pick(totals, row, k: tl.constexpr):
     return tl.sum(tl.where(row == k, totals, 0.0), 0)
-
-
-@triton.jit
-def all_finite(total):
-    finite = is_finite(total[0]) & is_finite(total[1])
-    if len(total) == 6:
-        finite = finite & is_finite(total[2]) & is_finite(total[3]) & is_finite(total[4]) & is_finite(total[5])
-    return finite
 
 
 @triton.jit

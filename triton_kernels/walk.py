@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.gam_math import COLUMNS, widen
+from gam_fused.triton_kernels.math.constants import COLUMNS
+from gam_fused.triton_kernels.math.numbers import widen
 
 # Arguments of kernels that are not compiled in: no new kernel for another alignment, or for a number that is 1 or even.
 RUNTIME = (

@@ -2,27 +2,21 @@
 // shares with it: the close of the step and d of a tile.
 #pragma once
 
+#include "../math/direction.h"
+#include "../math/skip.h"
 #include "sums.h"
 
 namespace gam {
 namespace {
 
-// What a step's end knows before it visits elements: whether to skip, and the scalars of d.
-struct Close {
-  bool skip;
-  DirectionScale scale;
-};
-
 // Decides, and counts the step in the control block.
 inline Close close_step(const Matrix& partials, double* control, const double* coefficients) {
   double total[6] = {};
   row_sums(partials, total);
-  const bool skip = control[Control::FOUND_INF] != 0.0 || !all_finite(total, partials.rows);
-  control[Control::LAST_SKIPPED] = skip;
-  control[Control::SKIPPED] += skip;
-  control[Control::NOISE_STEP] += 1.0;
-  return {skip, direction_scale(total, int(partials.rows), coefficients[Column::DIRECTION_FOLDED],
-                                control[Control::LOSS_SCALE], control[Control::MAX_NORM])};
+  const Close close = partials.rows == 6 ? close_of(total, control, coefficients)
+                                         : close_of({total[0], total[1]}, control, coefficients);
+  count_step(close.skip, control);
+  return close;
 }
 
 // d of a tile into `d`.

@@ -1,6 +1,7 @@
 // Kernel `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
 #pragma once
 
+#include "../math/direction.h"
 #include "sums.h"
 
 namespace gam {
@@ -15,8 +16,7 @@ void add_direction_products(const DirectionProducts& v, const Span& tile, double
   const C* last = Tiles<S>::read(v.last, tile, buffers[1]);
   const C* minus = Tiles<C>::read(v.folded, tile, buffers[2]);
   // With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete.
-  const Direction<C> k = {C(row[Column::DIRECTION_G1]), C(row[Column::DIRECTION_LAST]),
-                          v.g1 ? C(0) : C(row[Column::DIRECTION_FOLDED])};
+  const Direction<C> k = direction_of<C>(row, {1.0, 1.0});
   C* value = buffers[0];
   if (!v.g1) {
     for (int64_t i = 0; i < tile.count; ++i) value[i] = direction(k, C(0), last[i], minus[i]);

@@ -2,6 +2,9 @@
 // way.
 #pragma once
 
+#include "../math/ascent.h"
+#include "../math/rounding.h"
+#include "../math/skip.h"
 #include "sums.h"
 
 namespace gam {
@@ -73,10 +76,9 @@ template <class S>
 void perturb(const Perturb& v, ParallelFor parallel_for) {
   double total[2];
   row_sums(v.partials, total);
-  const bool bad = !all_finite(total, 2);
+  const bool bad = !all_finite(total), stay = stays(bad, v.ascent, v.control);
   double* control = v.control;
-  if (bad || v.ascent == 0) control[Control::FOUND_INF] = bad;
-  const bool stay = control[Control::FOUND_INF] != 0.0;
+  note_found_inf(bad, v.ascent, control);
   const uint32_t key = noise_key(control[Control::NOISE_SEED], control[Control::NOISE_STEP], v.ascent);
   const double loss_scale = control[Control::LOSS_SCALE], eps = control[Control::EPS];
   clear_unused(v.realised, v.layout);

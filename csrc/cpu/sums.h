@@ -113,12 +113,6 @@ inline void row_sums(const Matrix& partials, double* total) {
   }
 }
 
-inline bool all_finite(const double* total, int64_t rows) {
-  bool finite = true;
-  for (int64_t row = 0; row < rows; ++row) finite = finite && is_finite(total[row]);
-  return finite;
-}
-
 // Columns that no chunk writes.
 inline void clear_unused(const Matrix& partials, const Layout& layout) {
   for (int64_t row = 0; row < partials.rows; ++row)

@@ -5,7 +5,8 @@
 // arrays, and neither missing operands nor storage types multiply them.
 #pragma once
 
-#include "../gam_math.h"
+#include "../math/constants.h"
+#include "../math/numbers.h"
 #include "operands.h"
 
 namespace gam {

@@ -2,35 +2,26 @@
 // shares with it: the close of the step.
 #pragma once
 
+#include "../math/direction.h"
+#include "../math/skip.h"
 #include "multi_tensor.cuh"
 
 namespace gam {
 
-// What a step's end knows before it visits elements: whether to skip, and the scalars of d.
-struct Close {
-  bool skip;
-  DirectionScale scale;
-};
-
 template <int ROWS>
-__device__ __forceinline__ Close close_of(const Matrix& partials, const double* control, const double* coefficients) {
+__device__ __forceinline__ Close close_of_rows(const Matrix& partials, const double* control,
+                                               const double* coefficients) {
   __shared__ WarpSums<ROWS> shared;
   double total[ROWS];
   row_totals(partials, total, shared);
-  return {control[Control::FOUND_INF] != 0.0 || !all_finite(total),
-          direction_scale(total, ROWS, coefficients[Column::DIRECTION_FOLDED], control[Control::LOSS_SCALE],
-                          control[Control::MAX_NORM])};
+  return close_of(total, control, coefficients);
 }
 
 // Every block decides alike; one counts the step in slots that no block reads.
 __device__ __forceinline__ Close close_step(const Matrix& partials, double* control, const double* coefficients) {
-  const Close close =
-      partials.rows == 6 ? close_of<6>(partials, control, coefficients) : close_of<2>(partials, control, coefficients);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    control[Control::LAST_SKIPPED] = close.skip;
-    control[Control::SKIPPED] += close.skip;
-    control[Control::NOISE_STEP] += 1.0;
-  }
+  const Close close = partials.rows == 6 ? close_of_rows<6>(partials, control, coefficients)
+                                         : close_of_rows<2>(partials, control, coefficients);
+  if (blockIdx.x == 0 && threadIdx.x == 0) count_step(close.skip, control);
   return close;
 }
 

@@ -1,6 +1,8 @@
 // Kernel `combined_update_`: the direction d, theta from its backup, and the base optimizer's update, in one pass.
 #pragma once
 
+#include "../math/adam.h"
+#include "../math/sgd.h"
 #include "combine.cuh"
 #include "restore.cuh"
 

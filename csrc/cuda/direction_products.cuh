@@ -1,6 +1,7 @@
 // Kernel `direction_products`: h+ h+, h- h+ and h- h- of Algorithm 2, or d^2 for clipping.
 #pragma once
 
+#include "../math/direction.h"
 #include "multi_tensor.cuh"
 
 namespace gam {
@@ -58,11 +59,7 @@ __device__ __forceinline__ void direction_products(const DirectionProducts& v, c
     // With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete.
     Fetch fetch(slots, words, span);
     DirectionProductsSpan<S, THREE> body{
-        span,
-        fetch.part<S>(v.g1),
-        fetch.part<S>(v.last),
-        fetch.part<C>(v.folded),
-        {C(row[Column::DIRECTION_G1]), C(row[Column::DIRECTION_LAST]), C(row[Column::DIRECTION_FOLDED])},
+        span, fetch.part<S>(v.g1), fetch.part<S>(v.last), fetch.part<C>(v.folded), direction_of<C>(row, {1.0, 1.0}),
         {}};
     for_each_element<VECTOR<S>, STEPS>(span, turn, fetch.aligned(), body);
     const bool counted = map.counted(span.tensor);

@@ -4,7 +4,8 @@
 // Which element goes to which thread follows from positions alone, so sums have the same bits in every run.
 #pragma once
 
-#include "../gam_math.h"
+#include "../math/constants.h"
+#include "../math/numbers.h"
 #include "operands.h"
 
 namespace gam {
@@ -272,14 +273,6 @@ __device__ __forceinline__ void row_totals(const Matrix& partials, double (&tota
       total[row] += partials.data[row * partials.stride + i];
   }
   block_sums(total, shared);
-}
-
-template <int ROWS>
-__device__ __forceinline__ bool all_finite(const double (&total)[ROWS]) {
-  bool finite = true;
-#pragma unroll
-  for (int row = 0; row < ROWS; ++row) finite = finite && is_finite(total[row]);
-  return finite;
 }
 
 // Writes this chunk's column of every row, and clears the columns that no chunk writes.

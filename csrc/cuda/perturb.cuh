@@ -2,6 +2,9 @@
 // way.
 #pragma once
 
+#include "../math/ascent.h"
+#include "../math/rounding.h"
+#include "../math/skip.h"
 #include "multi_tensor.cuh"
 
 namespace gam {
@@ -104,8 +107,8 @@ __device__ __forceinline__ void perturb(const Perturb& v, const int64_t* words) 
   // Every block decides alike: block 0 writes FOUND_INF only where others do not read it or would read the same.
   const bool bad = !all_finite(total);
   double* control = v.control;
-  const bool stay = bad || (v.ascent > 0 && control[Control::FOUND_INF] != 0.0);
-  if (blockIdx.x == 0 && threadIdx.x == 0 && (bad || v.ascent == 0)) control[Control::FOUND_INF] = bad;
+  const bool stay = stays(bad, v.ascent, control);
+  if (blockIdx.x == 0 && threadIdx.x == 0) note_found_inf(bad, v.ascent, control);
   const double unit = ascent_scale(1.0, total[0], control[Control::LOSS_SCALE], control[Control::EPS]);
   const uint32_t key = noise_key(control[Control::NOISE_SEED], control[Control::NOISE_STEP], v.ascent);
   const Map map(v.layout, words);

@@ -1,16 +1,22 @@
-"""The base optimizer: building it, and which ones the kernels can update themselves (torch's own SGD, Adam and AdamW)."""
+"""The base optimizers that the kernels update themselves (torch's own SGD, Adam and AdamW): one record each.
+
+A record says how the optimizer's groups and state map to `combined_update_`. Its update is in `math/`, once per language.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from gam_fused.base.keywords import name_of
+from gam_fused.backends.math.adam import adam, adam_lists_
+from gam_fused.backends.math.sgd import sgd, sgd_lists_
 from gam_fused.constants import Algorithm, Column, Flag
+
+Group = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,102 +25,76 @@ class FusedBase:
 
     Attributes:
         algorithm: which update.
+        kinds: exactly which classes it is the update of; not of their subclasses.
         step_key: the state entry with the number of updates, or "" where the state has none.
+        needed: names of what the state of a parameter that has been updated holds in any case.
+        state_keys: names of the per-element state tensors a param group needs, in the kernels' order.
+        coefficients: the group's hyperparameters as columns of the coefficient table; a tensor lr is left to the caller.
+        exact: the update of one tensor in float64, the specification. lists_: the same of lists, for the torch backend.
     """
 
     algorithm: Algorithm
+    kinds: tuple[type[Optimizer], ...]
     step_key: str
-
-    def state_keys(self, group: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
-        """Names of the per-element state tensors a param group needs, in the kernels' order."""
-        if self.algorithm == Algorithm.SGD:
-            return ("momentum_buffer" if group["momentum"] != 0 else None, None, None)
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None)
+    needed: tuple[str, ...]
+    state_keys: Callable[[Group], tuple[str | None, str | None, str | None]]
+    coefficients: Callable[[Group], dict[Column, float]]
+    exact: Callable[..., None]
+    lists_: Callable[..., None]
 
     def required(self, entry: dict[str, Any]) -> tuple[str, ...]:
-        """Names of what the state of a parameter that has been updated holds in any case."""
-        return ("step", "exp_avg", "exp_avg_sq") if entry and self.algorithm == Algorithm.ADAM else ()
-
-    def coefficients(self, group: dict[str, Any]) -> dict[Column, float]:
-        """The group's hyperparameters as columns of the coefficient table; a tensor lr is left to the caller."""
-        flags = Flag.MAXIMIZE * bool(group["maximize"])
-        row = {Column.WEIGHT_DECAY: float(group["weight_decay"])}
-        if self.algorithm == Algorithm.SGD:
-            flags |= Flag.NESTEROV * bool(group["nesterov"])
-            row |= {Column.MOMENTUM: float(group["momentum"]), Column.DAMPENING: float(group["dampening"])}
-        else:
-            flags |= Flag.AMSGRAD * bool(group["amsgrad"])
-            flags |= Flag.DECOUPLED * bool(group.get("decoupled_weight_decay", False))
-            beta1, beta2 = group["betas"]
-            row |= {Column.BETA1: float(beta1), Column.BETA2: float(beta2), Column.EPS: float(group["eps"])}
-        return row | {Column.FLAGS: float(flags)}
+        """Names of what this state of a parameter has to hold."""
+        return self.needed if entry else ()
 
 
-_SGD = FusedBase(Algorithm.SGD, "")
-_ADAM = FusedBase(Algorithm.ADAM, "step")
-_FUSED = {torch.optim.SGD: _SGD, torch.optim.Adam: _ADAM, torch.optim.AdamW: _ADAM}
+def _sgd_coefficients(group: Group) -> dict[Column, float]:
+    flags = Flag.MAXIMIZE * bool(group["maximize"]) | Flag.NESTEROV * bool(group["nesterov"])
+    return {
+        Column.WEIGHT_DECAY: float(group["weight_decay"]),
+        Column.MOMENTUM: float(group["momentum"]),
+        Column.DAMPENING: float(group["dampening"]),
+        Column.FLAGS: float(flags),
+    }
+
+
+def _adam_coefficients(group: Group) -> dict[Column, float]:
+    flags = Flag.MAXIMIZE * bool(group["maximize"]) | Flag.AMSGRAD * bool(group["amsgrad"])
+    flags |= Flag.DECOUPLED * bool(group.get("decoupled_weight_decay", False))
+    return {
+        Column.WEIGHT_DECAY: float(group["weight_decay"]),
+        Column.BETA1: float(group["betas"][0]),
+        Column.BETA2: float(group["betas"][1]),
+        Column.EPS: float(group["eps"]),
+        Column.FLAGS: float(flags),
+    }
+
+
+FUSED = (
+    FusedBase(
+        algorithm=Algorithm.SGD,
+        kinds=(torch.optim.SGD,),
+        step_key="",
+        needed=(),
+        state_keys=lambda group: ("momentum_buffer" if group["momentum"] != 0 else None, None, None),
+        coefficients=_sgd_coefficients,
+        exact=sgd,
+        lists_=sgd_lists_,
+    ),
+    FusedBase(
+        algorithm=Algorithm.ADAM,
+        kinds=(torch.optim.Adam, torch.optim.AdamW),
+        step_key="step",
+        needed=("step", "exp_avg", "exp_avg_sq"),
+        state_keys=lambda group: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None),
+        coefficients=_adam_coefficients,
+        exact=adam,
+        lists_=adam_lists_,
+    ),
+)
+UPDATES: dict[int, FusedBase] = {base.algorithm: base for base in FUSED}
+_OF_KIND = {kind: base for base in FUSED for kind in base.kinds}
 
 
 def fused_base(optimizer: Optimizer) -> FusedBase | None:
-    """The fused update of exactly torch's SGD, Adam and AdamW; None for every other optimizer, subclasses too."""
-    return _FUSED.get(type(optimizer))
-
-
-def rho_key(base: Optimizer) -> str:
-    """The group entry that holds GAM's radius: "rho", or "gam_rho" where the base optimizer has a rho of its own."""
-    return "gam_rho" if "rho" in base.defaults and "gam_rho" not in base.defaults else "rho"
-
-
-def build(
-    params: Iterable[Any] | None,
-    base_optimizer: Callable[..., Optimizer] | Optimizer,
-    keywords: dict[str, Any],
-) -> Optimizer:
-    """The base optimizer from a class, a factory or an instance.
-
-    Raises:
-        TypeError: not something that gives a torch optimizer, keywords beside an instance, or one the class does not know.
-        ValueError: parameters beside an instance that are not its own, or none at all.
-    """
-    if isinstance(base_optimizer, Optimizer):
-        if keywords:
-            raise TypeError(f"base_optimizer is an instance: set {', '.join(keywords)} on it, not on FusedGAM")
-        _same_parameters(params, base_optimizer)
-        base = base_optimizer
-    elif callable(base_optimizer):
-        if params is None:
-            raise ValueError("params=None goes with an instance of an optimizer; pass the parameters to be optimized")
-        try:
-            base = base_optimizer(params, **keywords)
-        except TypeError as error:
-            if "unexpected keyword" in str(error):
-                name = name_of(base_optimizer)
-                hint = "; FusedGAM's own guard of divisions is xi" if "'eps'" in str(error) else ""
-                raise TypeError(
-                    f"neither FusedGAM nor its base optimizer {name} takes this argument: {error}{hint}"
-                ) from error
-            raise
-    else:
-        raise TypeError(f"base_optimizer must be an optimizer class, a factory or an instance, but is {base_optimizer!r}")
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer gave a {type(base).__name__}, not a torch.optim.Optimizer")
-    clash = sorted({"perturb", "gam"} & base.defaults.keys())
-    if clash:
-        raise TypeError(f"the base optimizer {type(base).__name__} has param group entries that FusedGAM uses: {clash}")
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates the closure itself and cannot be a base optimizer; use SGD, Adam, AdamW or another")
-    if any(group.get("differentiable") for group in base.param_groups):
-        raise ValueError("differentiable=True is not supported: the update is not recorded by autograd")
-    return base
-
-
-def _same_parameters(params: Iterable[Any] | None, base: Optimizer) -> None:
-    if params is None:
-        return
-    given = set()
-    for item in params:
-        entries = item["params"] if isinstance(item, dict) else [item]
-        for entry in [entries] if isinstance(entries, torch.Tensor) else entries:
-            given.add(id(entry[1] if isinstance(entry, tuple) else entry))
-    if given != {id(p) for group in base.param_groups for p in group["params"]}:
-        raise ValueError("params are not the parameters of the base optimizer instance; pass params=None to use its own")
+    """The fused update of exactly the classes that the records name; None for every other optimizer, subclasses too."""
+    return _OF_KIND.get(type(optimizer))

@@ -6,16 +6,20 @@ No kernel allocates storage for its results, and none asks the host anything on 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gam_fused.backends import rounding
+from gam_fused.backends.base_optimizers import UPDATES
+from gam_fused.backends.math import rounding
+from gam_fused.backends.math.ascent import ascent_scales
+from gam_fused.backends.math.direction import direction, h_plus
+from gam_fused.backends.math.projection import direction_scale
+from gam_fused.backends.math.skip import close_step, stays
 from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
 from gam_fused.backends.tensor_lists import TensorList
-from gam_fused.constants import Algorithm, Column, Control, Flag
+from gam_fused.constants import Column, Control
 
 
 def reason() -> str:
@@ -43,7 +47,7 @@ def direction_products(o: DirectionProducts) -> None:
     for i in range(len(o.last)):
         row = 0 if o.layout.counted[i] else 1
         c = o.coefficients[o.layout.groups[i]]
-        plus = c[Column.DIRECTION_G1] * _value(o.g1, i) + c[Column.DIRECTION_LAST] * _value(o.last, i)
+        plus = h_plus(c, _value(o.g1, i), _value(o.last, i))
         minus = _value(o.folded, i)
         products: tuple[Any, ...]
         if len(o.g1):
@@ -63,11 +67,8 @@ def perturb_(o: Perturb) -> None:
     `None` in both `x` and `y` leaves that tensor at its base, bit for bit.
     """
     total = o.partials.sum(1)
-    bad = not bool(torch.isfinite(total).all())
-    if bad or o.ascent == 0:
-        o.control[Control.FOUND_INF] = float(bad)
-    loss_scale, eps = o.control[Control.LOSS_SCALE].item(), o.control[Control.EPS].item()
-    norm = math.sqrt(total[0].item()) / loss_scale if not bad else math.inf
+    stay = bool(stays(total, o.ascent, o.control))
+    scales = ascent_scales(o.coefficients, total, o.control, o.ascent).tolist()
     key = rounding.key(o.control[Control.NOISE_SEED].item(), o.control[Control.NOISE_STEP].item(), o.ascent)
     o.realised.zero_()
     start = 0
@@ -75,8 +76,7 @@ def perturb_(o: Perturb) -> None:
         target, origin = o.theta.tensors[i], (o.base if len(o.base) else o.theta).tensors[i].clone()
         if len(o.backup):
             o.backup.tensors[i].copy_(target)
-        radius = o.coefficients[o.layout.groups[i], Column.RADIUS_0 + o.ascent].item()
-        scale = 0.0 if bad or o.control[Control.FOUND_INF] else _ascent_scale(radius, norm + eps, loss_scale)
+        scale = 0.0 if stay else scales[o.layout.groups[i]]
         missing = o.x.tensors[i] is None and (not len(o.y) or o.y.tensors[i] is None)
         if scale == 0.0 or missing:
             target.copy_(origin)
@@ -94,7 +94,7 @@ def perturb_(o: Perturb) -> None:
 
 
 def combined_update_(o: CombinedUpdate) -> None:
-    """theta <- base optimizer's update of `backup` (or of theta, when `EMPTY`) in the direction d; DESIGN section 2.
+    """theta <- base optimizer's update of `backup` (or of theta, when `EMPTY`) in the direction d; docs/design.md, section 2.
 
     d = (plus_scale * h+ + minus * h-) / loss scale * clip, where h+ = DIRECTION_G1 g1 + DIRECTION_LAST last, h- = folded and
     minus = DIRECTION_FOLDED. plus_scale = 1 unless `partials` holds three products: then plus_scale = 1 - minus * s, where
@@ -105,8 +105,8 @@ def combined_update_(o: CombinedUpdate) -> None:
     LAST_SKIPPED <- 1, SKIPPED += 1. A tensor that is `None` in g1, last and folded is restored and otherwise untouched.
     SGD takes d itself as its first momentum.
     """
-    skip = _close_step(o.partials, o.control)
-    plus_scale, unscale = _direction_scalars(o.coefficients, o.partials, o.control)
+    skip = bool(close_step(o.partials, o.control))
+    plus_scale, unscale = (t.item() for t in direction_scale(o.coefficients, o.partials, o.control))
     o.direction.zero_()
     for i in range(len(o.theta)):
         target = o.theta.tensors[i]
@@ -115,25 +115,25 @@ def combined_update_(o: CombinedUpdate) -> None:
         if skip or all(not len(lst) or lst.tensors[i] is None for lst in (o.g1, o.last, o.folded)):
             continue
         c = o.coefficients[o.layout.groups[i]].tolist()
-        d = torch.zeros_like(target, dtype=torch.float64) + _direction(c, i, o.g1, o.last, o.folded, plus_scale, unscale)
+        values = [_value(lst, i) for lst in (o.g1, o.last, o.folded)]
+        d = torch.zeros_like(target, dtype=torch.float64) + direction(c, *values, plus_scale=plus_scale, unscale=unscale)
         o.direction[0] += d.square().sum()
         o.steps.tensors[i].add_(1)
-        if o.algorithm == Algorithm.SGD:
-            _sgd(c, target, d, o.state1.tensors[i] if len(o.state1) else None, o.steps.tensors[i].item())
-        else:
-            maximum = o.state3.tensors[i] if len(o.state3) else None
-            _adam(c, target, d, o.state1.tensors[i], o.state2.tensors[i], maximum, o.steps.tensors[i].item())
+        state = [lst.tensors[i] if len(lst) else None for lst in (o.state1, o.state2, o.state3)]
+        UPDATES[o.algorithm].exact(c, target, d, state, o.steps.tensors[i].item())
 
 
 def combine_(o: Combine) -> None:
     """out <- d, the direction of `combined_update_`, for base optimizers that are not fused; sets the same control slots."""
-    _close_step(o.partials, o.control)
-    plus_scale, unscale = _direction_scalars(o.coefficients, o.partials, o.control)
+    close_step(o.partials, o.control)
+    plus_scale, unscale = (t.item() for t in direction_scale(o.coefficients, o.partials, o.control))
     o.direction.zero_()
     for i in range(len(o.out)):
         if o.out.tensors[i] is None:
             continue
-        d = _direction(o.coefficients[o.layout.groups[i]].tolist(), i, o.g1, o.last, o.folded, plus_scale, unscale)
+        c = o.coefficients[o.layout.groups[i]].tolist()
+        values = [_value(lst, i) for lst in (o.g1, o.last, o.folded)]
+        d = direction(c, *values, plus_scale=plus_scale, unscale=unscale)
         o.out.tensors[i].copy_(torch.zeros_like(o.out.tensors[i], dtype=torch.float64) + d)
         o.direction[0] += torch.as_tensor(d, device=o.direction.device).square().sum()
 
@@ -156,85 +156,3 @@ def _value(lst: TensorList, i: int) -> Any:  # a tensor, or 0.0 where there is n
 def _times(step: Any, factor: Any) -> Tensor:
     """step * factor; 0 where `step` is 0, though the factor (a weight) may be infinite."""
     return torch.where(step == 0, 0.0, step * factor)
-
-
-def _ascent_scale(radius: float, norm: float, loss_scale: float) -> float:
-    """Along a zero gradient nothing moves, whatever xi: 0 in place of a division by zero, and a bound float32 can hold."""
-    scale = radius / norm / loss_scale if norm > 0 else 0.0
-    return min(max(scale, -3e38), 3e38)
-
-
-def _close_step(partials: Tensor, control: Tensor) -> bool:
-    skip = bool(control[Control.FOUND_INF]) or not bool(torch.isfinite(partials.sum(1)).all())
-    control[Control.LAST_SKIPPED] = float(skip)
-    control[Control.SKIPPED] += float(skip)
-    control[Control.NOISE_STEP] += 1
-    return skip
-
-
-def _direction_scalars(coefficients: Tensor, partials: Tensor, control: Tensor) -> tuple[float, float]:
-    """plus_scale of Algorithm 2, and the factor that undoes the loss scale and clips."""
-    total = partials.sum(1).tolist()
-    loss_scale, max_norm = control[Control.LOSS_SCALE].item(), control[Control.MAX_NORM].item()
-    minus = coefficients[0, Column.DIRECTION_FOLDED].item()
-    if len(total) == 6:
-        plus_scale = 1.0 - minus * (total[2] / total[0] if total[0] > 0 else 0.0)
-        pp, mp, mm = total[0] + total[1], total[2] + total[3], total[4] + total[5]
-        squared = plus_scale * plus_scale * pp + 2 * plus_scale * minus * mp + minus * minus * mm
-    else:
-        plus_scale, squared = 1.0, total[0] + total[1]
-    norm = math.sqrt(max(squared, 0.0)) / loss_scale if math.isfinite(squared) else math.inf
-    clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
-    return plus_scale, clip / loss_scale
-
-
-def _direction(
-    c: list[float], i: int, g1: TensorList, last: TensorList, folded: TensorList, plus_scale: float, unscale: float
-) -> Any:
-    plus = c[Column.DIRECTION_G1] * _value(g1, i) + c[Column.DIRECTION_LAST] * _value(last, i)
-    return (plus_scale * plus + c[Column.DIRECTION_FOLDED] * _value(folded, i)) * unscale
-
-
-def _advance_(theta: Tensor, old: Tensor, rate: float, step: Tensor) -> None:
-    """theta <- old + step, a step of this rate; one of zero leaves the bits alone (-0.0 + 0.0 would be 0.0)."""
-    theta.copy_(torch.where(step == 0, old, old + step) if rate != 0 else old)
-
-
-def _sgd(c: list[float], theta: Tensor, d: Tensor, momentum_buffer: Tensor | None, step: float) -> None:
-    """torch.optim.SGD's update, in its order of operations."""
-    flags = int(c[Column.FLAGS])
-    old = theta.double()
-    if flags & Flag.MAXIMIZE:
-        d = -d
-    if c[Column.WEIGHT_DECAY] != 0:
-        d = d + c[Column.WEIGHT_DECAY] * old
-    if momentum_buffer is not None:
-        momentum = c[Column.MOMENTUM]
-        moved = momentum * momentum_buffer.double() + (1 - c[Column.DAMPENING]) * d
-        moved = d if step == 1 else moved
-        momentum_buffer.copy_(moved)
-        d = d + momentum * moved if flags & Flag.NESTEROV else moved
-    _advance_(theta, old, -c[Column.LR], -c[Column.LR] * d)
-
-
-def _adam(c: list[float], theta: Tensor, d: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maximum: Any, step: float) -> None:
-    """torch.optim.Adam's and AdamW's update, in their order of operations."""
-    flags, lr = int(c[Column.FLAGS]), c[Column.LR]
-    beta1, beta2 = c[Column.BETA1], c[Column.BETA2]
-    old = theta.double()
-    if flags & Flag.MAXIMIZE:
-        d = -d
-    if flags & Flag.DECOUPLED:
-        old = old * (1 - lr * c[Column.WEIGHT_DECAY])
-    elif c[Column.WEIGHT_DECAY] != 0:
-        d = d + c[Column.WEIGHT_DECAY] * old
-    m = exp_avg.double() + (1 - beta1) * (d - exp_avg.double())
-    v = beta2 * exp_avg_sq.double() + (1 - beta2) * d * d
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    if flags & Flag.AMSGRAD:
-        v = torch.maximum(maximum.double(), v)
-        maximum.copy_(v)
-    denominator = v.sqrt() / math.sqrt(1 - beta2**step) + c[Column.EPS]
-    size = -lr / (1 - beta1**step)
-    _advance_(theta, old, size, size * m / denominator)

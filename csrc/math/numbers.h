@@ -1,6 +1,6 @@
-// bfloat16 and float16 storage: conversions, rounding to nearest even, and stochastic rounding by a counter-based hash.
-// gam_fused/backends/rounding.py specifies the latter bit for bit. Written without branches, so that loops over it
-// vectorise.
+// Storage types and what they are computed in, conversions with rounding to nearest even, and arithmetic that differs
+// from C's in places. Written without branches, so that loops over it vectorise. C, here and beside, is the compute
+// type: float for float, bfloat16 and float16 storage, double for double.
 #pragma once
 
 #include <math.h>
@@ -13,6 +13,12 @@
 #define GAM_HOST_DEVICE static inline __attribute__((always_inline))
 #else
 #define GAM_HOST_DEVICE static inline
+#endif
+
+#ifdef __CUDACC__
+#define GAM_UNROLL _Pragma("unroll")
+#else
+#define GAM_UNROLL
 #endif
 
 namespace gam {
@@ -99,45 +105,25 @@ GAM_HOST_DEVICE void narrow(float x, Float16& out) {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Stochastic rounding (docs/design.md, section 4): up with the probability of the distance to the lower
-// neighbour. Beyond the largest number, where the upper one is infinity, to nearest.
+// float and double versions of what differs by name in C.
+GAM_HOST_DEVICE float square_root(float x) { return sqrtf(x); }
+GAM_HOST_DEVICE double square_root(double x) { return sqrt(x); }
 
-// A 32-bit integer hash.
-GAM_HOST_DEVICE uint32_t mix32(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7FEB352Du;
-  x ^= x >> 15;
-  x *= 0x846CA68Bu;
-  return x ^ (x >> 16);
+GAM_HOST_DEVICE bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
+
+// Weights may be infinite (masks). What does not move stays there, as in torch: 0 * inf and inf - inf, both NaN, are
+// not computed.
+
+// step * factor; 0 where `step` is 0.
+template <class C>
+GAM_HOST_DEVICE C times(C step, C factor) {
+  return step * (step == C(0) ? C(0) : factor);
 }
 
-// The key of one ascent of one step; `seed` and `step` are whole numbers kept in float64.
-GAM_HOST_DEVICE uint32_t noise_key(double seed, double step, int ascent) {
-  return mix32(uint32_t(int64_t(seed)) ^ mix32(uint32_t(int64_t(step)) * 4u + uint32_t(ascent)));
-}
-
-// The stream of elements whose positions in the flat vector share their upper 32 bits.
-GAM_HOST_DEVICE uint32_t noise_stream(uint32_t key, int64_t position) { return mix32(uint32_t(position >> 32) ^ key); }
-
-// The noise of one element: `low` is the lower half of its position.
-GAM_HOST_DEVICE uint32_t noise(uint32_t stream, uint32_t low) { return mix32(stream + low); }
-
-GAM_HOST_DEVICE float drop_bits(float x, uint32_t noise, uint32_t low) {
-  return float_of((bits_of(x) + (noise & low)) & ~low);
-}
-
-GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, BFloat16& out) {
-  bool between = (bits_of(x) & 0x7FFFFFFFu) < 0x7F7F0000u;
-  narrow(between ? drop_bits(x, noise, 0xFFFFu) : x, out);
-}
-
-GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, Float16& out) {
-  uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
-  float fraction = float(int32_t(noise >> 8)) * 0x1p-24f;
-  float subnormal = floorf(x * 0x1p24f + fraction) * 0x1p-24f;  // float16 is 2^-24 apart below 2^-14
-  float rounded = magnitude < 0x38800000u ? subnormal : drop_bits(x, noise, 0x1FFFu);
-  narrow(magnitude < 0x477FE000u ? rounded : x, out);
+// to - from; 0 where they are equal.
+template <class C>
+GAM_HOST_DEVICE C change_of(C to, C from) {
+  return to == from ? C(0) : to - from;
 }
 
 }  // namespace gam

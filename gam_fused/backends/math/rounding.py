@@ -1,7 +1,8 @@
 """Stochastic rounding of perturbed low-precision weights, from a counter-based hash; torch's generators are the user's.
 
 An element rounds up with the probability of its distance to the lower neighbour, so that a perturbation below the spacing
-of bf16 or fp16 survives on average. `csrc/gam_math.h` and `triton_kernels/gam_math.py` compute the same bits.
+of bf16 or fp16 survives on average. `csrc/math/rounding.h` and `triton_kernels/math/rounding.py`
+compute the same bits.
 """
 
 from __future__ import annotations

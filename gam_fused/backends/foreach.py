@@ -10,8 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gam_fused.backends import rounding
-from gam_fused.backends.foreach.lists import (
+from gam_fused.backends.base_optimizers import UPDATES
+from gam_fused.backends.math import rounding
+from gam_fused.backends.math.ascent import ascent_scales
+from gam_fused.backends.math.direction import direction_lists, h_plus_lists
+from gam_fused.backends.math.lists import (
     Batch,
     Scalar,
     Tensors,
@@ -34,12 +37,13 @@ from gam_fused.backends.foreach.lists import (
     up,
     workspace,
 )
-from gam_fused.backends.foreach.updates import adam_, direction_of, direction_scalars, h_plus, sgd_
+from gam_fused.backends.math.projection import direction_scale
+from gam_fused.backends.math.skip import close_step, stays
 from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
 from gam_fused.backends.reference import copy_ as copy_  # a copy is a copy
 from gam_fused.backends.reference import restore_ as restore_
 from gam_fused.backends.tensor_lists import Layout
-from gam_fused.constants import Algorithm, Column, Control
+from gam_fused.constants import Column
 
 
 def reason() -> str:
@@ -72,9 +76,9 @@ def direction_products(o: DirectionProducts) -> None:
             for batch in batches(o.layout, rows, o.g1, o.last, o.folded):
                 b1, b3, minus = batch.lists
                 if not len(o.g1):
-                    o.partials[row, 0].add_(sum_of_squares(direction_of(c, [], b3, minus, 1.0, 1.0)))
+                    o.partials[row, 0].add_(sum_of_squares(direction_lists(c, [], b3, minus, 1.0, 1.0)))
                     continue
-                plus = h_plus(c, b1, b3, minus)
+                plus = h_plus_lists(c, b1, b3, minus)
                 o.partials[row, 0].add_(sum_of_squares(plus))
                 if minus:
                     minus = operand(minus, b1, b3)
@@ -85,15 +89,8 @@ def direction_products(o: DirectionProducts) -> None:
 def perturb_(o: Perturb) -> None:
     """See `reference.perturb_`."""
     total = o.partials.sum(1)
-    bad = ~torch.isfinite(total).all()
-    if o.ascent > 0:
-        bad = bad | (o.control[Control.FOUND_INF] != 0)
-    o.control[Control.FOUND_INF] = bad.to(o.control.dtype)
-    norm = total[0].sqrt() / o.control[Control.LOSS_SCALE] + o.control[Control.EPS]
-    scale = o.coefficients[:, Column.RADIUS_0 + o.ascent] / norm / o.control[Control.LOSS_SCALE]
-    scale = torch.where(norm > 0, scale, 0.0).clamp(-3e38, 3e38)  # along a zero gradient nothing moves, whatever xi
-
-    stay, sizes, table = scalars(bad), scalars(scale), scalars(o.coefficients)
+    stay = scalars(stays(total, o.ascent, o.control))
+    sizes, table = scalars(ascent_scales(o.coefficients, total, o.control, o.ascent)), scalars(o.coefficients)
     there = presence(o.x, o.y)
     o.realised.zero_()
     for group, rows in by_group(o.layout, range(len(o.theta))):
@@ -130,8 +127,8 @@ def _ascend_(
 
 def combined_update_(o: CombinedUpdate) -> None:
     """See `reference.combined_update_`."""
-    skip = scalars(_close_step(o.partials, o.control))
-    plus_scale, unscale = direction_scalars(o.coefficients, o.partials, o.control)
+    skip = scalars(close_step(o.partials, o.control))
+    plus_scale, unscale = map(scalars, direction_scale(o.coefficients, o.partials, o.control))
     if len(o.backup):
         restore_(Restore(layout=o.layout, theta=o.theta, backup=o.backup))
     o.direction.zero_()
@@ -143,19 +140,17 @@ def combined_update_(o: CombinedUpdate) -> None:
         advanced = torch.stack([o.steps.tensors[i] for i in rows]) + 1
         step_of = dict(zip(rows, range(len(rows)), strict=True))
         for batch in batches(o.layout, rows, o.theta, o.g1, o.last, o.folded, o.state1, o.state2, o.state3):
-            targets = [lst for lst in (batch.lists[0], *batch.lists[4:]) if lst and lst[0] is not None]
-            new = [workspace(lst) for lst in targets]
+            targets = [lst if lst and lst[0] is not None else [] for lst in (batch.lists[0], *batch.lists[4:])]
+            new = [workspace(lst) if lst else [] for lst in targets]
             b1, b3, minus = batch.lists[1:4]
-            d = direction_of(c, b1, b3, minus, plus_scale, unscale)
+            d = direction_lists(c, b1, b3, minus, plus_scale, unscale)
             o.direction[0].add_(sum_of_squares(d))
             step = advanced if batch.rows is rows else advanced[[step_of[i] for i in batch.rows]]
-            if o.algorithm == Algorithm.SGD:
-                sgd_(c, new[0], d, new[1] if len(new) > 1 else [], step)
-            else:
-                adam_(c, new[0], d, new[1], new[2], new[3] if len(new) > 3 else [], step)
-            stays = skip if isinstance(skip, bool) else skip | (c[Column.LR] == 0)
+            UPDATES[o.algorithm].lists_(c, new[0], d, new[1:], step)
+            still = skip if isinstance(skip, bool) else skip | (c[Column.LR] == 0)
             for old, values in zip(targets, new, strict=True):
-                commit_(old, values, stays if values is new[0] else skip)
+                if old:
+                    commit_(old, values, still if values is new[0] else skip)
         commit_(raw(o.steps, rows), list(advanced), skip)
     if skip is not False:
         o.direction[0] = torch.where(skip, 0, o.direction[0])
@@ -163,14 +158,14 @@ def combined_update_(o: CombinedUpdate) -> None:
 
 def combine_(o: Combine) -> None:
     """See `reference.combine_`."""
-    _close_step(o.partials, o.control)
-    plus_scale, unscale = direction_scalars(o.coefficients, o.partials, o.control)
+    close_step(o.partials, o.control)
+    plus_scale, unscale = map(scalars, direction_scale(o.coefficients, o.partials, o.control))
     o.direction.zero_()
     table = scalars(o.coefficients)
     for group, rows in by_group(o.layout, [i for i in range(len(o.out)) if o.out.tensors[i] is not None]):
         for batch in batches(o.layout, rows, o.out, o.g1, o.last, o.folded):
             targets, b1, b3, minus = batch.lists
-            d = direction_of(table[group], b1, b3, minus, plus_scale, unscale, like=targets)
+            d = direction_lists(table[group], b1, b3, minus, plus_scale, unscale, like=targets)
             o.direction[0].add_(sum_of_squares(d))
             torch._foreach_copy_(targets, d)
 
@@ -193,11 +188,3 @@ def _store_(layout: Layout, targets: Tensors, values: Tensors, batch: Batch, con
     key = rounding.key_on_device(control, ascent)
     for i, target, value in zip(batch.rows, targets, values, strict=True):
         rounding.store_(target, value, key, int(layout.table[0, i]) + batch.offset)
-
-
-def _close_step(partials: Tensor, control: Tensor) -> Tensor:
-    skip = (control[Control.FOUND_INF] != 0) | ~torch.isfinite(partials.sum(1)).all()
-    control[Control.LAST_SKIPPED] = skip.to(control.dtype)
-    control[Control.SKIPPED].add_(skip)
-    control[Control.NOISE_STEP].add_(1)
-    return skip
