@@ -1,4 +1,4 @@
-"""Gradient norm Aware Minimization in float64, written out from docs/design.md, section 2. It shares no code with the package.
+"""Gradient norm Aware Minimization in float64, from docs/design.md, section 2. It shares no code with the package.
 
 A loss is a function `loss_fn(params, k)` of the list of all parameters and of the number of the pass (0, 1, ...), so that a
 test can let a parameter be missing in one pass. Nothing here is in place and nothing is clever.

@@ -94,7 +94,7 @@ def perturb_(o: Perturb) -> None:
 
 
 def combined_update_(o: CombinedUpdate) -> None:
-    """theta <- base optimizer's update of `backup` (or of theta, when `EMPTY`) in the direction d; docs/design.md, section 2.
+    """theta <- the base's update of `backup` (or of theta, when `EMPTY`) in the direction d; docs/design.md, section 2.
 
     d = (plus_scale * h+ + minus * h-) / loss scale * clip, where h+ = DIRECTION_G1 g1 + DIRECTION_LAST last, h- = folded and
     minus = DIRECTION_FOLDED. plus_scale = 1 unless `partials` holds three products: then plus_scale = 1 - minus * s, where
