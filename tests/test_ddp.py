@@ -111,7 +111,7 @@ def _full_batch(rank, backend, views):
         alone = mlp(torch.float64)
         kind, base_options = BASES[base]
         reference = make(alone.parameters(), kind, method, backend=backend, **base_options, **options)
-        model, optimizer = build(mlp(torch.float64), "auto", method, base, ddp, backend=backend, **options)
+        model, optimizer = build(mlp(torch.float64), "global", method, base, ddp, backend=backend, **options)
         for _ in range(3):
             reference.step(closure_of(reference, regression(alone, x, y)))
             optimizer.step(closure_of(optimizer, regression(model, *half)))

@@ -82,11 +82,12 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Copies of the user's generators would not be the ones that the closure draws from."""
-        kept = ("base", "fused", "entries", "modules", "loss_scaling", "steps_taken")
+        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken")
         return {name: getattr(self, name) for name in kept} | {"generators": (), "_carried": self.counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.fused = fused_base(self.base)
         self._begin()
         self.entries.link()
 
