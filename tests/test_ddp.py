@@ -306,18 +306,18 @@ def _communication(rank):
     for mode in MODES:
         for method in METHODS:
             model, optimizer = build(mlp(), mode, method)
-            blocks = []
+            buckets = []
 
-            def hook(state, block, blocks=blocks):
-                blocks.append(block.index())
-                return allreduce_hook(state, block)
+            def hook(state, bucket, buckets=buckets):
+                buckets.append(bucket.index())
+                return allreduce_hook(state, bucket)
 
             model.register_comm_hook(None, hook)
             optimizer.step(regression(model, x, y))
-            blocks.clear()
+            buckets.clear()
             with unittest.mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as spy:
                 optimizer.step(regression(model, x, y))
-            counts[mode, method] = (len(blocks), spy.call_count - len(blocks))  # the hook calls it too
+            counts[mode, method] = (len(buckets), spy.call_count - len(buckets))  # the hook calls it too
     return counts
 
 
