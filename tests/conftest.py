@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["GAM_FUSED_CHECK"] = "1"  # also for processes that tests start
+
 import pytest
 import torch
 
