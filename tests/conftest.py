@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+os.environ["GAM_FUSED_CHECK"] = "1"  # also for processes that tests start
+
 import pytest
 import torch
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import BACKENDS, SHAPES, Problem, get_backend
 
-from gam_fused.backends import cpp
+from gam_fused.backends import checks, cpp
 from gam_fused.backends.operands import KERNELS, OfTensors, Restore, SquaredNorm
 from gam_fused.backends.operators import DTYPES, schema
 from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
@@ -179,6 +179,24 @@ def test_the_same_list_is_looked_at_anew_for_another_dtype_and_layout():
     other = Layout([size + 1 for size in p.layout.sizes], p.layout.groups, p.layout.counted)
     with pytest.raises(ValueError, match=r"x\[0\] has shape \(\).*1 elements, the layout says 2"):
         cpp.squared_norm(SquaredNorm(layout=other, x=x, partials=p.partials[:2]))
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_without_always_a_list_is_looked_at_when_it_lasts_or_is_the_first(monkeypatch, lasting):
+    monkeypatch.setattr(checks, "ALWAYS", False)
+    looked: list[str] = []
+    facts = checks._facts
+    monkeypatch.setattr(checks, "_facts", lambda name, *rest: looked.append(name) or facts(name, *rest))
+    p = problem(missing=False)
+    for _ in range(3):
+        x, y = (TensorList(p.values(i).tensors, lasting=lasting) for i in range(2))
+        cpp.squared_norm(SquaredNorm(layout=p.layout, x=x, partials=p.partials[:2]))
+        cpp.squared_norm(SquaredNorm(layout=p.layout, x=x, y=y, partials=p.partials[:2]))
+    assert looked == (["x", "y"] * 3 if lasting else ["x", "y"])
+    gaps = TensorList([strided(t) for t in p.values(0).tensors], lasting=lasting)
+    if lasting:
+        with pytest.raises(ValueError, match="gaps"):
+            cpp.squared_norm(SquaredNorm(layout=p.layout, x=gaps, partials=p.partials[:2]))
 
 
 def test_lists_in_different_memory_orders_are_refused():

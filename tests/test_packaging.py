@@ -80,7 +80,7 @@ def test_wheel_holds_one_package_for_every_python(compiled):
     assert {name.split("/")[0] for name in names} == {"gam_fused", f"gam_fused-{gam_fused.__version__}.dist-info"}
     for package in packages() | {"gam_fused/triton_kernels/"}:
         assert f"{package}__init__.py" in names
-    kernels = {f"gam_fused/triton_kernels/{path.name}" for path in (ROOT / "triton_kernels").glob("*.py")}
+    kernels = {f"gam_fused/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("gam_fused/triton_kernels/")} == kernels
     assert "gam_fused/py.typed" in names
     assert "gam_fused/_cpu.abi3.so" in names

@@ -6,10 +6,12 @@ import pytest
 import torch
 from cases import BACKENDS, get_backend
 
+from gam_fused import FusedGAM
 from gam_fused.backends.math import rounding
 from gam_fused.backends.operands import Combine, Perturb
 from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Column, Control
+from gam_fused.parallel import dtensor
 
 SEED, STEP, SCALE = 77, 5, 2.0**-6
 
@@ -114,3 +116,26 @@ def test_a_step_below_the_spacing_survives_on_average(backend_name, dtype):
     moved = (theta[0].double() - 1) / spacing
     assert set(moved.tolist()) == {0.0, 1.0}
     assert abs(moved.mean() - 0.1) < 5 * (0.1 * 0.9 / count) ** 0.5
+
+
+def seeds_and_weights(monkeypatch, shard: int) -> tuple[set[float], torch.Tensor]:
+    """Of an optimizer that holds this shard of its parameters: its blocks' seeds, and weights where the second pass is."""
+    monkeypatch.setattr(dtensor, "shard_index", lambda p: shard)
+    weight = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+    other = torch.nn.Parameter(torch.ones(4000, dtype=torch.float16))
+    optimizer, points = FusedGAM([weight, other], lr=0.1, rho=0.1, method="sam"), []
+
+    def closure():
+        points.append(weight.detach().clone())
+        return (weight.float() + other.float()).sum()
+
+    optimizer.step(closure)
+    return {float(block.control[Control.NOISE_SEED]) for block in optimizer._plan.blocks}, points[1]
+
+
+def test_every_block_of_every_shard_has_noise_of_its_own(monkeypatch):
+    """The same weights and gradients on three ranks: the same perturbation, rounded otherwise."""
+    seeds, points = zip(*(seeds_and_weights(monkeypatch, shard) for shard in range(3)), strict=True)
+    assert len(set.union(*seeds)) == sum(map(len, seeds)) == 6
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(points[i], points[j])

@@ -82,14 +82,15 @@ class CompiledBackend(LaunchingBackend):
         else:
             rows = [lst.on(device) if lst.lasting else lst.addresses for lst in lists]
         map_ = self.map_of(layout, device)
-        self._operator(kernel)(layout.table, map_, layout.chunk, DTYPES[dtype], *rows, *kernel.rest_of(operands))
+        operator = self._operators.get(kernel.name) or self._find(kernel)
+        operator(layout.table, map_, layout.chunk, DTYPES[dtype], *rows, *kernel.rest_of(operands))
         if saved and kernel.saved:
             kernel.tell_autograd(operands)
 
-    def _operator(self, kernel: Kernel) -> Callable[..., None]:
-        if kernel.name not in self._operators:
-            self._operators[kernel.name] = getattr(self._ops, kernel.name).default
-        return self._operators[kernel.name]
+    def _find(self, kernel: Kernel) -> Callable[..., None]:
+        operator: Callable[..., None] = getattr(self._ops, kernel.name).default
+        self._operators[kernel.name] = operator
+        return operator
 
     def map_of(self, layout: Layout, device: torch.device) -> Tensor:
         """The layout's numbers on a GPU; kernels on the CPU read its table."""

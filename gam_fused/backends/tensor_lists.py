@@ -97,7 +97,7 @@ class Layout:
         chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
     """
 
-    __slots__ = ("_tables", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+    __slots__ = ("_tables", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
         self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
@@ -110,6 +110,7 @@ class Layout:
         self.chunks = max(1, -(-self.numel // self.chunk))
         self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64, device="cpu")
         self._tables: dict[torch.device, Tensor] = {}
+        self.checked: set[tuple[Any, ...]] = set()  # which kernels have been launched with which lists (`checks`)
 
     def on(self, device: torch.device) -> Tensor:
         """What kernels on a GPU need to know, as one int64 vector on `device`, sent there once.
