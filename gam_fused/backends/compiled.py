@@ -70,7 +70,8 @@ class CompiledBackend(LaunchingBackend):
         if like is None:
             like = next((t for lst in lists for t in lst.tensors if t is not None), None)
         dtype = torch.float32 if like is None else like.dtype
-        if dtype not in DTYPES:
+        code = DTYPES.get(dtype)
+        if code is None:
             raise TypeError(
                 f"the compiled {self.kind} backend serves float32, float64, bfloat16 and float16, not {dtype}"
                 "; use backend='torch'"
@@ -81,9 +82,8 @@ class CompiledBackend(LaunchingBackend):
             rows = [lst.addresses for lst in lists]
         else:
             rows = [lst.on(device) if lst.lasting else lst.addresses for lst in lists]
-        map_ = self.map_of(layout, device)
         operator = self._operators.get(kernel.name) or self._find(kernel)
-        operator(layout.table, map_, layout.chunk, DTYPES[dtype], *rows, *kernel.rest_of(operands))
+        operator(layout.table, self.map_of(layout, device), layout.chunk, code, *rows, *kernel.rest_of(operands))
         if saved and kernel.saved:
             kernel.tell_autograd(operands)
 

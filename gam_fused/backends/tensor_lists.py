@@ -31,15 +31,13 @@ class TensorList:
             their step counts advance: an empty shard is part of a parameter that is updated.
     """
 
-    __slots__ = ("_addresses", "_empty", "_tables", "facts", "lasting", "tensors")
+    __slots__ = ("_empty", "_tables", "addresses", "facts", "lasting", "tensors")
+
+    addresses: Tensor  # int64 [T] on the CPU: the address of each tensor, 0 for `None`; made when first asked for
 
     def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0):
         self.tensors: list[Any] = list(tensors)  # Tensor | None; backends know from the layout which may be None
         self.lasting, self._empty = lasting, empty
-        self._forget()
-
-    def _forget(self) -> None:
-        self._addresses: Tensor | None = None
         self.facts: Any = None  # what `checks` has found out
         self._tables: dict[torch.device, Tensor] = {}
 
@@ -49,17 +47,18 @@ class TensorList:
     def replace(self, i: int, tensor: Tensor) -> None:
         """Put `tensor` at position `i`."""
         self.tensors[i] = tensor
-        self._forget()
+        self.facts, self._tables, self.addresses = None, {}, self._listed()
 
-    @property
-    def addresses(self) -> Tensor:
-        """int64 tensor [T] on the CPU: the address of each tensor, 0 for `None`."""
-        if self._addresses is None:
-            row = array("q", self._pointers())
-            self._addresses = (
-                torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64, device="cpu")
-            )
-        return self._addresses
+    def __getattr__(self, name: str) -> Any:
+        """`addresses`, while the slot is empty: an attribute that is there is read faster than a property."""
+        if name != "addresses":
+            raise AttributeError(name)
+        self.addresses = self._listed()
+        return self.addresses
+
+    def _listed(self) -> Tensor:
+        row = array("q", self._pointers())
+        return torch.frombuffer(row, dtype=torch.int64) if row else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _pointers(self) -> list[int]:
         if not self._empty:

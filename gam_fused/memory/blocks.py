@@ -93,6 +93,7 @@ class Block:
         self.columns = slice(0, 0)
         self.shared: Device
         self.backed_up = False
+        self._parts: dict[tuple[Any, ...], Tensor] = {}
         self.state = BlockState(self)
         self.shard_index = dtensor.shard_index(params[0])
         self.average: Any = None  # where `step.averaging` averages d over ranks
@@ -154,4 +155,7 @@ class Block:
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
         """This block's columns of what the blocks of its device share; see `Device.part`."""
-        return self.shared.part(name, slot, rows, self.columns)
+        key = (name, slot, rows)
+        if key not in self._parts:
+            self._parts[key] = self.shared.part(name, slot, rows, self.columns)
+        return self._parts[key]

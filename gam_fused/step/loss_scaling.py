@@ -81,10 +81,10 @@ class LossScaling:
         self._owner = optimizer
         self._unscaled_before = scaler_stage(self.scaler, optimizer) is OptState.UNSCALED
 
-    def run(self, closure: Callable[[], Any]) -> Any:
-        """What `closure` returns; notes whether it had the scaler scale anything."""
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What the call returns; notes whether it had the scaler scale anything."""
         if self.scaler is None:
-            return closure()
+            return call(*args)
         scaler, original, own = self.scaler, self.scaler.scale, "scale" in vars(self.scaler)
         self._scaled = False
 
@@ -94,7 +94,7 @@ class LossScaling:
 
         scaler.scale = scale
         try:
-            return closure()
+            return call(*args)
         finally:
             if own:
                 scaler.scale = original

@@ -111,11 +111,15 @@ class Passes:
                     part.replay()
         watched = self._model.first_pass() if first and self._model else nullcontext()
         with torch.enable_grad(), watched:
-            result = self.session.loss_scaling.run(lambda: self.interrupts.let_through(self.closure))
-            self.interrupts.let_through(lambda: differentiate(result))
+            result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate)
         self.record.losses[point] = closures.number_in(result)
         if first:
             self._first_pass_done(result)
+
+    def _call(self, differentiate: Callable[[Any], None]) -> Any:
+        result = self.closure()
+        differentiate(result)
+        return result
 
     def _first_pass_done(self, result: Any) -> None:
         self.session.loss_scaling.publish(self.blocks)

@@ -36,11 +36,16 @@ _NO_SETTINGS = ("params", "param_names", "gam")  # entries of a param group that
 
 @dataclass(frozen=True)
 class _Uploaded:
-    """What the coefficient tables on the devices stand for. `entries`: `Session._group_values`."""
+    """What the coefficient tables on the devices stand for, where comparing tells of a change: no tensors, no lists.
+
+    Attributes:
+        values, types: of `Session._group_values`; True == 1.0, so that equal values do not suffice.
+    """
 
     given: Settings
     checked: Settings
-    entries: list[Any]
+    values: list[Any]
+    types: list[type]
 
 
 class Session:
@@ -133,15 +138,19 @@ class Session:
         """
         if not self.has_plan or not self.plan.is_current(self.param_groups):
             self._rebuild(settings, method)
-        entries = self._group_values()
-        if self._uploaded and entries and settings.same_as(self._uploaded.given) and entries == self._uploaded.entries:
-            return self._uploaded.checked
+        uploaded, values = self._uploaded, self._group_values()
+        # Types first: a tensor among the values would have to be asked for its own.
+        same = uploaded and settings.same_as(uploaded.given) and list(map(type, values)) == uploaded.types
+        if uploaded and same and values == uploaded.values:
+            return uploaded.checked
         self._uploaded = None
         self.entries.complete()
         checked, numbers = self.tables(settings, method)
         self.plan.upload(numbers, checked.xi, checked.max_grad_norm or 0.0)
         self.plan.state_keys = [self.fused.state_keys(group) for group in self.param_groups] if self.fused else []
-        self._uploaded = _Uploaded(settings, checked, self._group_values())
+        values = self._group_values()
+        if are_constants(values):
+            self._uploaded = _Uploaded(settings, checked, values, list(map(type, values)))
         return checked
 
     def tables(self, settings: Settings, method: Method) -> tuple[Settings, dict[str, Any]]:
@@ -155,13 +164,13 @@ class Session:
         return checked, tables(method, checked, self.param_groups, self.entries.rho_key, self.fused)
 
     def _group_values(self) -> list[Any]:
-        """The groups' entries and their types, or [] where comparing would not tell of a change (tensors, lists)."""
+        """Names and values of the groups' entries."""
         values: list[Any] = []
-        for group in self.param_groups:
+        for group in self.base.param_groups:
             for name, value in group.items():
                 if name not in _NO_SETTINGS:
                     values += (name, value)
-        return [*values, *map(type, values)] if are_constants(values) else []  # True == 1.0
+        return values
 
     def _rebuild(self, settings: Settings, method: Method) -> None:
         self.drop_unstarted()

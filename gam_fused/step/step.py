@@ -6,6 +6,8 @@ methods').
 
 from __future__ import annotations
 
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from gam_fused.step.passes import Passes
 
 
 class Step(Passes):
-    """One `step(closure)`: the passes, and what is done with their gradients."""
+    """One `step(closure)`: the passes, and what is done with their gradients. Made and used under `torch.no_grad`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -37,26 +39,25 @@ class Step(Passes):
         """
         self.reduce_norm(ascent, x, minus)
         folded = self._foldable(fold, x) if fold else None
-        with torch.no_grad():
-            for i, b in enumerate(self.blocks):
-                b.kernels.perturb_(
-                    Perturb(
-                        layout=b.layout,
-                        theta=b.theta,
-                        base=b.backup if b.backed_up and ascent < 2 else EMPTY,
-                        x=x[i],
-                        y=minus[i] if minus else EMPTY,
-                        folded=folded[i] if folded else EMPTY,
-                        backup=EMPTY if b.backed_up else b.backup,
-                        coefficients=b.shared.tables["oracle" if oracle else "method"],
-                        partials=b.shared.part("partials", ascent, 2),
-                        control=b.control,
-                        realised=b.part("realised", ascent),
-                        ascent=ascent,
-                        adaptive=self.settings.adaptive,
-                    )
+        for i, b in enumerate(self.blocks):
+            b.kernels.perturb_(
+                Perturb(
+                    layout=b.layout,
+                    theta=b.theta,
+                    base=b.backup if b.backed_up and ascent < 2 else EMPTY,
+                    x=x[i],
+                    y=minus[i] if minus else EMPTY,
+                    folded=folded[i] if folded else EMPTY,
+                    backup=EMPTY if b.backed_up else b.backup,
+                    coefficients=b.shared.tables["oracle" if oracle else "method"],
+                    partials=b.shared.part("partials", ascent, 2),
+                    control=b.control,
+                    realised=b.part("realised", ascent),
+                    ascent=ascent,
+                    adaptive=self.settings.adaptive,
                 )
-                b.backed_up = True
+            )
+            b.backed_up = True
         if not oracle:
             self.record.ascents.append(ascent)
         return folded
@@ -80,6 +81,8 @@ class Step(Passes):
     def _foldable(self, fold: Lists, x: Lists) -> Lists:
         """`fold`, with zeros where a gradient was missing there but is not in `x`."""
         for lst, other in zip(fold, x, strict=True):
+            if not any(map(is_, lst.tensors, repeat(None))):
+                continue
             for i, (mine, theirs) in enumerate(zip(lst.tensors, other.tensors, strict=True)):
                 if mine is None and theirs is not None:
                     lst.replace(i, torch.zeros_like(theirs))

@@ -79,52 +79,50 @@ def _apply_fused(step: Step, d: Direction) -> None:
     base: Any = step.fused
     for b, mask in zip(step.blocks, step.seen, strict=True):
         b.state.ensure(base, step.plan.state_keys, session.state, session.param_groups, mask)
-    with torch.no_grad():
-        for i, b in enumerate(step.blocks):
-            state1, state2, state3 = b.state.lists
-            b.kernels.combined_update_(
-                CombinedUpdate(
-                    layout=b.layout,
-                    theta=b.theta,
-                    backup=b.backup if b.backed_up else EMPTY,
-                    g1=d.g1[i] if d.g1 else EMPTY,
-                    last=d.last[i],
-                    folded=d.folded[i] if d.folded else EMPTY,
-                    state1=state1,
-                    state2=state2,
-                    state3=state3,
-                    steps=b.state.steps,
-                    coefficients=b.shared.tables[d.table],
-                    partials=b.shared.part("partials", GUARD, d.rows),
-                    control=b.control,
-                    direction=b.part("direction"),
-                    algorithm=int(base.algorithm),
-                )
+    for i, b in enumerate(step.blocks):
+        state1, state2, state3 = b.state.lists
+        b.kernels.combined_update_(
+            CombinedUpdate(
+                layout=b.layout,
+                theta=b.theta,
+                backup=b.backup if b.backed_up else EMPTY,
+                g1=d.g1[i] if d.g1 else EMPTY,
+                last=d.last[i],
+                folded=d.folded[i] if d.folded else EMPTY,
+                state1=state1,
+                state2=state2,
+                state3=state3,
+                steps=b.state.steps,
+                coefficients=b.shared.tables[d.table],
+                partials=b.shared.part("partials", GUARD, d.rows),
+                control=b.control,
+                direction=b.part("direction"),
+                algorithm=int(base.algorithm),
             )
-            b.backed_up = False
+        )
+        b.backed_up = False
     torch_private.note_step_of_base(session.base)
 
 
 def _apply_foreign(step: Step, d: Direction) -> None:
     """d into `p.grad`, then `base.step()`: a plain optimizer must be asked on the host whether to run at all."""
     session = step.session
-    with torch.no_grad():
-        for i, b in enumerate(step.blocks):
-            b.kernels.combine_(
-                Combine(
-                    layout=b.layout,
-                    out=d.last[i],
-                    g1=d.g1[i] if d.g1 else EMPTY,
-                    last=d.last[i],
-                    folded=d.folded[i] if d.folded else EMPTY,
-                    coefficients=b.shared.tables[d.table],
-                    partials=b.shared.part("partials", GUARD, d.rows),
-                    control=b.control,
-                    direction=b.part("direction"),
-                )
+    for i, b in enumerate(step.blocks):
+        b.kernels.combine_(
+            Combine(
+                layout=b.layout,
+                out=d.last[i],
+                g1=d.g1[i] if d.g1 else EMPTY,
+                last=d.last[i],
+                folded=d.folded[i] if d.folded else EMPTY,
+                coefficients=b.shared.tables[d.table],
+                partials=b.shared.part("partials", GUARD, d.rows),
+                control=b.control,
+                direction=b.part("direction"),
             )
-            if b.backed_up:
-                b.kernels.restore_(Restore(layout=b.layout, theta=b.theta, backup=b.backup))
+        )
+        if b.backed_up:
+            b.kernels.restore_(Restore(layout=b.layout, theta=b.theta, backup=b.backup))
     if session.skipped:
         return
     for b, lst in zip(step.blocks, d.last, strict=True):

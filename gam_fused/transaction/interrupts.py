@@ -67,11 +67,11 @@ class Interrupts:
         if self._installed and list(map(_get, _SIGNALS)) != self._installed:  # the user's code has set some
             self._take_over()
 
-    def let_through(self, call: Callable[[], Result]) -> Result:
+    def let_through(self, call: Callable[..., Result], *args: Any) -> Result:
         """The result of `call`, which runs the user's code: meanwhile handlers run at once."""
         self.open()
         try:
-            return call()
+            return call(*args)
         finally:
             self.close()
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import random
+import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    import _random
+except ImportError:  # not CPython
+    _random = None  # type: ignore[assignment]
 
 
 class Generators:
@@ -115,17 +121,41 @@ class _OwnTorch(_Torch):
 
 
 class _Python:
-    """Python's `random`, or a `random.Random`."""
+    """Python's `random`, or a `random.Random`. Its state takes long to read, so it is read again only when changed."""
 
     def __init__(self, generator: Any):
-        self.read, self.write = generator.getstate, generator.setstate
+        self._whole, self.write = generator.getstate, generator.setstate
+        self._of: Any = getattr(generator.getstate, "__self__", None)  # the module's functions are methods of a Random
+        self._address = _twister_of(self._of)
+        self._last: tuple[bytes, Any, Any] | None = None
+
+    def read(self) -> Any:
+        if not self._address:
+            return self._whole()
+        words, normal = ctypes.string_at(self._address, _TWISTER), self._of.gauss_next  # a normal number in stock
+        if self._last is None or self._last[0] != words or self._last[1] != normal:
+            self._last = words, normal, self._whole()
+        return self._last[2]
 
     def equal(self, a: Any, b: Any) -> bool:
         """By the last few of its 624 words and its position: the words change all at once."""
-        return bool(a[1][-8:] == b[1][-8:] and a[2] == b[2])
+        return a is b or bool(a[1][-8:] == b[1][-8:] and a[2] == b[2])
 
     def is_at(self, state: Any) -> bool:
-        return False  # writing a state takes less time than reading one
+        return bool(self._address) and self.read() is state
+
+
+_TWISTER = 625 * 4  # bytes: CPython keeps the position of the Mersenne Twister and its 624 words in the object
+
+
+def _twister_of(generator: Any) -> int:
+    """Where a `random.Random` keeps its Mersenne Twister; 0 where it does so in another way than CPython's."""
+    header, room = object.__basicsize__, getattr(_random, "Random", object).__basicsize__
+    if type(generator) is not random.Random or room < header + _TWISTER:
+        return 0
+    address = id(generator) + header
+    position, *words = struct.unpack("i624I", ctypes.string_at(address, _TWISTER))
+    return address if (*words, position) == generator.getstate()[1] else 0
 
 
 class _Plain:
