@@ -276,7 +276,7 @@ class FusedGAM(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite. Reading it waits for the device."""
-        return int(self.session.counters[0])
+        return self.session.skipped_steps
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step saw, as 0-d tensors on the device, without waiting for it.

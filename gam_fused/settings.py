@@ -89,6 +89,9 @@ class Settings:
                 raise ValueError(
                     f"{name}={value!r} was given, but method={self.method!r} does not use {name}; it belongs to {users}"
                 )
+        if self.oracle == "sam" and not mine.oracle:
+            users = ", ".join(repr(method) for method in takes if takes[method].oracle)
+            raise ValueError(f"oracle='sam' belongs to methods with a term h_loss, {users}, not to method={self.method!r}")
         defaults = {name: getattr(mine, name) for name in mine.names if getattr(self, name) is None}
         return replace(self, **defaults).checked(mine)
 

@@ -264,7 +264,7 @@ CLOSURES = {
     "returns_a_detached_loss": (lambda model, x, y: lambda: regression(model, x, y)().detach(), "backward"),
     "returns_others_first": (lambda model, x, y: lambda: ("x", regression(model, x, y)()), r"returned \('x', tensor"),
     "a_loss": (lambda model, x, y: regression(model, x, y)(), "function that computes the loss.*Tensor"),
-    "of_another_model": (lambda model, x, y: lambda: regression(mlp(seed=9), x, y)(), "parameters"),
+    "of_another_model": (lambda model, x, y: lambda: regression(mlp(seed=9), x, y)(), "no optimized parameter"),
 }
 
 

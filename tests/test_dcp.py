@@ -108,7 +108,10 @@ def _round_trips(rank, folder):
                 saved = gather(other, resumed, options)
                 dcp.load(saved, checkpoint_id=path)
             restore(other, resumed, saved, options)
-            assert (resumed._steps_taken, resumed.gamma, resumed.param_groups[0]["rho"]) == (5, 0.7, 0.11), (way, base)
+            assert (resumed.session.steps_taken, resumed.gamma, resumed.param_groups[0]["rho"]) == (5, 0.7, 0.11), (
+                way,
+                base,
+            )
             assert resumed.skipped_steps == 1
             for _ in range(4):
                 optimizer.step(closure), resumed.step(its_closure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,10 @@ class Recorder:
         self.calls: list[tuple] = []
 
 
-def written(arguments: tuple) -> dict:
+def written(operands) -> dict:
     """Every list and table of a call."""
-    named = {str(i): a for i, a in enumerate(arguments) if isinstance(a, (TensorList, torch.Tensor))}
+    values = {field.name: getattr(operands, field.name) for field in fields(operands)}
+    named = {name: a for name, a in values.items() if isinstance(a, (TensorList, torch.Tensor))}
     return {
         n: TensorList([t for t in a.tensors if t is not None]) if isinstance(a, TensorList) else a for n, a in named.items()
     }
@@ -57,14 +59,15 @@ def test_kernels_do_not_ask_for_it(backend_name, device, kernel):
     for context in (torch.device("cpu"), torch.device(device)):
         recorder = Recorder()
         KERNELS[kernel](recorder, Problem("empty tensors", torch.bfloat16, torch.bfloat16))
-        ((name, arguments),) = recorder.calls
+        ((name, (operands,)),) = recorder.calls
         # not the backend's: made before, and kept
-        arguments[0].on(torch.device("cpu"))
-        for lst in (EMPTY, *(a for a in arguments if isinstance(a, TensorList))):
+        operands.layout.on(torch.device("cpu"))
+        lists = [getattr(operands, field.name) for field in fields(operands)]
+        for lst in (EMPTY, *(a for a in lists if isinstance(a, TensorList))):
             assert lst.addresses.device.type == "cpu"
         with context:
-            getattr(get_backend(backend_name), name)(*arguments)
-        results.append(written(arguments))
+            getattr(get_backend(backend_name), name)(operands)
+        results.append(written(operands))
     assert_same_bits(*results)
 
 

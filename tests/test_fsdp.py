@@ -378,11 +378,11 @@ def _refusals(rank):
     with pytest.raises(TypeError, match="FSDP1"):
         optimizer.step(closure_of(optimizer, loss_of(old, *batch(outputs=1, dtype=torch.float64))))
     pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
-    with pytest.raises(TypeError, match="still to be added"):
+    with pytest.raises(TypeError, match="holds partial sums"):
         make([pending])
     elsewhere = DeviceMesh("cpu", [0])
     if rank == 1:
-        with pytest.raises(TypeError, match="no part on this rank"):
+        with pytest.raises(TypeError, match="no shard on this rank"):
             make([nn.Parameter(DTensor.from_local(torch.ones(3), elsewhere, [Replicate()]))])
     optimizer = make(model.parameters())
     optimizer.state[next(model.parameters())] = {"momentum_buffer": torch.zeros(7, 3, dtype=torch.float64)}

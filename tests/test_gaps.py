@@ -66,7 +66,7 @@ def test_a_layer_with_gaps_beside_one_without(cut):
     kept = CUTS[cut](torch.zeros(10, 8, dtype=torch.bool).fill_(True)).shape.numel()
     assert int((storage == before).sum()) >= 80 - kept
     assert not torch.equal(gaps.detach(), CUTS[cut](before))
-    chosen = {block.dense: block.kernels for block in optimizer._plan.blocks}
+    chosen = {block.dense: block.kernels for block in optimizer.session.plan.blocks}
     assert chosen[False] is backends._BACKENDS["torch"][0]
 
 

@@ -29,7 +29,7 @@ FIRST_ORDER = [m for m in METHODS if m != "exact"]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": torch.optim.NAdam}, "NAdam asks the host"),
+        ({"base": torch.optim.NAdam}, "NAdam waits for the host"),
         ({"method": "exact"}, "method='exact'"),
         ({"interval": 2}, "interval=2"),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler"),

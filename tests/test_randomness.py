@@ -264,7 +264,11 @@ def test_a_base_that_draws_gets_new_numbers_in_every_step(method):
     """The generators stand where pass 1 and then the base's update leave them: as in a plain loop with dropout."""
     model, twin = (nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 2)) for _ in range(2))
     twin.load_state_dict(model.state_dict())
-    options = {"sam": {"rho": 0.0}, "accelerated": {"rho": 0.0, "alpha": 1.0, "gamma": 0.0, "rho_prime": 1e-30}}
+    options = {
+        "sam": {"rho": 0.0},
+        "accelerated": {"rho": 0.0, "alpha": 1.0, "gamma": 0.0, "rho_prime": 1e-30},
+        "gsam": {"rho": 0.0, "alpha": 0.0},
+    }
     optimizer = make(model.parameters(), Noisy, method, lr=0.01, **options.get(method, {"alpha": 0.0}))
     plain = Noisy(twin.parameters(), lr=0.01)
     for o, m in ((optimizer, model), (plain, twin)):
@@ -292,3 +296,34 @@ def test_generators_can_be_set_and_are_not_copied():
     optimizer.generators = (generator,)
     optimizer.step(closure)
     assert torch.equal(draws[-1], draws[-2])
+
+
+@pytest.mark.parametrize("kind", ["drawn", "seeded", "a pair of normal numbers", "not touched"])
+def test_pythons_random_state_is_read_again_where_it_has_changed(kind):
+    """It is read where CPython keeps it, which takes less time than asking for it."""
+    generator = random.Random(3)
+    source = source_of(generator)
+    before = source.read()
+    assert source.read() is before
+    assert before == generator.getstate()
+    if kind == "drawn":
+        generator.random()
+    elif kind == "seeded":
+        generator.seed(4)
+    elif kind == "a pair of normal numbers":
+        generator.gauss(0.0, 1.0)
+        source.read()
+        generator.gauss(0.0, 1.0)  # the other of the pair: no word is drawn
+    assert source.read() == generator.getstate()
+    assert source.is_at(before) is (kind == "not touched" and source.read() is before)
+    source.write(before)
+    assert generator.getstate() == before
+
+
+def test_a_generator_that_keeps_its_state_elsewhere_is_asked():
+    class Own(random.Random):
+        pass
+
+    source = source_of(Own(3))
+    assert source.read() == Own(3).getstate()
+    assert not source.is_at(source.read())

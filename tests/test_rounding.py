@@ -130,7 +130,7 @@ def seeds_and_weights(monkeypatch, shard: int) -> tuple[set[float], torch.Tensor
         return (weight.float() + other.float()).sum()
 
     optimizer.step(closure)
-    return {float(block.control[Control.NOISE_SEED]) for block in optimizer._plan.blocks}, points[1]
+    return {float(block.control[Control.NOISE_SEED]) for block in optimizer.session.plan.blocks}, points[1]
 
 
 def test_every_block_of_every_shard_has_noise_of_its_own(monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,4 +183,6 @@ def test_either_way_of_setting_tf32(switches, settings, eps):
     optimizer.step(closure)
     for name, value in settings.items():
         switches[name].fp32_precision = value
-    assert precision._forward_eps(optimizer, torch.device("cuda")) == eps
+    record = copy.copy(optimizer.session.last)
+    record.blocks = [SimpleNamespace(dtype=torch.float32, shared=SimpleNamespace(device=torch.device("cuda")))]
+    assert precision._forward_eps(record, 0.0) == eps

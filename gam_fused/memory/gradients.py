@@ -60,7 +60,7 @@ def take(
         except RuntimeError:  # a sparse tensor has no strides
             fits = False
         if not fits or (keep and (sys.getrefcount(gradient) > _OWN_REFERENCES or _is_shared(gradient))):
-            gradient = _own_copy(gradient, p, stride, groups)
+            gradient = _own_copy(gradient, p, stride, dtype, groups)
         gradients[i] = gradient
     return TensorList(gradients)
 
@@ -103,19 +103,19 @@ def _any_is_held(gradients: list[Any]) -> bool:
     return bool(max(map(storage_use_count, map(storage_address, gradients))) > 1)
 
 
-def fit(gradient: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """`gradient` in the strides and dtype of `p` (row-major where `p` is not dense)."""
-    if gradient.stride() == stride and gradient.dtype is p.dtype:
+def fit(gradient: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`gradient` in these strides and this dtype."""
+    if gradient.stride() == stride and gradient.dtype is dtype:
         return gradient
-    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(gradient)
+    return torch.empty_strided(gradient.shape, stride, dtype=dtype, device=gradient.device).copy_(gradient)
 
 
-def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], groups: Groups) -> Tensor:
+def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], dtype: torch.dtype, groups: Groups) -> Tensor:
     if gradient.layout is not torch.strided or gradient.is_complex():
         kind = "complex" if gradient.layout is torch.strided else "sparse"
         hint = "" if kind == "complex" else " (for embeddings, use sparse=False)"
         raise RuntimeError(f"the gradient of {describe(p, groups)} is {kind}; only dense real gradients work{hint}")
-    return torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(gradient)
+    return torch.empty_strided(p.shape, stride, dtype=dtype, device=p.device).copy_(gradient)
 
 
 def _is_shared(gradient: Tensor) -> bool:

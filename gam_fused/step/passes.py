@@ -88,8 +88,8 @@ class Passes:
         """Tensors in the order of the plan's parameters, detached, as one list per block."""
         lists, start = [], 0
         for b in self.blocks:
-            rows = zip(tensors[start : start + len(b.params)], b.params, b.strides, strict=True)
-            lists.append(TensorList([None if t is None else gradients.fit(t.detach(), p, s) for t, p, s in rows]))
+            rows = zip(tensors[start : start + len(b.params)], b.strides, strict=True)
+            lists.append(TensorList([None if t is None else gradients.fit(t.detach(), s, b.dtype) for t, s in rows]))
             start += len(b.params)
         return lists
 

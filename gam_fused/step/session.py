@@ -223,6 +223,11 @@ class Session:
         return self.plan.blocks[0].control[Control.LAST_SKIPPED]
 
     @property
+    def skipped_steps(self) -> int:
+        """How many, since the beginning. Waits for the device."""
+        return int(self.plan.blocks[0].control[Control.SKIPPED]) if self.has_plan else int(self._carried[0])
+
+    @property
     def counters(self) -> tuple[float, float]:
         """Skipped steps, and the counter of the stochastic rounding. Waits for the device."""
         if not self.has_plan:
