@@ -12,6 +12,8 @@ import torch
 from gam_helpers import METHODS, PASSES, batch, closure_of, make, mlp, regression, trainer
 from torch import nn
 
+from gam_fused.transaction.randomness import source_of
+
 
 class WatchedDropout(nn.Dropout):
     """Remembers which elements it kept."""

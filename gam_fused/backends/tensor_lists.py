@@ -29,15 +29,16 @@ class TensorList:
             addresses there; those of other lists go along with every launch.
         empty: the address of tensors without elements. With 0 the kernels take them for missing; with 1 for present, so that
             their step counts advance: an empty shard is part of a parameter that is updated.
+        complete: whether it is known that none is missing.
     """
 
-    __slots__ = ("_empty", "_tables", "addresses", "facts", "lasting", "tensors")
+    __slots__ = ("_empty", "_tables", "addresses", "complete", "facts", "lasting", "tensors")
 
     addresses: Tensor  # int64 [T] on the CPU: the address of each tensor, 0 for `None`; made when first asked for
 
-    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0):
+    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0, complete: bool = False):
         self.tensors: list[Any] = list(tensors)  # Tensor | None; backends know from the layout which may be None
-        self.lasting, self._empty = lasting, empty
+        self.lasting, self.complete, self._empty = lasting, complete, empty
         self.facts: Any = None  # what `checks` has found out
         self._tables: dict[torch.device, Tensor] = {}
 

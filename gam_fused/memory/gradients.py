@@ -50,7 +50,7 @@ def take(
     for p in params:
         p.grad = None
     if _all_fit(gradients, strides, dtype) and not (keep and _any_is_held(gradients)):
-        return TensorList(gradients)
+        return TensorList(gradients, complete=True)
     for i, (p, stride) in enumerate(zip(params, strides, strict=True)):
         gradient, gradients[i] = gradients[i], None
         if gradient is None:

@@ -164,8 +164,8 @@ class Passes:
         """The gradients of a pass as the method sees them; notes which parameters have one."""
         lists = self.averaged(lists)
         for seen, lst in zip(self.seen, lists, strict=True):
-            if not any(seen):
-                seen[:] = map(is_not, lst.tensors, repeat(None))
+            if lst.complete:
+                seen[:] = [True] * len(seen)
             elif not all(seen):
                 seen[:] = map(or_, seen, map(is_not, lst.tensors, repeat(None)))
         return lists

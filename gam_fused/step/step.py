@@ -6,8 +6,6 @@ methods').
 
 from __future__ import annotations
 
-from itertools import repeat
-from operator import is_
 from typing import Any
 
 import torch
@@ -81,7 +79,7 @@ class Step(Passes):
     def _foldable(self, fold: Lists, x: Lists) -> Lists:
         """`fold`, with zeros where a gradient was missing there but is not in `x`."""
         for lst, other in zip(fold, x, strict=True):
-            if not any(map(is_, lst.tensors, repeat(None))):
+            if lst.complete:
                 continue
             for i, (mine, theirs) in enumerate(zip(lst.tensors, other.tensors, strict=True)):
                 if mine is None and theirs is not None:

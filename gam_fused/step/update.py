@@ -67,7 +67,7 @@ def _fill_in(step: Step, d: Direction) -> None:
     """
     for i, (b, seen) in enumerate(zip(step.blocks, step.seen, strict=True)):
         last = d.last[i]
-        if any(map(is_, last.tensors, repeat(None))):
+        if not last.complete and any(map(is_, last.tensors, repeat(None))):
             lists = d.of(i) if step.fused else [last]
             for j in range(len(b.params)):
                 if seen[j] and all(lst.tensors[j] is None for lst in lists):
