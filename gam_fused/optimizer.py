@@ -167,13 +167,13 @@ class FusedGAM(Optimizer):
         own = {name: arguments[name] for name in _SETTINGS if name in arguments and name not in split.taken}
         self.settings = Settings(method=method, **own).resolved(TAKES)
         check_backend(backend)
-        modules = _as_modules(model)
+        modules, own_generators = _as_modules(model), _as_generators(generators)
         if isinstance(params, nn.Module):
             modules = modules or [params]
             params = params.parameters()
         base = build(params, base_optimizer, split.of_base)
         check_parameters(base.param_groups)
-        session = Session(base, rho_key(base), self.settings.rho, modules, _as_generators(generators))
+        session = Session(base, rho_key(base), self.settings.rho, modules, own_generators)
         super().__init__(base.param_groups, {**base.defaults, **session.entries.defaults})
         self.session = session
         session.entries.complete()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from gam_helpers import backend_params
 from torch.optim import SGD, Adadelta, Adam, AdamW, RMSprop
 
 from gam_fused import FusedGAM, FusedSAM
+from gam_fused.methods import METHODS, TAKES
 from gam_fused.schedules import ProportionalRho
+from gam_fused.settings import OF_METHODS, Settings
+from gam_fused.step.method import Coefficients
 
 
 def params():
@@ -159,3 +164,27 @@ def test_attributes_set_to_nonsense_are_refused_by_the_next_step(name, bad):
     setattr(optimizer, name, good)
     optimizer.step(lambda: (p - 1).square().sum())
     assert not torch.equal(p, before)
+
+
+def test_every_hyperparameter_is_a_keyword_with_the_same_default_and_an_attribute_that_can_be_set():
+    """`Settings` lists them; one that is added there and forgotten in the signature, or vice versa, is told here."""
+    keywords = inspect.signature(FusedGAM.__init__).parameters
+    others = {"self", "params", "base_optimizer", "model", "generators", "grad_scaler", "base_kwargs", "more_base_kwargs"}
+    assert set(keywords) - others == {field.name for field in fields(Settings)}
+    optimizer = FusedGAM([torch.zeros(2, requires_grad=True)], torch.optim.SGD, lr=0.1)
+    for field in fields(Settings):
+        assert keywords[field.name].default == field.default, field.name
+        if field.name != "rho":  # an entry of param groups
+            before, value = optimizer.settings, object()
+            setattr(optimizer, field.name, value)
+            assert getattr(optimizer, field.name) is getattr(optimizer.settings, field.name) is value
+            optimizer.settings = before
+
+
+def test_a_method_says_all_that_there_is_to_it():
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.takes.rho > 0
+        settings = Settings(method=name).resolved(TAKES)
+        assert set(method.takes.names) == {n for n in OF_METHODS if getattr(settings, n) is not None}
+        assert method.coefficients(settings, 0.1) != Coefficients()

@@ -6,15 +6,11 @@ first test starts with TRITON_INTERPRET=1. `TRITON_INTERPRET=1 pytest tests/test
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import DTYPES, SHAPES, Problem, assert_same_bits, get_backend
 from gam_helpers import batch, batch_norm_net, close, mlp, regression, trainer
+from interpreter import in_the_interpreter
 from test_kernels import KERNELS, check
 
 from gam_fused import available_backends
@@ -30,26 +26,14 @@ interpreted = pytest.mark.skipif(
     not module.INTERPRETED, reason="runs with TRITON_INTERPRET=1, in the process that the first test starts"
 )
 
-# From other files, for every backend that is there.
-ELSEWHERE = (
-    "tests/test_rounding.py",
-    "tests/test_infinite_weights.py",
-    "tests/test_kernels.py::TestNotFinite",
-    "tests/test_kernels.py::test_zero_step_leaves_the_bits",
-)
 EVERY_DTYPE = ("0-dim", "empty tensors", "chunk edges")
 OTHERS = ("one element", "misaligned", "channels_last", "transposed")
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(module.INTERPRETED, reason="is what the test starts")
-@pytest.mark.parametrize("tests", [("tests/test_triton_interpreter.py",), ELSEWHERE], ids=["below", "elsewhere"])
-def test_everything_in_the_interpreter(tests):
-    command = [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_everything_below_in_the_interpreter():
+    in_the_interpreter("triton", "tests/test_triton_interpreter.py")
 
 
 @interpreted
