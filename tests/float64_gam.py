@@ -16,7 +16,7 @@ LossFn = Callable[[Sequence[Tensor], int], Tensor]
 
 
 class Gam64:
-    """The judge of whole steps.
+    """Whole steps, to compare with.
 
     Args:
         groups: dicts with `params` (tensors, copied to float64), `rho`, `perturb`, `maximize` and the base's options.

@@ -175,9 +175,9 @@ def snapshot(optimizer: torch.optim.Optimizer, model: nn.Module | None = None, r
     }
 
 
-def close(params: Sequence[Tensor], judge: Sequence[Tensor], tolerance: float, what: str = "weights") -> None:
-    """Every tensor within `tolerance` of the judge's, relative to its norm."""
-    for i, (p, t) in enumerate(zip(params, judge, strict=True)):
+def close(params: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, what: str = "weights") -> None:
+    """Every tensor within `tolerance` of the expected one, relative to its norm."""
+    for i, (p, t) in enumerate(zip(params, expected, strict=True)):
         error = (p.detach().double() - t).norm().item()
         assert error <= tolerance * max(t.norm().item(), 1e-3), f"{what} {i}: error {error:.3g}, norm {t.norm():.3g}"
 

@@ -56,7 +56,7 @@ def three_groups(params: list, **common) -> list[dict]:
 
 
 class Race:
-    """FusedGAM and the judge on the same model, groups and mini-batches."""
+    """FusedGAM and `Gam64` on the same model, groups and mini-batches."""
 
     def __init__(
         self, method, base=SGD, base_options=None, backend="auto", groups=None, model=None, x=None, y=None, **options
@@ -67,8 +67,8 @@ class Race:
         settings = {**SETTINGS[method], **options}
         params = list(self.model.parameters())
         groups = [{**base_options, **g} for g in ([{"params": params}] if groups is None else groups(params))]
-        judge = {k: v for k, v in settings.items() if k not in ("rho", "interval")}
-        self.judge = Gam64([{"rho": settings["rho"], **g} for g in groups], method=method, base=NAMES[base], **judge)
+        float64 = {k: v for k, v in settings.items() if k not in ("rho", "interval")}
+        self.float64 = Gam64([{"rho": settings["rho"], **g} for g in groups], method=method, base=NAMES[base], **float64)
         self.loss_fn = functional_loss(self.model, self.x, self.y)
         self.optimizer = make(groups, base, method, model=self.model, backend=backend, **options)
 
@@ -78,9 +78,9 @@ class Race:
     def run(self, steps: int = 4) -> None:
         for _ in range(steps):
             loss = self.optimizer.step(self.closure)
-            expected = self.judge.step(self.loss_fn)
+            expected = self.float64.step(self.loss_fn)
             assert loss.item() == pytest.approx(expected, rel=1e-9)
-            close(list(self.model.parameters()), self.judge.theta, TOLERANCE)
+            close(list(self.model.parameters()), self.float64.theta, TOLERANCE)
 
 
 def digits_like(seed: int = 3):
@@ -102,14 +102,14 @@ def test_20_steps_of_a_batch_norm_network(method, options, backend):
     assert int(net[1].num_batches_tracked) == 20
 
 
-def test_the_authors_update_is_what_the_judge_computes():
+def test_the_authors_update_is_what_float64_computes():
     """Their released code: h- = g0 + (1 - beta) g2, and the projection removed from it."""
     race = Race("accelerated", beta=(1.0, 0.5))
     race.run(1)
-    g0, g1, g2, g3 = (torch.cat([t.flatten() for t in g]) for g in race.judge.g)
+    g0, g1, g2, g3 = (torch.cat([t.flatten() for t in g]) for g in race.float64.g)
     h_plus, h_minus = 0.3 * g1 + 0.7 * g3, g0 + 0.5 * g2
     orthogonal = h_minus - (h_minus @ h_plus) / (h_plus @ h_plus) * h_plus
-    d = torch.cat([t.flatten() for t in race.judge.d])
+    d = torch.cat([t.flatten() for t in race.float64.d])
     torch.testing.assert_close(d, h_plus - 0.2 * orthogonal, rtol=1e-12, atol=1e-14)
 
 
@@ -165,8 +165,8 @@ def test_off_steps_of_interval(oracle):
     race = Race("finite_difference", interval=3, oracle=oracle)
     for i in range(7):
         race.optimizer.step(race.closure)
-        race.judge.step(race.loss_fn, plain=i % 3 != 0)
-        close(list(race.model.parameters()), race.judge.theta, TOLERANCE)
+        race.float64.step(race.loss_fn, plain=i % 3 != 0)
+        close(list(race.model.parameters()), race.float64.theta, TOLERANCE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -179,9 +179,9 @@ def test_every_pass_runs_at_the_point_of_the_paper(method):
         return inner()
 
     race.optimizer.step(watched)
-    race.judge.step(race.loss_fn)
-    assert len(seen) == len(race.judge.points)
-    for k, (mine, theirs) in enumerate(zip(seen, race.judge.points, strict=True)):
+    race.float64.step(race.loss_fn)
+    assert len(seen) == len(race.float64.points)
+    for k, (mine, theirs) in enumerate(zip(seen, race.float64.points, strict=True)):
         close(mine, theirs, 1e-12, f"pass {k}, tensor")
 
 
@@ -190,9 +190,9 @@ def test_hyperparameters_changed_between_steps():
     for values in ({"rho_prime": 0.02}, {"alpha": 0.9}, {"beta": 0.1}, {"gamma": 0.7}, {"alpha": (1.0, 1.0)}):
         for name, value in values.items():
             setattr(race.optimizer, name, value)
-            setattr(race.judge, name, value)
+            setattr(race.float64, name, value)
         group = race.optimizer.param_groups[0]
         group["rho"], group["lr"] = group["rho"] * 1.5, group["lr"] * 0.7
-        for entry in race.judge.group:
+        for entry in race.float64.group:
             entry["rho"], entry["lr"] = group["rho"], group["lr"]
         race.run(1)

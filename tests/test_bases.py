@@ -120,9 +120,9 @@ def test_the_fused_update_is_torchs_own(update, dtype, backend):
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.randn(7), torch.randn(())]
     mine, theirs = ([t.to(dtype).requires_grad_() for t in start] for _ in range(2))
-    judge = [t.detach().to(dtype).double().requires_grad_() for t in start]
+    float64 = [t.detach().to(dtype).double().requires_grad_() for t in start]
     optimizer = FusedGAM(mine, base, alpha=0.0, lr=0.01, backend=backend, **options)
-    plain, exact = base(theirs, lr=0.01, **options), base(judge, lr=0.01, **options)
+    plain, exact = base(theirs, lr=0.01, **options), base(float64, lr=0.01, **options)
     for _ in range(4):
         grads = [torch.randn_like(t).to(dtype) for t in start]
 
@@ -131,11 +131,11 @@ def test_the_fused_update_is_torchs_own(update, dtype, backend):
                 p.grad = g.clone()
 
         optimizer.step(closure)
-        for p, q, g in zip(theirs, judge, grads, strict=True):
+        for p, q, g in zip(theirs, float64, grads, strict=True):
             p.grad, q.grad = g.clone(), g.double()
         plain.step(), exact.step()
     ulp = torch.finfo(dtype).eps
-    for p, q, r in zip(mine, theirs, judge, strict=True):
+    for p, q, r in zip(mine, theirs, float64, strict=True):
         error, torchs = (p.detach().double() - r).abs().max(), (q.detach().double() - r).abs().max()
         assert error <= 2 * torchs + ulp * r.abs().max(), f"{error:.3g} against torch's own {torchs:.3g}"
 
@@ -257,15 +257,15 @@ def test_a_base_instance_that_has_been_training_goes_on():
     base = SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         base.step(closure_of(base, regression(model, x, y)))
-    judge = Gam64([{"params": list(model.parameters()), "rho": 0.1, "lr": 0.1, "momentum": 0.9}], alpha=0.7)
-    for p, state in zip(model.parameters(), judge.state, strict=True):
+    float64 = Gam64([{"params": list(model.parameters()), "rho": 0.1, "lr": 0.1, "momentum": 0.9}], alpha=0.7)
+    for p, state in zip(model.parameters(), float64.state, strict=True):
         state["m"] = base.state[p]["momentum_buffer"].clone()
     optimizer = FusedGAM(None, base, **SETTINGS["finite_difference"])
     kept = [bits(base.state[p]["momentum_buffer"]) for p in model.parameters()]
     for _ in range(2):
         optimizer.step(closure_of(optimizer, regression(model, x, y)))
-        judge.step(functional_loss(model, x, y))
-    close(list(model.parameters()), judge.theta, 1e-9)
+        float64.step(functional_loss(model, x, y))
+    close(list(model.parameters()), float64.theta, 1e-9)
     assert all(
         not torch.equal(bits(base.state[p]["momentum_buffer"]), k) for p, k in zip(model.parameters(), kept, strict=True)
     )

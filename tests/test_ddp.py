@@ -127,7 +127,7 @@ def test_global_mode_equals_one_process_on_the_whole_batch(backend, views):
 
 
 def _local_against_float64(rank, backend):
-    """Each rank's own d, by the float64 judge on that rank's half, averaged; then the base's update, everywhere."""
+    """Each rank's own d, by `Gam64` on that rank's half, averaged; then the base's update, everywhere."""
     x, y = batch(dtype=torch.float64)
     halves = [(x[r::2], y[r::2]) for r in range(2)]
     for method, base, options in [
@@ -144,8 +144,8 @@ def _local_against_float64(rank, backend):
         for _ in range(3):
             optimizer.step(closure_of(optimizer, regression(model, *halves[rank])))
             groups = [{"params": list(twin.parameters()), "rho": SETTINGS[method]["rho"]}]
-            judges = [Gam64(groups, method=method, **settings) for _ in halves]
-            directions = [j.direction(functional_loss(twin, *half)) for j, half in zip(judges, halves, strict=True)]
+            exact = [Gam64(groups, method=method, **settings) for _ in halves]
+            directions = [j.direction(functional_loss(twin, *half)) for j, half in zip(exact, halves, strict=True)]
             for p, *ds in zip(twin.parameters(), *directions, strict=True):
                 p.grad = (ds[0] + ds[1]) / 2
             norm = nn.utils.clip_grad_norm_(twin.parameters(), options.get("max_grad_norm", float("inf")))
@@ -153,7 +153,7 @@ def _local_against_float64(rank, backend):
             seen = optimizer.diagnostics()
             assert seen["direction_norm"].item() == pytest.approx(expected, rel=1e-4)
             if method == "accelerated":  # of this rank
-                own = judges[rank]
+                own = exact[rank]
                 cosine = own.dot(own.minus, own.plus) / (own.dot(own.plus, own.plus) * own.dot(own.minus, own.minus)) ** 0.5
                 assert seen["cosine"].item() == pytest.approx(cosine, rel=1e-6)
             plain.step()

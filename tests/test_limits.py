@@ -169,14 +169,14 @@ def test_a_foreign_base_is_fed_the_direction(base, method):
     x, y = batch(dtype=torch.float64)
     settings = dict(SETTINGS[method])
     groups = [{"params": list(model.parameters()), "rho": settings.pop("rho")}]
-    judge = Gam64(groups, method=method, base=FOREIGN[base], max_grad_norm=0.05, **settings)
+    float64 = Gam64(groups, method=method, base=FOREIGN[base], max_grad_norm=0.05, **settings)
     loss_fn = functional_loss(model, x, y)
     optimizer = FusedGAM(model.parameters(), FOREIGN[base], method=method, max_grad_norm=0.05, **SETTINGS[method])
     closure = closure_of(optimizer, regression(model, x, y))
     for _ in range(5):
         optimizer.step(closure)
-        judge.step(loss_fn)
-    close(list(model.parameters()), judge.theta, 1e-9)
+        float64.step(loss_fn)
+    close(list(model.parameters()), float64.theta, 1e-9)
 
 
 @pytest.mark.parametrize("interval", [1, 2, 5])

@@ -45,7 +45,7 @@ class Branching:
         name = base if base != "foreign" else lambda groups: kind(groups, **options)
         settings = dict(SETTINGS[method])
         common = {"rho": settings.pop("rho"), **(options if base != "foreign" else {})}
-        self.judge = Gam64([{**g, **common} for g in groups], method=method, base=name, **settings)
+        self.float64 = Gam64([{**g, **common} for g in groups], method=method, base=name, **settings)
 
     @staticmethod
     def loss(params, used):
@@ -64,7 +64,7 @@ class Branching:
     def step(self):
         self.count = 0
         self.optimizer.step(self.closure)
-        self.judge.step(lambda params, k: self.loss(params, k in self.used))
+        self.float64.step(lambda params, k: self.loss(params, k in self.used))
 
 
 @pytest.mark.parametrize("backend", backend_params())
@@ -76,7 +76,7 @@ def test_missing_counts_as_zero(method, k, only, base, backend):
     task = Branching(method, base, {k} if only else everywhere - {k}, backend)
     for _ in range(3):
         task.step()
-    close([task.main, task.extra, task.twin], task.judge.theta, 1e-9)
+    close([task.main, task.extra, task.twin], task.float64.theta, 1e-9)
     assert not task.optimizer.skipped_steps
 
 
@@ -91,7 +91,7 @@ def test_missing_in_every_pass_leaves_the_parameter_alone(method, base, backend)
     after = weights(task.optimizer)
     same(after[1:], before[1:])
     assert not torch.equal(after[0], before[0])
-    close([task.main], task.judge.theta[:1], 1e-9)
+    close([task.main], task.float64.theta[:1], 1e-9)
     state = task.optimizer.state_dict()["state"]
     assert list(state) == [0]
 
@@ -125,7 +125,7 @@ def test_state_of_a_parameter_that_pauses_stays(method, base):
         if not used:
             after = task.optimizer.state_dict()["state"][1]
             assert all(torch.equal(torch.as_tensor(after[key]), torch.as_tensor(frozen[key])) for key in frozen)
-    close([task.main, task.extra, task.twin], task.judge.theta, 1e-9)
+    close([task.main, task.extra, task.twin], task.float64.theta, 1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -136,7 +136,7 @@ def test_appears_late(method):
         task.step()
         task.used = set(range(PASSES[method]))
         task.step(), task.step()
-        close([task.main, task.extra, task.twin], task.judge.theta, 1e-9, base)
+        close([task.main, task.extra, task.twin], task.float64.theta, 1e-9, base)
 
 
 @pytest.mark.parametrize("method", METHODS)
