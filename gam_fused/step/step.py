@@ -1,90 +1,31 @@
 """One step: passes, ascents between them, and one update at the end, on every block.
 
 `methods` says which of them a method makes. Here is no formula (those are the backends') and no coefficient (those are the
-methods').
+methods'). The update guards the combined direction d, averages it where it has to be, and gives it to the base optimizer.
 """
 
 from __future__ import annotations
 
+import warnings
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
 
-from gam_fused.backends.operands import Perturb, SquaredNorm
+from gam_fused import torch_private
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Restore
 from gam_fused.backends.tensor_lists import EMPTY
-from gam_fused.constants import GUARD
-from gam_fused.step import update
+from gam_fused.constants import GUARD, Control
+from gam_fused.memory import gradients
+from gam_fused.parallel import dtensor
+from gam_fused.step.ascents import Ascents
+from gam_fused.step.averaging import average_direction
 from gam_fused.step.direction import Direction, Lists
-from gam_fused.step.passes import Passes
 
 
-class Step(Passes):
+class Step(Ascents):
     """One `step(closure)`: the passes, and what is done with their gradients. Made and used under `torch.no_grad`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        for block in self.blocks:
-            block.backed_up = False
-
-    def ascend(
-        self, ascent: int, x: Lists, *, minus: Lists | None = None, fold: Lists | None = None, oracle: bool = False
-    ) -> Lists | None:
-        """theta <- base + radius * (x - minus) / |x - minus|.
-
-        `ascent` 0 and 1 start from the weights before the step, 2 from where the last one led. The first to run also backs
-        theta up. With `fold`, that list becomes FOLD_0 * fold + FOLD_2 * x, and is returned as what `update` takes as
-        `folded`.
-        """
-        self.reduce_norm(ascent, x, minus)
-        folded = self._foldable(fold, x) if fold else None
-        for i, b in enumerate(self.blocks):
-            b.kernels.perturb_(
-                Perturb(
-                    layout=b.layout,
-                    theta=b.theta,
-                    base=b.backup if b.backed_up and ascent < 2 else EMPTY,
-                    x=x[i],
-                    y=minus[i] if minus else EMPTY,
-                    folded=folded[i] if folded else EMPTY,
-                    backup=EMPTY if b.backed_up else b.backup,
-                    coefficients=b.shared.tables["oracle" if oracle else "method"],
-                    partials=b.shared.part("partials", ascent, 2),
-                    control=b.control,
-                    realised=b.part("realised", ascent),
-                    ascent=ascent,
-                    adaptive=self.settings.adaptive,
-                )
-            )
-            b.backed_up = True
-        if not oracle:
-            self.record.ascents.append(ascent)
-        return folded
-
-    def reduce_norm(self, slot: int, x: Lists, minus: Lists | None = None) -> None:
-        """Partial sums of |x - minus|^2 into a slot; of the weighted ones where `adaptive`, but for the guard."""
-        for i, b in enumerate(self.blocks):
-            weight = EMPTY
-            if self.settings.adaptive and slot != GUARD:
-                weight = b.backup if b.backed_up and slot < 2 else b.theta
-            y = minus[i] if minus else EMPTY
-            b.kernels.squared_norm(
-                SquaredNorm(layout=b.layout, x=x[i], y=y, weight=weight, partials=b.part("partials", slot, 2))
-            )
-        self.plan.share(slot, 2)
-
-    def accumulator(self, lists: Lists) -> Lists:
-        """`lists` as what `update` takes as `folded`: in float32 where they are of lower precision."""
-        return [b.accumulator(lst) for b, lst in zip(self.blocks, lists, strict=True)]
-
-    def _foldable(self, fold: Lists, x: Lists) -> Lists:
-        """`fold`, with zeros where a gradient was missing there but is not in `x`."""
-        for lst, other in zip(fold, x, strict=True):
-            if lst.complete:
-                continue
-            for i, (mine, theirs) in enumerate(zip(lst.tensors, other.tensors, strict=True)):
-                if mine is None and theirs is not None:
-                    lst.replace(i, torch.zeros_like(theirs))
-        return self.accumulator(fold)
 
     def update(
         self,
@@ -99,4 +40,125 @@ class Step(Passes):
 
         `guard_direction`: `folded` may hold what is not finite without a reduction having seen it.
         """
-        update.update(self, Direction(last, g1, folded, table), guard_direction=guard_direction)
+        d = Direction(last, g1, folded, table)
+        session, blocks = self.session, self.blocks
+        self.plan.check_in_place(session.param_groups)  # once, after all passes: it takes a while
+        if not self.record.ascents and not blocks[0].backed_up:
+            for b in blocks:
+                b.set(Control.FOUND_INF, 0.0)
+        if d.g1 or (d.folded and (guard_direction or self.settings.max_grad_norm)):
+            self._reduce_direction(d)
+        else:
+            self.reduce_norm(GUARD, d.last)
+        if session.replicas and session.replicas.local:
+            if d.g1:
+                self.record.extras["products"] = blocks[0].shared.partials[GUARD].sum(1)
+            d = average_direction(session.replicas, blocks, d, self.seen)
+            self.reduce_norm(GUARD, d.last)
+        self._fill_in(d)
+        if self.fused:
+            self._apply_fused(d)
+        else:
+            self._apply_foreign(d)
+
+    def _reduce_direction(self, d: Direction) -> None:
+        for i, b in enumerate(self.blocks):
+            b.kernels.direction_products(
+                DirectionProducts(
+                    layout=b.layout,
+                    g1=d.g1[i] if d.g1 else EMPTY,
+                    last=d.last[i],
+                    folded=d.folded[i] if d.folded else EMPTY,
+                    coefficients=b.shared.tables[d.table],
+                    partials=b.part("partials", GUARD, d.rows),
+                )
+            )
+        self.plan.share(GUARD, d.rows)
+
+    def _fill_in(self, d: Direction) -> None:
+        """A parameter that had a gradient in any pass, but has none in the lists of the update, gets a zero there.
+
+        For a base optimizer that is not fused it must be in `last`, in whose memory it gets d.
+        """
+        for i, (b, seen) in enumerate(zip(self.blocks, self.seen, strict=True)):
+            last = d.last[i]
+            if not last.complete and any(map(is_, last.tensors, repeat(None))):
+                lists = d.of(i) if self.fused else [last]
+                for j in range(len(b.params)):
+                    if seen[j] and all(lst.tensors[j] is None for lst in lists):
+                        last.replace(j, b.zeros(j))
+
+    def _apply_fused(self, d: Direction) -> None:
+        session = self.session
+        base: Any = self.fused
+        for b, mask in zip(self.blocks, self.seen, strict=True):
+            b.state.ensure(base, self.plan.state_keys, session.state, session.param_groups, mask)
+        for i, b in enumerate(self.blocks):
+            state1, state2, state3 = b.state.lists
+            b.kernels.combined_update_(
+                CombinedUpdate(
+                    layout=b.layout,
+                    theta=b.theta,
+                    backup=b.backup if b.backed_up else EMPTY,
+                    g1=d.g1[i] if d.g1 else EMPTY,
+                    last=d.last[i],
+                    folded=d.folded[i] if d.folded else EMPTY,
+                    state1=state1,
+                    state2=state2,
+                    state3=state3,
+                    steps=b.state.steps,
+                    coefficients=b.shared.tables[d.table],
+                    partials=b.shared.part("partials", GUARD, d.rows),
+                    control=b.control,
+                    direction=b.part("direction"),
+                    algorithm=int(base.algorithm),
+                )
+            )
+            b.backed_up = False
+        torch_private.note_step_of_base(session.base)
+
+    def _apply_foreign(self, d: Direction) -> None:
+        """d into `p.grad`, then `base.step()`: a plain optimizer must be asked on the host whether to run at all."""
+        session = self.session
+        for i, b in enumerate(self.blocks):
+            b.kernels.combine_(
+                Combine(
+                    layout=b.layout,
+                    out=d.last[i],
+                    g1=d.g1[i] if d.g1 else EMPTY,
+                    last=d.last[i],
+                    folded=d.folded[i] if d.folded else EMPTY,
+                    coefficients=b.shared.tables[d.table],
+                    partials=b.shared.part("partials", GUARD, d.rows),
+                    control=b.control,
+                    direction=b.part("direction"),
+                )
+            )
+            if b.backed_up:
+                b.kernels.restore_(Restore(layout=b.layout, theta=b.theta, backup=b.backup))
+        if session.skipped:
+            return
+        for b, lst in zip(self.blocks, d.last, strict=True):
+            b.state.drop_unstarted(session.state)
+            for p, direction in zip(b.params, lst.tensors, strict=True):
+                p.grad = dtensor.like(direction, p) if b.sharded and direction is not None else direction
+            b.backed_up = False  # the base optimizer's step is not undone
+        self.settle()
+        _step_base(session.base)
+        gradients.clear(self.plan.params)
+
+
+def _step_base(base: torch.optim.Optimizer) -> None:
+    try:
+        with torch_private.global_step_hooks_called():
+            base.step()
+    except BaseException as error:
+        note = (
+            f"FusedGAM: {type(base).__name__}.step failed after all passes had been made. Weights and optimizer state "
+            "are as it left them: parameters that it had updated stay updated, in both"
+        )
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:  # Python 3.10
+            warnings.warn(note, stacklevel=2)
+        raise
