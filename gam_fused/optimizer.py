@@ -380,10 +380,15 @@ class FusedGAM(Optimizer):
             raise RuntimeError(
                 "load_state_dict was called during a step of the optimizer, from its closure or another thread"
             )
-        state_dict = torch_private.before_load(self, state_dict)
-        with checkpoint.loading(self.session, self.settings, _method(self.settings), state_dict) as loaded:
-            self.settings = loaded
-            torch_private.after_load(self)
+        state_dict, before = torch_private.before_load(self, state_dict), self.settings
+        with Interrupts():
+            try:
+                with checkpoint.loading(self.session, before, _method(before), state_dict) as loaded:
+                    self.settings = loaded
+                    torch_private.after_load(self)
+            except BaseException:
+                self.settings = before
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: everything but hooks, as torch.optim has it, and what is built anew from the rest."""

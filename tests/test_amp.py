@@ -383,3 +383,15 @@ def test_low_precision_weights_keep_the_hessian_vector_product(dtype, rho_prime)
     cosine, scale = cosine_and_scale(nearest)
     assert cosine < 0.94, f"round to nearest would do: cosine {cosine:.3f}"
     assert scale < 0.8, f"round to nearest would do: scale {scale:.3f}"
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exact"])
+def test_diagnostics_are_unscaled(method):
+    told = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = mlp(torch.float64)
+        optimizer, _ = trainer(method, model, lambda: None, grad_scaler=scaler)
+        optimizer.step(regression(model, *batch(dtype=torch.float64)))
+        told.append(optimizer.diagnostics())
+    for name, value in told[0].items():
+        assert told[1][name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name

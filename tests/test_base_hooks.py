@@ -170,3 +170,20 @@ def test_a_scheduler_of_the_base_does_not_warn(recwarn):
                 scheduler.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 16)
     assert not [str(w.message) for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_state_of_a_skipped_step_is_not_the_first_momentum_of_one_with_hooks():
+    """The skipped, fused step made a momentum of zeros; torch, which would have made none, starts with d itself."""
+    model, twin = mlp(torch.float64), mlp(torch.float64)
+    x, y = batch(dtype=torch.float64)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    optimizer = make(model.parameters(), SGD, "finite_difference", alpha=0.0, **options)
+    optimizer.step(lambda: regression(model, x, y)() * float("nan"))
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: None)
+    plain = SGD(twin.parameters(), **options)
+    for _ in range(2):
+        optimizer.step(regression(model, x, y))
+        plain.zero_grad()
+        regression(twin, x, y)().backward()
+        plain.step()
+    close(list(model.parameters()), [p.detach() for p in twin.parameters()], 1e-12)

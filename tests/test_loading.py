@@ -250,3 +250,24 @@ def test_what_a_failing_load_has_put_into_the_base_is_taken_out():
     assert not hasattr(base, "loaded")
     assert base.param_groups is groups
     same(everything(optimizer), before)
+
+
+def test_a_hook_that_fails_after_a_load_leaves_the_counters():
+    model = mlp()
+    optimizer, closure = trainer("finite_difference", model, regression(model, *batch()))
+    optimizer.step(lambda: closure() * float("nan"))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for _ in range(3):
+        optimizer.step(closure)
+    optimizer.alpha = 0.9
+    before = freeze(optimizer.state_dict())
+
+    def fails(_):
+        raise ValueError("after the load")
+
+    handle = optimizer.register_load_state_dict_post_hook(fails)
+    with pytest.raises(ValueError, match="after the load"):
+        optimizer.load_state_dict(saved)
+    handle.remove()
+    same(freeze(optimizer.state_dict()), before)
+    assert (optimizer.session.steps_taken, optimizer.alpha) == (4, 0.9)

@@ -223,3 +223,38 @@ def test_grad_scaler_scales_and_backs_off(method, backward):
     assert int(optimizer.skipped_steps) == 1
     assert scaler.get_scale() == 512.0
     closure_of(optimizer, loss_fn, backward=False)
+
+
+def test_a_plain_step_after_a_skipped_one_is_made():
+    model = mlp()
+    optimizer = make(model.parameters(), interval=2, model=model)
+    loss_fn = regression(model, *batch())
+    calls = []
+
+    def second_pass_is_infinite():
+        calls.append(1)
+        return loss_fn() * (float("inf") if len(calls) == 2 else 1.0)
+
+    before = weights(optimizer)
+    optimizer.step(second_pass_is_infinite)
+    same(weights(optimizer), before)
+    optimizer.step(loss_fn)
+    assert not all(torch.equal(a, b) for a, b in zip(weights(optimizer), before, strict=True))
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("change", ["a new group", "a frozen parameter", "perturb"])
+def test_counts_go_on_where_the_groups_change(change):
+    model, other = mlp(), torch.nn.Parameter(torch.ones(2))
+    optimizer = make(model.parameters(), model=model)
+    optimizer.step(lambda: regression(model, *batch())() * float("nan"))
+    optimizer.step(regression(model, *batch()))
+    if change == "a new group":
+        optimizer.add_param_group({"params": [other]})
+    elif change == "a frozen parameter":
+        model[0].bias.requires_grad_(False)
+    else:
+        optimizer.param_groups[0]["perturb"] = False
+    optimizer.step(regression(model, *batch()))
+    assert optimizer.skipped_steps == 1
+    assert optimizer.state_dict()["param_groups"][0]["gam"]["noise_step"] == 3

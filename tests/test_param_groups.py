@@ -93,3 +93,31 @@ def test_the_examples(name, options):
     if name == "compiled" and torch.cuda.is_available():
         options = {}
     assert importlib.import_module(f"examples.loops.{name}").train(epochs=4, limit=256, **options) > 0.4
+
+
+def test_an_entry_that_goes_missing_comes_back_with_the_value_it_had():
+    model = mixed_net()
+    optimizer = make(model.parameters(), rho=0.3, model=model)
+    closure = closure_of(optimizer, regression(model, *batch()))
+    optimizer.param_groups[0]["rho"] = 0.2
+    optimizer.step(closure)
+    del optimizer.param_groups[0]["rho"]
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["rho"] == 0.2
+
+
+def test_perturb_can_be_changed_between_steps():
+    model = mixed_net().eval()
+    optimizer = make([{"params": model[0].parameters()}, {"params": model[4].parameters()}], model=model, lr=0.0)
+    points, loss_fn = [], regression(model, *batch())
+
+    def closure():
+        points.append([p.detach().clone() for p in (model[0].weight, model[4].weight)])
+        return loss_fn()
+
+    for perturb in (True, False, True):
+        optimizer.param_groups[1]["perturb"] = perturb
+        points.clear()
+        optimizer.step(closure)
+        assert not torch.equal(points[1][0], points[0][0])
+        assert torch.equal(points[1][1], points[0][1]) is not perturb

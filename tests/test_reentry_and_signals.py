@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from gam_helpers import METHODS, backend_params, batch, freeze, make, mlp, regression, same, weights
+from gam_helpers import METHODS, backend_params, batch, freeze, make, mlp, regression, same, trainer, weights
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -411,3 +412,24 @@ def test_a_step_in_inference_mode_is_refused_and_spoils_nothing():
     before = weights(optimizer)
     optimizer.step(loss)
     assert not torch.equal(weights(optimizer)[0], before[0])
+
+
+def test_a_signal_during_a_load_waits_for_its_end():
+    """Between the base optimizer's state and GAM's own entries, a handler that raises would leave one without the other."""
+    model = mlp()
+    optimizer, closure = trainer("sam", model, regression(model, *batch()))
+    optimizer.step(closure)
+    saved = copy.deepcopy(optimizer.state_dict())
+    original, told = optimizer.base_optimizer.load_state_dict, []
+
+    def interrupted(state_dict):
+        original(state_dict)
+        signal.raise_signal(signal.SIGINT)
+        told.append("the load went on")
+
+    optimizer.base_optimizer.load_state_dict = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(saved)
+    assert told
+    optimizer.base_optimizer.load_state_dict = original
+    same(freeze(optimizer.state_dict()), freeze(saved))

@@ -22,7 +22,6 @@ from gam_fused.parallel.dtensor import local
 from gam_fused.settings import SCHEDULED, Settings
 from gam_fused.step.method import Method
 from gam_fused.step.session import Session
-from gam_fused.transaction.interrupts import Interrupts
 
 _COUNTERS = ("steps_taken", "skipped_steps", "noise_step")
 
@@ -62,21 +61,20 @@ def loading(session: Session, settings: Settings, method: Method, state_dict: di
     session.entries.complete()
     groups = _with_entries(saved, session.entries.present(), own_method=not extra or _is_of(settings, extra))
     undo: Callable[[], None] | None = None
-    with Interrupts():
-        try:
-            check_state(session.base, session.fused, session.param_groups, state_dict, saved)
-            session.base.load_state_dict({**state_dict, "param_groups": groups})
-            session.entries.enter(groups)
-            told = replace(settings, **loaded.scheduled) if loaded else settings
-            session.tables(told, method)  # raises for numbers that cannot be
-            if loaded:
-                undo = session.restart(loaded.steps_taken, loaded.counters)
-            yield told
-        except BaseException:
-            if undo:
-                undo()
-            before.put_back()
-            raise
+    try:
+        check_state(session.base, session.fused, session.param_groups, state_dict, saved)
+        session.base.load_state_dict({**state_dict, "param_groups": groups})
+        session.entries.enter(groups)
+        told = replace(settings, **loaded.scheduled) if loaded else settings
+        session.tables(told, method)  # raises for numbers that cannot be
+        if loaded:
+            undo = session.restart(loaded.steps_taken, loaded.counters)
+        yield told
+    except BaseException:
+        if undo:
+            undo()
+        before.put_back()
+        raise
 
 
 @dataclass(frozen=True)
