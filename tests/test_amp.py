@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gam_helpers import EVERY_PASS, METHODS, batch, frozen_without_counters, make, mlp, regression, same, weights
+from gam_helpers import EVERY_PASS, METHODS, batch, frozen_without_counters, make, mlp, regression, same, trainer, weights
 from torch import nn
 from torch.func import functional_call
 

@@ -324,3 +324,24 @@ def test_parameters_cut_or_turned_in_their_memory(backend):
             optimizer.step(lambda p=p, factor=factor: (factor * p**2).sum())
             results.append(p.detach().contiguous())
         torch.testing.assert_close(*results)
+
+
+def test_errors_name_the_device_of_the_parameter():
+    optimizer = make([torch.nn.Parameter(torch.zeros(2, device="meta"))])
+    with pytest.raises(
+        RuntimeError, match=r"parameter 0 of group 0 \(shape \(2,\), torch.float32, meta\) is on the meta device"
+    ):
+        optimizer.step(lambda: None)
+
+
+def test_a_parameter_that_the_closure_unfreezes_is_named():
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    optimizer = make(model.parameters())
+
+    def closure():
+        model[0].bias.requires_grad_(True)
+        return regression(model, *batch())()
+
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 \(.*\) require a gradient, which it did not before"):
+        optimizer.step(closure)

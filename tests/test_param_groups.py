@@ -112,7 +112,7 @@ def test_perturb_can_be_changed_between_steps():
     points, loss_fn = [], regression(model, *batch())
 
     def closure():
-        points.append([p.detach().clone() for p in (model[0].weight, model[4].weight)])
+        points.append([torch.cat([p.detach().flatten() for p in model[i].parameters()]) for i in (0, 4)])
         return loss_fn()
 
     for perturb in (True, False, True):
@@ -121,3 +121,5 @@ def test_perturb_can_be_changed_between_steps():
         optimizer.step(closure)
         assert not torch.equal(points[1][0], points[0][0])
         assert torch.equal(points[1][1], points[0][1]) is not perturb
+        counted = [b - a for a, b in zip(*points[:2], strict=True)][: 2 if perturb else 1]
+        assert torch.cat(counted).norm().item() == pytest.approx(optimizer.rho_prime, rel=1e-4)
