@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
@@ -395,6 +396,12 @@ class FusedGAM(Optimizer):
         # "step": LR schedulers wrap it per instance.
         return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
 
+    def __copy__(self) -> FusedGAM:
+        """One that steps the same base optimizer, with counters of its own."""
+        other = type(self).__new__(type(self))
+        other.__setstate__({**self.__getstate__(), "session": copy.copy(self.session)})
+        return other
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         of_base: dict[str, Any] = {key: state[key] for key in ("state", "param_groups") if key in state}
         super().__setstate__({key: value for key, value in state.items() if key not in of_base})
@@ -451,10 +458,11 @@ def _method(settings: Settings) -> Method:
     return METHODS[settings.method]
 
 
-def _as_generators(generators: Sequence[Any]) -> tuple[Any, ...]:
+def _as_generators(generators: Iterable[Any]) -> tuple[Any, ...]:
+    generators = tuple(generators)
     for generator in generators:
         source_of(generator)  # raises
-    return tuple(generators)
+    return generators
 
 
 def _as_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:

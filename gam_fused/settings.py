@@ -103,6 +103,9 @@ class Settings:
             )
         if self.sam_rho is not None and self.oracle != "sam":
             raise ValueError(f"sam_rho={self.sam_rho!r} goes with oracle='sam', but oracle={self.oracle!r}")
+        for name in takes.names:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None, but method={self.method!r} needs it: set it before the step")
         one_of("oracle", self.oracle, ORACLES)
         one_of("perturb_sync", self.perturb_sync, PERTURB_SYNC)
         return replace(
@@ -128,6 +131,11 @@ class Settings:
             return None
         radius: float = self.rho_prime if self.sam_rho is None else self.sam_rho
         return radius
+
+    @property
+    def oracle_is_off_the_probe(self) -> bool:
+        """Whether the SAM oracle's ascent is not the finite difference's own first one, so that it costs a pass."""
+        return self.oracle_radius is not None and self.oracle_radius != self.rho_prime
 
     @cached_property
     def _constants(self) -> list[Any] | None:

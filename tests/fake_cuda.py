@@ -33,7 +33,7 @@ class Watch(TorchDispatchMode):
     """Notes what waits for the device, and how many kernels are launched.
 
     Attributes:
-        waits: "engine.py:228: aten.copy_.default ...", one for each wait.
+        waits: "step/passes.py:228: aten.copy_.default ...", one for each wait.
         launches: launches of each line of the package and operator.
     """
 

@@ -124,6 +124,8 @@ def test_other_parameters_state_or_modules_capture_anew(captured):
 def test_diagnostics_tell_of_the_replayed_step(captured):
     captured(batch()[0])
     captured.optimizer.rho_prime = 0.5
+    captured.optimizer.param_groups[0]["rho"] = 0.75
     captured(batch()[0])
+    assert captured.optimizer.session.last.rho == 0.75
     assert captured.optimizer.session.last.settings.rho_prime == 0.5
     assert captured.optimizer.session.steps_taken == 3

@@ -69,9 +69,9 @@ def test_without_a_full_gain_there_is_no_part_of_it(full_gain):
     [(0.6, 0.9, "confirmed"), (0.2, 0.4, "refuted"), (0.4, 0.6, "not decided"), (math.nan, math.nan, "not decided")],
 )
 def test_a_part_of_the_claim_is_judged_by_the_whole_interval(low, high, verdict):
-    assert report.judge(low, high, 0.5, above=True) == verdict
+    assert report.verdict_of(low, high, 0.5, above=True) == verdict
     opposite = {"confirmed": "refuted", "refuted": "confirmed"}.get(verdict, verdict)
-    assert report.judge(low, high, 0.5, above=False) == opposite
+    assert report.verdict_of(low, high, 0.5, above=False) == opposite
 
 
 def test_ratios_of_times_are_taken_within_a_round():

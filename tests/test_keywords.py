@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from dataclasses import fields
@@ -11,7 +12,7 @@ import torch
 from gam_helpers import backend_params
 from torch.optim import SGD, Adadelta, Adam, AdamW, RMSprop
 
-from gam_fused import FusedGAM, FusedSAM
+from gam_fused import FusedGAM, FusedSAM, backends
 from gam_fused.methods import METHODS, TAKES
 from gam_fused.schedules import ProportionalRho
 from gam_fused.settings import OF_METHODS, Settings
@@ -188,3 +189,71 @@ def test_a_method_says_all_that_there_is_to_it():
         settings = Settings(method=name).resolved(TAKES)
         assert set(method.takes.names) == {n for n in OF_METHODS if getattr(settings, n) is not None}
         assert method.coefficients(settings, 0.1) != Coefficients()
+
+
+def test_generators_may_come_as_any_iterable():
+    generator = torch.Generator()
+    optimizer = FusedGAM([torch.zeros(2, requires_grad=True)], lr=0.1, generators=iter([generator]))
+    assert optimizer.generators == (generator,)
+    optimizer.generators = (g for g in [generator])
+    assert optimizer.generators == (generator,)
+
+
+def test_a_factory_that_takes_all_keywords_may_know_those_of_other_implementations():
+    told = {}
+
+    def factory(params, **options):
+        told.update(options)
+        return SGD(params, lr=options["lr"])
+
+    FusedGAM([torch.zeros(2, requires_grad=True)], factory, lr=0.1, epsilon=1e-6, max_norm=3)
+    assert told == {"lr": 0.1, "epsilon": 1e-6, "max_norm": 3}
+
+
+@pytest.mark.parametrize(("method", "name"), [("gradient_penalty", "rho_prime"), ("gsam", "alpha"), ("accelerated", "beta")])
+def test_a_method_that_is_switched_to_names_what_it_lacks(method, name):
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = FusedGAM([p], lr=0.1, method="finite_difference" if name == "beta" else "sam")
+    optimizer.method = method
+    with pytest.raises(ValueError, match=rf"(rho_prime|{name}|gamma|alpha)=None, but method='{method}' needs it"):
+        optimizer.step(lambda: p.sum())
+
+
+def test_a_backend_that_is_changed_between_steps_is_the_one_that_runs():
+    p = torch.ones(2, requires_grad=True)
+    optimizer = FusedGAM([p], lr=0.1, backend="torch")
+    optimizer.step(lambda: p.square().sum())
+    optimizer.backend = "reference"
+    optimizer.step(lambda: p.square().sum())
+    assert optimizer.session.plan.blocks[0].kernels is backends._BACKENDS["reference"][0]
+    optimizer.backend = "nonsense"
+    with pytest.raises(ValueError, match="backend='nonsense'"):
+        optimizer.step(lambda: p.square().sum())
+    optimizer.backend, optimizer.perturb_sync = "auto", "local"
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        optimizer.step(lambda: p.square().sum())
+
+
+def test_a_shallow_copy_counts_by_itself():
+    p = torch.ones(2, requires_grad=True)
+    optimizer = FusedGAM([p], lr=0.1)
+    optimizer.step(lambda: p.square().sum())
+    other = copy.copy(optimizer)
+    other.step(lambda: p.square().sum())
+    assert (optimizer.session.steps_taken, other.session.steps_taken) == (1, 2)
+    assert other.base_optimizer is optimizer.base_optimizer
+
+
+def test_a_copy_around_a_base_that_does_not_copy_its_hooks():
+    class Wrapper(SGD):
+        def __getstate__(self):
+            return {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+
+        def __setstate__(self, state):
+            self.__dict__.update(state)
+
+    p = torch.ones(2, requires_grad=True)
+    other = copy.deepcopy(FusedGAM([p], Wrapper, lr=0.1))
+    q = other.param_groups[0]["params"][0]
+    other.step(lambda: q.square().sum())
+    assert not torch.equal(p, q)

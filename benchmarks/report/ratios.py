@@ -48,7 +48,7 @@ def beyond_passes(row: Row) -> Ratio | None:
 
 
 def share_of_yardstick(row: Row, yardstick: Row) -> Ratio | None:
-    """Bytes per second over the yardstick's, of a kernel (its bytes are known) or a step (by DESIGN's counts of traffic).
+    """Bytes per second over the yardstick's, of a kernel (its bytes are known) or a step (by docs/design.md's counts).
 
     None where nothing is known, and below a million elements, which tell of launches rather than of memory.
     """

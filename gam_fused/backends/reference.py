@@ -6,6 +6,7 @@ No kernel allocates storage for its results, and none asks the host anything on 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def perturb_(o: Perturb) -> None:
     """
     total = o.partials.sum(1)
     stay = bool(stays(total, o.ascent, o.control))
-    scales = ascent_scales(o.coefficients, total, o.control, o.ascent).tolist()
+    scales = ascent_scales(o.coefficients, total, o.control, o.ascent, _sqrt).tolist()
     key = rounding.key(o.control[Control.NOISE_SEED].item(), o.control[Control.NOISE_STEP].item(), o.ascent)
     o.realised.zero_()
     start = 0
@@ -106,7 +107,7 @@ def combined_update_(o: CombinedUpdate) -> None:
     SGD takes d itself as its first momentum.
     """
     skip = bool(close_step(o.partials, o.control))
-    plus_scale, unscale = (t.item() for t in direction_scale(o.coefficients, o.partials, o.control))
+    plus_scale, unscale = (t.item() for t in direction_scale(o.coefficients, o.partials, o.control, _sqrt))
     o.direction.zero_()
     for i in range(len(o.theta)):
         target = o.theta.tensors[i]
@@ -126,7 +127,7 @@ def combined_update_(o: CombinedUpdate) -> None:
 def combine_(o: Combine) -> None:
     """out <- d, the direction of `combined_update_`, for base optimizers that are not fused; sets the same control slots."""
     close_step(o.partials, o.control)
-    plus_scale, unscale = (t.item() for t in direction_scale(o.coefficients, o.partials, o.control))
+    plus_scale, unscale = (t.item() for t in direction_scale(o.coefficients, o.partials, o.control, _sqrt))
     o.direction.zero_()
     for i in range(len(o.out)):
         if o.out.tensors[i] is None:
@@ -145,6 +146,11 @@ def restore_(o: Restore) -> None:
 
 
 copy_ = restore_
+
+
+def _sqrt(t: Tensor) -> Tensor:
+    """Of one number, rounded as IEEE 754 has it, as C++ does; torch's own may be off by one unit in the last place."""
+    return torch.tensor(math.sqrt(t.item()) if t >= 0 else math.nan, dtype=torch.float64, device=t.device)
 
 
 def _value(lst: TensorList, i: int) -> Any:  # a tensor, or 0.0 where there is none

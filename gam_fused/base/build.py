@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from gam_fused.base.keywords import name_of
+from gam_fused.migration import explain
 
 
 def rho_key(base: Optimizer) -> str:
@@ -41,6 +42,7 @@ def build(
             if "unexpected keyword" in str(error):
                 name = name_of(base_optimizer)
                 hint = "; FusedGAM's own guard of divisions is xi" if "'eps'" in str(error) else ""
+                hint += "".join(f"; {told}" for keyword in keywords if (told := explain(keyword)))
                 raise TypeError(
                     f"neither FusedGAM nor its base optimizer {name} takes this argument: {error}{hint}"
                 ) from error

@@ -52,8 +52,21 @@ def split(
 
 
 def takes(base_optimizer: Any, name: str) -> bool:
-    """Whether a class or factory takes a keyword by that name, as far as its signature tells. An instance takes none."""
-    return callable(base_optimizer) and not isinstance(base_optimizer, Optimizer) and name in _known(base_optimizer)
+    """Whether a class or factory may take a keyword by that name, as far as its signature tells. An instance takes none."""
+    if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+        return False
+    return name in _known(base_optimizer) or _takes_any(base_optimizer)
+
+
+def _takes_any(factory: Any) -> bool:
+    """Whether it takes keywords of all names, and hands them on to what cannot be seen."""
+    if isinstance(factory, functools.partial):
+        return _takes_any(factory.func)
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # no signature to be had
+        return True
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _known(factory: Any) -> set[str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gam_fused.checks import describe, whole
+from gam_fused.checks import describe, one_of, whole
 from gam_fused.graphs.preserve import Preserved
 from gam_fused.graphs.random import GraphRandom
 from gam_fused.methods import METHODS
@@ -133,10 +133,9 @@ class CapturedStep:
 
     def _decides(self, settings: Settings) -> tuple[Any, ...]:
         """What a graph is made for, apart from memory: all settings but the numbers that are read from the device."""
-        oracle_pass = settings.oracle_radius is not None and settings.oracle_radius != settings.rho_prime
         numbers: dict[str, Any] = dict.fromkeys((*SCHEDULED, "rho", "xi", "sam_rho"))
         fixed = replace(settings, **numbers, max_grad_norm=1.0 if settings.max_grad_norm else None)
-        return fixed, oracle_pass, self.optimizer.base_optimizer, list(self.optimizer.session.modules)
+        return fixed, settings.oracle_is_off_the_probe, self.optimizer.base_optimizer, list(self.optimizer.session.modules)
 
     def is_current(self, settings: Settings) -> bool:
         """Whether the graph still is of this optimizer's memory and settings; `optimizer.prepare` has run."""
@@ -162,7 +161,7 @@ class CapturedStep:
                 self._random.align()
             self._graph.replay()
             note_step_of_base(self.optimizer)
-            run.count(session, replace(self._step.record, settings=settings))
+            run.count(session, replace(self._step.record, settings=settings, rhos=run.radii(session)))
             loss: Tensor = self._step.loss.clone()
             return loss
 
@@ -175,6 +174,7 @@ def _replay(optimizer: FusedGAM, captured: CapturedStep, inputs: Sequence[Tensor
 def _check_optimizer(optimizer: FusedGAM) -> torch.device:
     if not isinstance(optimizer, FusedGAM):
         raise TypeError(f"capture_step captures steps of a FusedGAM, not of a {type(optimizer).__name__}")
+    one_of("method", optimizer.method, tuple(METHODS))
     if optimizer.session.fused is None:
         name = type(optimizer.base_optimizer).__name__
         raise ValueError(f"base optimizer {name} waits for the host in every step; use torch's SGD, Adam or AdamW")

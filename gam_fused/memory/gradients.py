@@ -30,21 +30,19 @@ def clear(params: Sequence[Tensor]) -> None:
         p.grad = None
 
 
-def take(
-    params: Sequence[Tensor], strides: Sequence[tuple[int, ...]], dtype: torch.dtype, groups: Groups, *, keep: bool
-) -> TensorList:
+def take(params: Sequence[Tensor], strides: Strides, dtype: torch.dtype, groups: Groups, *, keep: bool) -> TensorList:
     """The gradients of `params`, each `p.grad` left as `None`, in the strides and dtype of its parameter.
 
     The next backward then allocates afresh, and autograd hands its buffer over without adding to it.
 
     Args:
-        strides, dtype: what each gradient's strides and all their dtypes shall be.
+        strides, dtype: what each gradient's strides and number of elements, and all their dtypes, shall be.
         groups: the param groups, for errors.
         keep: whether the gradients will be written to, or read after the next pass. Then one that somebody else still
             holds, itself or its memory, is copied: the next pass would overwrite it, or it would change under its owner.
 
     Raises:
-        RuntimeError: a sparse or complex gradient; names the parameter.
+        RuntimeError: a sparse or complex gradient, or one of a parameter that has been given other memory; names it.
     """
     gradients: list[Any] = [p.grad for p in params]
     for p in params:
@@ -55,6 +53,7 @@ def take(
         gradient, gradients[i] = gradients[i], None
         if gradient is None:
             continue
+        check_size(gradient, p, strides.sizes[i], strides.device, groups)
         try:
             fits = gradient.dtype is dtype and gradient.stride() == stride
         except RuntimeError:  # a sparse tensor has no strides
@@ -70,10 +69,13 @@ class Strides(list[tuple[int, ...]]):
 
     Attributes:
         row_major: whether all are those of contiguous tensors, which is asked faster than equality.
+        sizes: the number of elements of each.
+        device: of all.
     """
 
     def __init__(self, tensors: Iterable[Tensor], dense: bool):
         tensors = list(tensors)
+        self.sizes, self.device = [t.numel() for t in tensors], tensors[0].device
         super().__init__(t.stride() if dense else torch.empty(t.shape, device="meta").stride() for t in tensors)
         self.row_major = not dense or all(t.is_contiguous() for t in tensors)
 
@@ -82,12 +84,14 @@ class Strides(list[tuple[int, ...]]):
 # passes, as nearly all do, needs no look at each.
 
 
-def _all_fit(gradients: list[Any], strides: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
-    """Whether none is missing and all have the wanted dtype and strides."""
+def _all_fit(gradients: list[Any], strides: Strides, dtype: torch.dtype) -> bool:
+    """Whether none is missing and all have the wanted dtype, number of elements and strides. One tells the device of all."""
     try:
-        if set(map(_dtype_of, gradients)) != {dtype}:
+        if set(map(_dtype_of, gradients)) != {dtype} or list(map(_numel_of, gradients)) != strides.sizes:
             return False
-        if getattr(strides, "row_major", False):
+        if gradients[0].device != strides.device:
+            return False
+        if strides.row_major:
             return all(map(_is_contiguous, gradients))
         return list(map(_strides_of, gradients)) == strides
     except (AttributeError, TypeError, RuntimeError):  # None; a sparse tensor
@@ -108,6 +112,16 @@ def fit(gradient: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor
     if gradient.stride() == stride and gradient.dtype is dtype:
         return gradient
     return torch.empty_strided(gradient.shape, stride, dtype=dtype, device=gradient.device).copy_(gradient)
+
+
+def check_size(gradient: Tensor, p: Tensor, size: int, device: torch.device, groups: Groups) -> None:
+    """Raises RuntimeError for a gradient of other memory than the parameter had before the step."""
+    if gradient.numel() != size or gradient.device != device:
+        raise RuntimeError(
+            f"the gradient of {describe(p, groups)} has {gradient.numel()} elements on {gradient.device}, but the parameter "
+            f"had {size} on {device} before the step: the closure gave it other memory by assigning its .data. Do that "
+            "before the step"
+        )
 
 
 def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], dtype: torch.dtype, groups: Groups) -> Tensor:
@@ -133,4 +147,5 @@ def _own_references() -> int:
 
 _OWN_REFERENCES = _own_references()
 _LISTED_REFERENCES = max(map(sys.getrefcount, [torch.empty(0, device="cpu")]))  # of one that only a list holds
-_dtype_of, _strides_of, _is_contiguous = attrgetter("dtype"), torch.Tensor.stride, torch.Tensor.is_contiguous
+_dtype_of, _numel_of = attrgetter("dtype"), torch.Tensor.numel
+_strides_of, _is_contiguous = torch.Tensor.stride, torch.Tensor.is_contiguous

@@ -64,7 +64,7 @@ def _check_kind(p: Tensor, groups: Groups) -> None:
         _check_placements(p, groups)
     elif p.numel() and p.device.type != "meta" and not _address(p):
         raise TypeError(
-            f"{describe(p, groups)} is a {type(p).__name__}, whose elements kernels cannot access.  "
+            f"{describe(p, groups)} is a {type(p).__name__}, whose elements kernels cannot access. "
             "Optimize the tensors that it wraps"
         )
 
@@ -83,7 +83,7 @@ def check_materialized(groups: Groups) -> None:
         for p in group["params"]:
             if p.device.type == "meta":
                 raise RuntimeError(
-                    f"{describe(p, groups)} is on the meta device and has no data: materialize the model  "
+                    f"{describe(p, groups)} is on the meta device and has no data: materialize the model "
                     "(model.to_empty(device=...), then initialize or load it) before the first step"
                 )
 

@@ -16,7 +16,7 @@ from gam_fused.step.step import Step
 def passes(step: Step) -> None:
     settings = step.settings
     g0 = step.gradient("theta", keep=True)  # line 5
-    h_loss, extra = g0, needs_oracle_pass(settings)
+    h_loss, extra = g0, settings.oracle_is_off_the_probe
     if extra:
         step.ascend(0, g0, oracle=True)  # theta + sam_rho g0/|g0|
         h_loss = step.gradient("oracle", keep=True)
@@ -45,11 +45,6 @@ def norms(record: Record) -> dict[str, Tensor]:
         "curvature": record.norm(1) / record.settings.rho_prime,
         "first_order_flatness": record.rho * record.norm(2),
     }
-
-
-def needs_oracle_pass(settings: Settings) -> bool:
-    """With oracle="sam", h_loss = grad L(theta + sam_rho g0/|g0|). At sam_rho == rho' that is g1, and costs no pass."""
-    return settings.oracle_radius is not None and settings.oracle_radius != settings.rho_prime
 
 
 METHOD = Method(

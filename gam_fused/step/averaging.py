@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from gam_fused.backends.operands import Combine
-from gam_fused.backends.tensor_lists import EMPTY, TensorList
+from gam_fused.backends.tensor_lists import EMPTY
 from gam_fused.constants import GUARD, Control
 from gam_fused.memory.blocks import Block
 from gam_fused.parallel.ddp import Exchange, Replicas
-from gam_fused.step.direction import Direction
-
-Lists = list[TensorList]
+from gam_fused.step.direction import Direction, Lists
 
 
 def average(replicas: Replicas, blocks: list[Block], lists: Lists) -> Lists:

@@ -41,7 +41,7 @@ def differentiable_in(result: Any) -> Tensor:
         what = "a tensor without a graph" if isinstance(loss, Tensor) else reprlib.repr(result)
         raise RuntimeError(
             f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return it as a 0-d "
-            "tensor that can be differentiated, alone or as (loss, ...). A loss computed outside of the closure, or under  "
+            "tensor that can be differentiated, alone or as (loss, ...). A loss computed outside of the closure, or under "
             "no_grad, cannot be"
         )
     if loss.numel() != 1:

@@ -23,7 +23,6 @@ class GroupEntries:
         self._base, self.rho_key = base, rho_key
         self.defaults: dict[str, Any] = {rho_key: rho, "perturb": True, "gam": {}}
         self._last: list[dict[str, Any]] = []  # of each group as they last were
-        torch_private.complete(base)
         self.link()
 
     def complete(self) -> None:
@@ -50,6 +49,7 @@ class GroupEntries:
 
     def link(self) -> None:
         """Groups keep them when the base optimizer loads a state dict by itself."""
+        torch_private.complete(self._base)
         reference = weakref.ref(self)
 
         def complete(*_: Any) -> None:

@@ -45,13 +45,19 @@ def count(session: Session, record: Record) -> None:
     session.precision.look(record)
 
 
+def radii(session: Session) -> list[float]:
+    """rho of each perturbed param group, as it stands."""
+    key = session.entries.rho_key
+    return [float(group[key]) for group in session.param_groups if group["perturb"]]
+
+
 def _record(session: Session, settings: Settings, method: Method) -> Record:
-    plan, key = session.plan, session.entries.rho_key
+    plan = session.plan
     return Record(
         settings=settings,
         method=method,
         blocks=plan.blocks,
         shards=plan.shards,
         fsdp_modules=session.fsdp_modules,
-        rhos=[float(group[key]) for group in session.param_groups if group["perturb"]],
+        rhos=radii(session),
     )

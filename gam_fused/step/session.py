@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gam_fused import torch_private
+from gam_fused.backends import check_backend
 from gam_fused.backends.base_optimizers import fused_base
 from gam_fused.backends.tensor_lists import upload
 from gam_fused.checks import are_constants
@@ -83,6 +84,7 @@ class Session:
         self.running = threading.Lock()
         self._flat_buffers: list[Tensor] = []
         self._uploaded: _Uploaded | None = None
+        self._made_for: tuple[Any, ...] = ()  # the settings that the plan was built for
         self._generators: tuple[tuple[Any, ...], Generators] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,8 +138,10 @@ class Session:
         Returns:
             `settings`, checked.
         """
-        if not self.has_plan or not self.plan.is_current(self.param_groups):
+        made_for = (settings.backend, settings.flatten, settings.perturb_sync, method.twice)
+        if not self.has_plan or made_for != self._made_for or not self.plan.is_current(self.param_groups):
             self._rebuild(settings, method)
+            self._made_for = made_for
         uploaded, values = self._uploaded, self._group_values()
         # Types first: a tensor among the values would have to be asked for its own.
         same = uploaded and settings.same_as(uploaded.given) and list(map(type, values)) == uploaded.types
@@ -173,6 +177,8 @@ class Session:
         return values
 
     def _rebuild(self, settings: Settings, method: Method) -> None:
+        settings.checked(method.takes)
+        check_backend(settings.backend)
         self.drop_unstarted()
         self.entries.complete()
         check_materialized(self.param_groups)

@@ -150,8 +150,8 @@ _TWISTER = 625 * 4  # bytes: CPython keeps the position of the Mersenne Twister 
 
 def _twister_of(generator: Any) -> int:
     """Where a `random.Random` keeps its Mersenne Twister; 0 where it does so in another way than CPython's."""
-    header, room = object.__basicsize__, getattr(_random, "Random", object).__basicsize__
-    if type(generator) is not random.Random or room < header + _TWISTER:
+    header, size = object.__basicsize__, getattr(_random, "Random", object).__basicsize__
+    if type(generator) is not random.Random or size < header + _TWISTER:
         return 0
     address = id(generator) + header
     position, *words = struct.unpack("i624I", ctypes.string_at(address, _TWISTER))

@@ -15,7 +15,7 @@ RATIO, MOST, EXTRA_COST = 0.1, 0.5, 0.25
 Row = dict[str, Any]
 
 
-def judge(low: float | None, high: float | None, threshold: float, above: bool) -> str:
+def verdict_of(low: float | None, high: float | None, threshold: float, above: bool) -> str:
     """Does the whole interval lie on the claimed side of the threshold, on the other, or on both?"""
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return "not decided"
@@ -47,8 +47,8 @@ def claims(rows: Sequence[Row], oracles: Sequence[str]) -> list[dict[str, Any]]:
             result.append({"claim": CLAIM, "oracle": key, "verdict": "not decided", "text": text})
             continue
         kept, gain, extra = sparse["kept"], full["over_alone"], sparse["cost"]
-        most = judge(kept["low"], kept["high"], MOST, above=True) if kept else "not decided"
-        cheap = judge(extra["q20"] - 1, extra["q80"] - 1, EXTRA_COST, above=False)
+        most = verdict_of(kept["low"], kept["high"], MOST, above=True) if kept else "not decided"
+        cheap = verdict_of(extra["q20"] - 1, extra["q80"] - 1, EXTRA_COST, above=False)
         verdict = both(most, cheap)
         if kept:
             part = f"{percent(kept)} of the gain is kept; most of it (over half): {most}"
@@ -75,7 +75,7 @@ def against_sam(rows: Sequence[Row], runs: Sequence[Run], oracles: Sequence[str]
         alone = find(rows, key, 0.0)
         mine = accuracies(runs, ORACLES["sgd"].method(RATIO, sparse["alpha"]))
         difference = paired_difference(mine, accuracies(runs, ORACLES[key].alone))
-        better = judge(difference["low"], difference["high"], 0.0, above=True)
+        better = verdict_of(difference["low"], difference["high"], 0.0, above=True)
         these, those = sparse["cost_over_sgd"], alone["cost_over_sgd"]
         cheap = "confirmed" if these["q80"] < those["q20"] else "refuted" if these["q20"] > those["q80"] else "not decided"
         verdict = both(better, cheap)
