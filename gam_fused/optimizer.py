@@ -39,14 +39,14 @@ class FusedGAM(Optimizer):
     of the base optimizer in the combined direction d:
 
         method             passes  direction d
-        finite_difference  4       h_loss + (alpha rho/rho') (g3 - g2)                      Algorithm 1 with Appendix D
-        accelerated        4       h+ - gamma (h- - s h+)                                   Algorithm 2 of the appendix
-        exact              2 (*)   h_loss + alpha rho H(theta_adv) g_adv/|g_adv|            Algorithm 1
-        gradient_penalty   2       h_loss + (alpha rho/rho') (g1 - g0), theta1 at rho'      Zhao et al., ICML 2022
-        gsam               2       g1 - alpha (g0 minus its projection on g1)               Zhuang et al., ICLR 2022
-        sam                2       g1                                                       Foret et al., ICLR 2021
+        finite_difference  4       h_loss + (alpha rho/rho') (g3 - g2)         Algorithm 1, Appendix D
+        accelerated        4       h+ - gamma (h- - s h+)                      Algorithm 2
+        exact              2 (*)   h_loss + alpha rho H(theta_adv) v_adv       Algorithm 1
+        gradient_penalty   2       h_loss + (alpha rho/rho') (g1 - g0)         Zhao et al. 2022
+        gsam               2       g1 - alpha (g0 minus its projection on g1)  Zhuang et al. 2022
+        sam                2       g1                                          Foret et al. 2021
 
-        (*) differentiated twice
+        (*) differentiated twice; v_adv = g_adv/|g_adv|
 
         h_loss = g0 = grad L(theta)         theta1 = theta  + rho' g0/|g0|  (gsam, sam: rho)
              g1 = grad L(theta1)            theta2 = theta  + rho (g1 - g0)/|g1 - g0|
