@@ -30,7 +30,15 @@ def clear(params: Sequence[Tensor]) -> None:
         p.grad = None
 
 
-def take(params: Sequence[Tensor], strides: Strides, dtype: torch.dtype, groups: Groups, *, keep: bool) -> TensorList:
+def take(
+    params: Sequence[Tensor],
+    strides: Strides,
+    dtype: torch.dtype,
+    groups: Groups,
+    *,
+    keep: bool,
+    known: bool = False,
+) -> TensorList:
     """The gradients of `params`, each `p.grad` left as `None`, in the strides and dtype of its parameter.
 
     The next backward then allocates afresh, and autograd hands its buffer over without adding to it.
@@ -40,6 +48,7 @@ def take(params: Sequence[Tensor], strides: Strides, dtype: torch.dtype, groups:
         groups: the param groups, for errors.
         keep: whether the gradients will be written to, or read after the next pass. Then one that somebody else still
             holds, itself or its memory, is copied: the next pass would overwrite it, or it would change under its owner.
+        known: whether the pass before has found all of them there and of this dtype, so that their bytes tell enough.
 
     Raises:
         RuntimeError: a sparse or complex gradient, or one of a parameter that has been given other memory; names it.
@@ -47,7 +56,7 @@ def take(params: Sequence[Tensor], strides: Strides, dtype: torch.dtype, groups:
     gradients: list[Any] = [p.grad for p in params]
     for p in params:
         p.grad = None
-    if _all_fit(gradients, strides, dtype) and not (keep and _any_is_held(gradients)):
+    if _all_fit(gradients, strides, None if known else dtype) and not (keep and _any_is_held(gradients)):
         return TensorList(gradients, complete=True)
     for i, (p, stride) in enumerate(zip(params, strides, strict=True)):
         gradient, gradients[i] = gradients[i], None
@@ -69,13 +78,14 @@ class Strides(list[tuple[int, ...]]):
 
     Attributes:
         row_major: whether all are those of contiguous tensors, which is asked faster than equality.
-        sizes: the number of elements of each.
+        sizes, bytes: the number of elements, and of bytes, of each.
         device: of all.
     """
 
     def __init__(self, tensors: Iterable[Tensor], dense: bool):
         tensors = list(tensors)
-        self.sizes, self.device = [t.numel() for t in tensors], tensors[0].device
+        self.sizes, self.bytes = [t.numel() for t in tensors], [t.nbytes for t in tensors]
+        self.device = tensors[0].device
         super().__init__(t.stride() if dense else torch.empty(t.shape, device="meta").stride() for t in tensors)
         self.row_major = not dense or all(t.is_contiguous() for t in tensors)
 
@@ -84,10 +94,12 @@ class Strides(list[tuple[int, ...]]):
 # passes, as nearly all do, needs no look at each.
 
 
-def _all_fit(gradients: list[Any], strides: Strides, dtype: torch.dtype) -> bool:
-    """Whether none is missing and all have the wanted dtype, number of elements and strides. One tells the device of all."""
+def _all_fit(gradients: list[Any], strides: Strides, dtype: torch.dtype | None) -> bool:
+    """Whether none is missing and all have the wanted bytes, strides and, if given, dtype. One tells the device of all."""
     try:
-        if set(map(_dtype_of, gradients)) != {dtype} or list(map(_numel_of, gradients)) != strides.sizes:
+        if list(map(_bytes_of, gradients)) != strides.bytes:
+            return False
+        if dtype is not None and set(map(_dtype_of, gradients)) != {dtype}:
             return False
         if gradients[0].device != strides.device:
             return False
@@ -147,5 +159,5 @@ def _own_references() -> int:
 
 _OWN_REFERENCES = _own_references()
 _LISTED_REFERENCES = max(map(sys.getrefcount, [torch.empty(0, device="cpu")]))  # of one that only a list holds
-_dtype_of, _numel_of = attrgetter("dtype"), torch.Tensor.numel
+_dtype_of, _bytes_of = attrgetter("dtype"), attrgetter("nbytes")
 _strides_of, _is_contiguous = torch.Tensor.stride, torch.Tensor.is_contiguous

@@ -60,6 +60,7 @@ class Passes:
         if random is None and settings.preserve_rng_state:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
         self._random = random
+        self._known = [False] * len(self.blocks)  # whether the last pass found all gradients there and as they should be
         self._settled = False  # whether generators and buffers stand where they shall be after the step
 
     def gradient(self, point: str, *, keep: bool = False) -> Lists:
@@ -70,12 +71,14 @@ class Passes:
         self._run(point, self._backward)
         groups = self.session.param_groups
         keep = keep or not self.fused  # a foreign base gets d in the buffers of the last gradient
-        return self._received(
-            [
-                (dtensor if b.sharded else gradients).take(b.params, b.strides, b.dtype, groups, keep=keep)
-                for b in self.blocks
-            ]
-        )
+        lists = []
+        for b, known in zip(self.blocks, self._known, strict=True):
+            if b.sharded:
+                lists.append(dtensor.take(b.params, b.strides, b.dtype, groups, keep=keep))
+            else:
+                lists.append(gradients.take(b.params, b.strides, b.dtype, groups, keep=keep, known=known))
+        self._known = [lst.complete for lst in lists]
+        return self._received(lists)
 
     def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
         """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
