@@ -50,7 +50,7 @@ def bench_kernel(benchmark: Any, case: Case, plan: Plan, clock: Clock) -> None:
         _held.clear()
         needed = _bytes_needed(elements, DTYPES[dtype], slow="torch" in case.cell)
         if needed > (free := clock.free()):
-            pytest.skip(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+            pytest.skip(f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
         _held[size] = Operands(elements, tensors, DTYPES[dtype], plan.device)
     facts: dict[str, Any] = {}
     if kernel is None:

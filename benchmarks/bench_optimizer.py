@@ -52,7 +52,7 @@ def measure_step(
     """Measure `implementation` on parameters of the given shapes; None for the yardstick and the closure alone."""
     copies = implementation.copies if implementation else 3 if case.contestant == YARDSTICK else 6
     if (needed := 4 * elements(sizes) * copies) > (free := clock.free()):
-        pytest.skip(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
     facts: dict[str, Any] = {"tensors": len(sizes), "elements": elements(sizes)}
     if implementation:
         i = implementation

@@ -14,6 +14,7 @@ in the kernels alone. `backends/reference.py` specifies what the kernels do with
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -256,7 +257,7 @@ _RECORDS = {name: get_args(hint)[0] for name, hint in get_type_hints(Backend).it
 KERNELS = {name: Kernel(name, *taken) for name, taken in _RECORDS.items() if taken}
 
 
-class LaunchingBackend(Backend):
+class LaunchingBackend(Backend, ABC):
     """A backend that launches all kernels in one way, `launch`."""
 
     def __init__(self) -> None:
@@ -264,6 +265,6 @@ class LaunchingBackend(Backend):
             setattr(self, name, partial(self.launch, kernel))
         self.copy_ = partial(self.launch, KERNELS["restore_"], saved=False)
 
+    @abstractmethod
     def launch(self, kernel: Kernel, operands: Any, *, saved: bool = True) -> None:
         """Run `kernel`. `saved`: whether a graph of autograd may have saved the weights, and is told of their change."""
-        raise NotImplementedError

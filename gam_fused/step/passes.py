@@ -91,12 +91,13 @@ class Passes:
         """Tensors in the order of the plan's parameters, detached, as one list per block."""
         lists, start = [], 0
         for b in self.blocks:
-            mine = tensors[start : start + len(b.params)]
-            for t, p, size in zip(mine, b.params, b.strides.sizes, strict=True):
+            mine: list[Tensor | None] = []
+            for i, (t, p) in enumerate(zip(tensors[start : start + len(b.params)], b.params, strict=True)):
                 if t is not None:
-                    gradients.check_size(t, p, size, b.device, self.session.param_groups)
-            rows = zip(mine, b.strides, strict=True)
-            lists.append(TensorList([None if t is None else gradients.fit(t.detach(), s, b.dtype) for t, s in rows]))
+                    gradients.check_size(t, p, b.strides.sizes[i], b.device, self.session.param_groups)
+                    t = gradients.fit(t.detach(), b.strides[i], b.dtype)
+                mine.append(t)
+            lists.append(TensorList(mine))
             start += len(b.params)
         return lists
 
