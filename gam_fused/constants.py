@@ -29,6 +29,8 @@ class Column(IntEnum):
     BETA1 = 13
     BETA2 = 14
     EPS = 15
+    MAX_RATIO = 16  # plus_scale = min(ALPHA, MAX_RATIO |h-| / (|h+| + xi)); 0: the projection of Algorithm 2
+    ALPHA = 17
 
 
 class Control(IntEnum):

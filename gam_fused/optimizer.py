@@ -22,6 +22,7 @@ from gam_fused.methods import METHODS, TAKES, plain
 from gam_fused.migration import PAGE, explain
 from gam_fused.settings import OF_METHODS, Settings, Weight
 from gam_fused.step import checkpoint, run
+from gam_fused.step.closures import BatchClosure, check_has_batch
 from gam_fused.step.diagnostics import diagnose
 from gam_fused.step.foreign_loops import check_closure
 from gam_fused.step.method import Method
@@ -77,6 +78,15 @@ class FusedGAM(Optimizer):
         beta: ``accelerated`` only: the convex weight of g0 in h-, or a pair of weights for g0 and g2. The authors'
             released code uses h- = g0 + (1 - beta) g2: that is ``beta=(1.0, 1 - beta)``.
         gamma: ``accelerated`` only: weight of the part of h- that is orthogonal to h+.
+        max_ratio: ``finite_difference``, ``exact`` and ``gradient_penalty``: bound on the flatness term, which enters with
+            alpha' = min(alpha, max_ratio |h_loss|/|h_norm|), decided on the device in every step, with norms over perturbed
+            parameters. Below 1, d always descends: <d, h_loss> >= (1 - max_ratio) |h_loss|^2. With it alpha may be infinite:
+            then only the bound counts. None: no bound, as in the paper. "auto": the method's default. With
+            ``perturb_sync="local"`` each rank bounds its own term.
+        flatness_fraction: the part of the mini-batch on which the flatness term is computed, for ``step(closure, batch)``:
+            h_loss on all of it, and each further gradient on the part only, against q0 = grad L(theta) of the part. Four
+            passes become 1 + 4 flatness_fraction; ``sam``, ``gsam`` and ``gradient_penalty`` take 1 + 2
+            flatness_fraction. In ``accelerated``, ``gsam`` and ``sam`` g0 + (q_i - q0) takes the place of g_i.
         xi: added to norms that divide, as in the paper. (`eps` is the base optimizer's.)
         adaptive: element-wise scaling as in ASAM: norms of g*|theta|, perturbations rho theta^2 g/norm.
         oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/|g0|), the paper's SAM + GAM
@@ -115,7 +125,7 @@ class FusedGAM(Optimizer):
     Param groups may set ``rho``, and ``perturb=False`` for parameters that are updated but neither perturbed nor counted
     in norms. Around a base optimizer with a ``rho`` of its own (Adadelta), GAM's is the entry ``gam_rho``. All
     hyperparameters can be changed between steps, as group entries (rho, lr, ...) or attributes (rho_prime, alpha, beta,
-    gamma).
+    gamma, max_ratio, flatness_fraction).
 
     Raises:
         ValueError, TypeError: a hyperparameter or parameter that cannot work, named with what is allowed, before anything
@@ -135,6 +145,8 @@ class FusedGAM(Optimizer):
         alpha: Weight | None = None,
         beta: Weight | None = None,
         gamma: float | None = None,
+        max_ratio: float | str | None = "auto",
+        flatness_fraction: float = 1.0,
         xi: float = 1e-12,
         adaptive: bool = False,
         oracle: str = "loss",
@@ -185,7 +197,7 @@ class FusedGAM(Optimizer):
     # A step.
 
     @not_traced
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Any:
         """One update: all passes of the method, then the base optimizer's update in the direction d.
 
         Args:
@@ -195,14 +207,20 @@ class FusedGAM(Optimizer):
                 called once per pass and may call `zero_grad`. Without a closure there is nothing to do but to create the
                 optimizer state, which is what happens when every lr and every gradient is zero
                 (torch.distributed.checkpoint asks for it so); otherwise that is an error.
+            batch: the mini-batch, a tensor or any nest of tensors; the closure is then called with it, ``closure(batch)``,
+                and in the passes of the flatness term with its first `flatness_fraction`, as
+                `gam_fused.step.batches.part_of` cuts it. Samples stand in random order, and the loss is their mean.
 
         Returns:
             What the closure returned in pass 1, at the unperturbed weights, every tensor in it detached.
 
         Raises:
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients.
-            ValueError: a hyperparameter changed to something that cannot work.
+            ValueError: a hyperparameter changed to something that cannot work; `flatness_fraction` below 1 without a batch;
+                a batch whose tensors disagree about its length.
         """
+        if batch is not None and closure is not None:
+            closure = BatchClosure(closure, batch)
         with Interrupts() as interrupts, torch.no_grad():
             if not self.session.running.acquire(blocking=False):
                 raise RuntimeError(
@@ -227,6 +245,7 @@ class FusedGAM(Optimizer):
         try:
             method = _method(self.settings)
             settings = session.prepare(self.settings, method)
+            check_has_batch(closure, settings.flatness_fraction)
             passes = plain.passes if session.steps_taken % settings.interval else method.passes
             with session.no_sync():
                 step = run.take(session, settings, method, passes, closure, interrupts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import inf
 from typing import Any
 
 from gam_fused.checks import are_constants, number, one_of, optional, whole
@@ -13,8 +14,10 @@ ORACLES = ("loss", "sam")
 PERTURB_SYNC = ("global", "local")
 # Those that methods have defaults of their own for, or no use for.
 OF_METHODS = ("rho", "rho_prime", "alpha", "beta", "gamma")
-# Those a schedule may change during training, so that checkpoints hold them (rho and lr are entries of param groups).
+# Those a schedule may change during training, so that checkpoints hold them (rho and lr are entries of param groups). The
+# flatness term's bound and its part of the batch came later: older checkpoints do not have them.
 SCHEDULED = ("rho_prime", "alpha", "beta", "gamma")
+SCHEDULED_LATER = ("max_ratio", "flatness_fraction")
 
 Weight = float | tuple[float, float]
 
@@ -26,6 +29,7 @@ class Takes:
     Attributes:
         pairs: whether `alpha` and `beta` are Algorithm 2's: convex weights, or pairs of weights.
         oracle: whether the direction has a term h_loss, which the SAM oracle can take the place of.
+        bound: whether the direction is h_loss + alpha h_norm, whose second term can be bounded. max_ratio: the bound.
     """
 
     rho: float
@@ -35,6 +39,8 @@ class Takes:
     gamma: float | None = None
     pairs: bool = False
     oracle: bool = False
+    bound: bool = False
+    max_ratio: float | None = None
 
     @property
     def names(self) -> set[str]:
@@ -59,6 +65,8 @@ class Settings:
     alpha: Any = None
     beta: Any = None
     gamma: Any = None
+    max_ratio: Any = "auto"
+    flatness_fraction: Any = 1.0
     xi: Any = 1e-12
     adaptive: bool = False
     oracle: str = "loss"
@@ -92,7 +100,15 @@ class Settings:
         if self.oracle == "sam" and not mine.oracle:
             users = ", ".join(repr(method) for method in takes if takes[method].oracle)
             raise ValueError(f"oracle='sam' belongs to methods with a term h_loss, {users}, not to method={self.method!r}")
+        if self.max_ratio not in ("auto", None) and not mine.bound:
+            users = ", ".join(repr(method) for method in takes if takes[method].bound)
+            raise ValueError(
+                f"max_ratio={self.max_ratio!r} bounds the term h_norm beside h_loss, which method={self.method!r} does not "
+                f"have; it belongs to {users}"
+            )
         defaults = {name: getattr(mine, name) for name in mine.names if getattr(self, name) is None}
+        if self.max_ratio == "auto":
+            defaults["max_ratio"] = mine.max_ratio
         return replace(self, **defaults).checked(mine)
 
     def checked(self, takes: Takes) -> Settings:
@@ -108,13 +124,16 @@ class Settings:
                 raise ValueError(f"{name}=None, but method={self.method!r} needs it: set it before the step")
         one_of("oracle", self.oracle, ORACLES)
         one_of("perturb_sync", self.perturb_sync, PERTURB_SYNC)
+        max_ratio = optional("max_ratio", self.max_ratio, minimum=0.0) if takes.bound else None
         return replace(
             self,
             rho=number("rho", self.rho, minimum=0.0),
             rho_prime=optional("rho_prime", self.rho_prime, above=0.0),
-            alpha=None if self.alpha is None else _weight("alpha", self.alpha, takes.pairs),
+            alpha=None if self.alpha is None else _weight("alpha", self.alpha, takes.pairs, bounded=max_ratio is not None),
             beta=None if self.beta is None else _weight("beta", self.beta, takes.pairs),
             gamma=optional("gamma", self.gamma, minimum=0.0),
+            max_ratio=max_ratio,
+            flatness_fraction=_fraction(self.flatness_fraction),
             xi=number("xi", self.xi, minimum=0.0),
             adaptive=bool(self.adaptive),
             sam_rho=optional("sam_rho", self.sam_rho, minimum=0.0),
@@ -135,7 +154,12 @@ class Settings:
     @property
     def oracle_is_off_the_probe(self) -> bool:
         """Whether the SAM oracle's ascent is not the finite difference's own first one, so that it costs a pass."""
-        return self.oracle_radius is not None and self.oracle_radius != self.rho_prime
+        return self.oracle_radius is not None and (self.oracle_radius != self.rho_prime or self.on_part)
+
+    @property
+    def on_part(self) -> bool:
+        """Whether the flatness term is computed on a part of the mini-batch."""
+        return bool(self.flatness_fraction < 1.0)
 
     @cached_property
     def _constants(self) -> list[Any] | None:
@@ -155,13 +179,22 @@ def pair(weight: Weight) -> tuple[float, float]:
     return weight if isinstance(weight, tuple) else (weight, 1.0 - weight)
 
 
-def _weight(name: str, value: Any, pairs: bool) -> Weight:
+def _fraction(value: Any) -> float:
+    fraction = number("flatness_fraction", value, above=0.0)
+    if fraction > 1.0:
+        raise ValueError(f"flatness_fraction={value!r} is a part of the mini-batch and must be at most 1")
+    return fraction
+
+
+def _weight(name: str, value: Any, pairs: bool, *, bounded: bool = False) -> Weight:
     if isinstance(value, (tuple, list)):
         if not pairs:
             raise ValueError(f"{name}={value!r}: a pair is for method='accelerated' only; give one number")
         if len(value) != 2:
             raise ValueError(f"{name}={value!r} must be one number or a pair")
         return (number(f"{name}[0]", value[0]), number(f"{name}[1]", value[1]))
+    if isinstance(value, float) and value == inf and bounded:
+        return inf
     weight = number(name, value, minimum=0.0)
     if pairs and weight > 1.0:
         raise ValueError(f"{name}={value!r} is a convex weight and must be between 0 and 1; give a pair for other weights")

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState as OptState
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_is_leaf as tree_is_leaf
 from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 Function = TypeVar("Function")
 

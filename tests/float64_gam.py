@@ -20,6 +20,7 @@ class Gam64:
 
     Args:
         groups: dicts with `params` (tensors, copied to float64), `rho`, `perturb`, `maximize` and the base's options.
+        loss_on_part: the loss of the part of the mini-batch that the flatness term is computed on; None: of all of it.
         base: "sgd", "adam", "adamw", or a function (groups of leaf tensors) -> torch optimizer that is fed d.
 
     Attributes:
@@ -42,12 +43,15 @@ class Gam64:
         oracle: str = "loss",
         sam_rho: float | None = None,
         max_grad_norm: float | None = None,
+        max_ratio: float | None = None,
+        loss_on_part: LossFn | None = None,
     ):
         self.theta = [p.detach().double().clone() for group in groups for p in group["params"]]
         self.group = [{k: v for k, v in group.items() if k != "params"} for group in groups for _ in group["params"]]
         self.method, self.base, self.rho_prime, self.alpha, self.gamma, self.xi = method, base, rho_prime, alpha, gamma, xi
         self.beta, self.adaptive, self.oracle, self.max_grad_norm = beta, adaptive, oracle, max_grad_norm
         self.sam_rho = rho_prime if sam_rho is None else sam_rho
+        self.max_ratio, self.loss_on_part = max_ratio, loss_on_part
         self.state: list[dict] = [{} for _ in self.theta]
         self.torch_base = None
         if callable(base):
@@ -103,36 +107,57 @@ class Gam64:
     def direction(self, loss_fn: LossFn, plain: bool = False) -> list[Tensor]:
         """d at theta. `plain`: what an off step of `interval` takes."""
         self.g, self.points, self.seen = [], [], [False] * len(self.theta)
-        theta, method = self.theta, self.method
-        if method == "exact" and not plain:
-            h_loss, f = self.hessian_product(loss_fn, theta)
-            adversary = self.moved(theta, f)
-            if self.oracle == "sam":
-                g0 = h_loss
-                _, h_loss = self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))
-            _, h = self.hessian_product(loss_fn, adversary)
-            return [a + self.alpha * o["rho"] * b for a, b, o in zip(h_loss, h, self.group, strict=True)]
+        theta = self.theta
+        if self.method == "exact" and not plain:
+            return self.exact(loss_fn)
         _, g0 = self.gradient(loss_fn, theta)
         if plain:
             return self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))[1] if self.oracle == "sam" else g0
-        if method == "sam":
-            return self.gradient(loss_fn, self.moved(theta, g0))[1]
-        if method == "gsam":
-            return self.surrogate_gap(g0, self.gradient(loss_fn, self.moved(theta, g0))[1])
-        if method == "gradient_penalty":
-            return self.penalised(loss_fn, g0)
-        _, g1 = self.gradient(loss_fn, self.moved(theta, g0, self.rho_prime))
-        theta2 = self.moved(theta, [b - a for a, b in zip(g0, g1, strict=True)])
-        _, g2 = self.gradient(loss_fn, theta2)
-        _, g3 = self.gradient(loss_fn, self.moved(theta2, g2, self.rho_prime))
-        if method == "accelerated":
-            return self.projected(g0, g1, g2, g3)
+        part = self.loss_on_part
+        q0 = g0 if part is None else self.gradient(part, theta)[1]
+        flat = loss_fn if part is None else part
+        rest = [a - b for a, b in zip(g0, q0, strict=True)]  # of the whole batch's gradient, at every point
+
+        def at(point: list[Tensor]) -> list[Tensor]:
+            return [a + r for a, r in zip(self.gradient(flat, point)[1], rest, strict=True)]
+
+        if self.method in ("sam", "gsam"):
+            g1 = at(self.moved(theta, q0))
+            return g1 if self.method == "sam" else self.surrogate_gap(g0, g1)
+        same = self.oracle == "sam" and part is None and self.sam_rho == self.rho_prime
         h_loss = g0
+        if self.oracle == "sam" and not same:
+            _, h_loss = self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))
+        g1 = at(self.moved(theta, q0, self.rho_prime))
+        h_loss = g1 if same else h_loss
+        k = [o["rho"] / self.rho_prime for o in self.group]
+        if self.method == "gradient_penalty":
+            return self.with_flatness(h_loss, [c * (y - x) for c, x, y in zip(k, g0, g1, strict=True)])
+        theta2 = self.moved(theta, [b - a for a, b in zip(g0, g1, strict=True)])
+        g2 = at(theta2)
+        q2 = [a - r for a, r in zip(g2, rest, strict=True)]
+        g3 = at(self.moved(theta2, q2, self.rho_prime))
+        if self.method == "accelerated":
+            return self.projected(g0, g1, g2, g3)
+        return self.with_flatness(h_loss, [c * (y - x) for c, x, y in zip(k, g2, g3, strict=True)])
+
+    def exact(self, loss_fn: LossFn) -> list[Tensor]:
+        theta, part = self.theta, self.loss_on_part
+        g0 = None if part is None else self.gradient(loss_fn, theta)[1]
+        q0, f = self.hessian_product(part or loss_fn, theta)
+        h_loss = g0 = g0 or q0
         if self.oracle == "sam":
-            same = self.sam_rho == self.rho_prime
-            h_loss = g1 if same else self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))[1]
-        k = [self.alpha * o["rho"] / self.rho_prime for o in self.group]
-        return [a + c * (y - x) for a, c, x, y in zip(h_loss, k, g2, g3, strict=True)]
+            _, h_loss = self.gradient(loss_fn, self.moved(theta, g0, self.sam_rho))
+        _, h = self.hessian_product(part or loss_fn, self.moved(theta, f))
+        return self.with_flatness(h_loss, [o["rho"] * b for b, o in zip(h, self.group, strict=True)])
+
+    def with_flatness(self, h_loss: list[Tensor], h_norm: list[Tensor]) -> list[Tensor]:
+        """h_loss + alpha' h_norm; alpha' = alpha, or what the bound leaves of it."""
+        self.plus, self.minus, self.weight = h_norm, h_loss, self.alpha
+        if self.max_ratio is not None:
+            h, n = math.sqrt(self.dot(h_loss, h_loss)), math.sqrt(self.dot(h_norm, h_norm)) + self.xi
+            self.weight = min(self.alpha, self.max_ratio * h / n) if n else self.alpha
+        return [a + self.weight * b for a, b in zip(h_loss, h_norm, strict=True)]
 
     def surrogate_gap(self, g0: list[Tensor], g1: list[Tensor]) -> list[Tensor]:
         """GSAM: g1 - alpha (g0 minus its projection on g1)."""
@@ -140,17 +165,6 @@ class Gam64:
         square = self.dot(g1, g1)
         s = self.dot(g0, g1) / square if square > 0 else 0.0
         return [b - self.alpha * (a - s * b) for a, b in zip(g0, g1, strict=True)]
-
-    def penalised(self, loss_fn: LossFn, g0: list[Tensor]) -> list[Tensor]:
-        """h_loss + (alpha rho/rho') (g1 - g0): the gradient norm at theta itself is the penalty."""
-        h_loss = g0
-        if self.oracle == "sam" and self.sam_rho != self.rho_prime:
-            _, h_loss = self.gradient(loss_fn, self.moved(self.theta, g0, self.sam_rho))
-        _, g1 = self.gradient(loss_fn, self.moved(self.theta, g0, self.rho_prime))
-        if self.oracle == "sam" and self.sam_rho == self.rho_prime:
-            h_loss = g1
-        k = [self.alpha * o["rho"] / self.rho_prime for o in self.group]
-        return [h + c * (y - x) for h, c, x, y in zip(h_loss, k, g0, g1, strict=True)]
 
     def projected(self, g0: list[Tensor], g1: list[Tensor], g2: list[Tensor], g3: list[Tensor]) -> list[Tensor]:
         """Algorithm 2: h+ - gamma (h- minus its projection on h+)."""

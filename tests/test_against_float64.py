@@ -9,6 +9,7 @@ from gam_helpers import METHODS, SETTINGS, backend_params, batch, batch_norm_net
 from torch import nn
 
 TOLERANCE = 1e-9
+INFINITE = float("inf")
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 NAMES = {SGD: "sgd", ADAM: "adam", ADAMW: "adamw"}
 WITH_ORACLE = ("finite_difference", "exact", "gradient_penalty")
@@ -42,6 +43,25 @@ OPTIONS = {
     "gamma-0": (("accelerated",), {"gamma": 0.0}),
     "pairs": (("accelerated",), {"alpha": (0.4, 0.9), "beta": (1.0, 0.3), "gamma": 0.5}),
     "one-pair": (("accelerated",), {"beta": (0.0, 1.5)}),
+    "bound": (WITH_ORACLE, {"max_ratio": 0.02}),
+    "bound-too-high-to-matter": (WITH_ORACLE, {"max_ratio": 100.0}),
+    "bound-0": (WITH_ORACLE, {"max_ratio": 0.0}),
+    "bound-alone": (WITH_ORACLE, {"max_ratio": 0.9, "alpha": INFINITE}),
+    "bound-alpha-0": (WITH_ORACLE, {"max_ratio": 0.9, "alpha": 0.0}),
+    "bound-xi": (WITH_ORACLE, {"max_ratio": 0.9, "alpha": INFINITE, "xi": 1e-2}),
+    "bound-adaptive": (WITH_ORACLE, {"max_ratio": 0.02, "adaptive": True}),
+    "bound-clipped": (WITH_ORACLE, {"max_ratio": 0.5, "alpha": INFINITE, "max_grad_norm": 0.05}),
+    "bound-oracle": (WITH_ORACLE, {"max_ratio": 0.02, "oracle": "sam", "sam_rho": 0.05, "rho_prime": 0.05}),
+    "bound-oracle-own-radius": (WITH_ORACLE, {"max_ratio": 0.5, "alpha": INFINITE, "oracle": "sam", "sam_rho": 0.2}),
+    "part": (METHODS, {"flatness_fraction": 0.25}),
+    "part-clipped-adaptive": (METHODS, {"flatness_fraction": 0.5, "max_grad_norm": 0.05, "adaptive": True}),
+    "part-pairs": (
+        ("accelerated",),
+        {"flatness_fraction": 0.25, "alpha": (0.4, 0.9), "beta": (1.0, 0.3), "gamma": 0.5},
+    ),
+    "part-bound": (WITH_ORACLE, {"flatness_fraction": 0.25, "max_ratio": 0.9, "alpha": INFINITE}),
+    "part-oracle": (WITH_ORACLE, {"flatness_fraction": 0.25, "oracle": "sam"}),
+    "part-bound-oracle": (WITH_ORACLE, {"flatness_fraction": 0.25, "max_ratio": 0.05, "oracle": "sam", "sam_rho": 0.2}),
     "alpha-large": (("finite_difference", "exact", "gradient_penalty", "gsam"), {"alpha": 3.0}),
 }
 
@@ -67,17 +87,25 @@ class Race:
         settings = {**SETTINGS[method], **options}
         params = list(self.model.parameters())
         groups = [{**base_options, **g} for g in ([{"params": params}] if groups is None else groups(params))]
-        float64 = {k: v for k, v in settings.items() if k not in ("rho", "interval")}
+        float64 = {k: v for k, v in settings.items() if k not in ("rho", "interval", "flatness_fraction")}
+        self.fraction = settings.get("flatness_fraction", 1.0)
+        if self.fraction < 1:
+            n = int(len(self.x) * self.fraction)
+            float64["loss_on_part"] = functional_loss(self.model, self.x[:n], self.y[:n])
         self.float64 = Gam64([{"rho": settings["rho"], **g} for g in groups], method=method, base=NAMES[base], **float64)
         self.loss_fn = functional_loss(self.model, self.x, self.y)
         self.optimizer = make(groups, base, method, model=self.model, backend=backend, **options)
 
-    def closure(self):
-        return nn.functional.mse_loss(self.model(self.x), self.y)
+    def closure(self, batch=None):
+        x, y = (self.x, self.y) if batch is None else batch
+        return nn.functional.mse_loss(self.model(x), y)
+
+    def step(self):
+        return self.optimizer.step(self.closure, (self.x, self.y) if self.fraction < 1 else None)
 
     def run(self, steps: int = 4) -> None:
         for _ in range(steps):
-            loss = self.optimizer.step(self.closure)
+            loss = self.step()
             expected = self.float64.step(self.loss_fn)
             assert loss.item() == pytest.approx(expected, rel=1e-9)
             close(list(self.model.parameters()), self.float64.theta, TOLERANCE)
@@ -128,7 +156,11 @@ def test_options(method, option, backend):
 
 
 @pytest.mark.parametrize("backend", backend_params())
-@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"max_grad_norm": 0.05}], ids=["plain", "adaptive", "clipped"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adaptive": True}, {"max_grad_norm": 0.05}, {"flatness_fraction": 0.25}],
+    ids=["plain", "adaptive", "clipped", "part"],
+)
 @pytest.mark.parametrize("base", ["sgd-nesterov", "adamw-amsgrad"])
 @pytest.mark.parametrize("method", METHODS)
 def test_groups(method, base, options, backend):
@@ -152,6 +184,16 @@ def test_groups_with_their_own_base_options(method, base, backend):
 
     shared = {"lr": 0.05, "weight_decay": 0.0, **({"momentum": 0.9} if base is SGD else {})}
     Race(method, base, shared, backend, groups=groups).run()
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize("method", WITH_ORACLE)
+def test_a_bound_with_groups(method, fraction, backend):
+    """Norms of the bound are over perturbed parameters; the others are updated with the same weight."""
+    race = Race(method, backend=backend, groups=three_groups, max_ratio=0.5, alpha=INFINITE, flatness_fraction=fraction)
+    race.run()
+    assert race.float64.weight < INFINITE
 
 
 @pytest.mark.parametrize("method", WITH_ORACLE)

@@ -22,9 +22,11 @@ struct Column {
     BETA1 = 13,
     BETA2 = 14,
     EPS = 15,
+    MAX_RATIO = 16,
+    ALPHA = 17,
   };
 };
-constexpr int COLUMNS = 16;
+constexpr int COLUMNS = 18;
 
 struct Control {
   enum : int {

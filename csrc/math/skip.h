@@ -34,8 +34,7 @@ struct Close {
 template <int ROWS>
 GAM_HOST_DEVICE Close close_of(const double (&total)[ROWS], const double* control, const double* coefficients) {
   return {control[Control::FOUND_INF] != 0.0 || !all_finite(total),
-          direction_scale(total, ROWS, coefficients[Column::DIRECTION_FOLDED], control[Control::LOSS_SCALE],
-                          control[Control::MAX_NORM])};
+          direction_scale(total, ROWS, coefficients, control)};
 }
 
 GAM_HOST_DEVICE void count_step(bool skip, double* control) {

@@ -27,6 +27,7 @@ from gam_fused.optimizer import FusedGAM
 from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.settings import SCHEDULED, Settings
 from gam_fused.step import run
+from gam_fused.step.closures import BatchClosure
 from gam_fused.step.step import Step
 from gam_fused.torch_private import has_step_hooks, note_step_of_base
 from gam_fused.transaction.interrupts import Interrupts
@@ -128,13 +129,17 @@ class CapturedStep:
     def _run(self, settings: Settings, random: Any) -> Step:
         """The passes of one step, without what `FusedGAM.step` keeps on the host."""
         method, session = METHODS[settings.method], self.optimizer.session
+        closure = BatchClosure(lambda inputs: self.loss_fn(*inputs), tuple(self.inputs))
         with Interrupts() as interrupts:
-            return run.take(session, settings, method, method.passes, lambda: self.loss_fn(*self.inputs), interrupts, random)
+            return run.take(session, settings, method, method.passes, closure, interrupts, random)
 
     def _decides(self, settings: Settings) -> tuple[Any, ...]:
         """What a graph is made for, apart from memory: all settings but the numbers that are read from the device."""
         numbers: dict[str, Any] = dict.fromkeys((*SCHEDULED, "rho", "xi", "sam_rho"))
-        fixed = replace(settings, **numbers, max_grad_norm=1.0 if settings.max_grad_norm else None)
+        switches: dict[str, Any] = {
+            name: 1.0 if getattr(settings, name) is not None else None for name in ("max_grad_norm", "max_ratio")
+        }
+        fixed = replace(settings, **numbers, **switches)
         return fixed, settings.oracle_is_off_the_probe, self.optimizer.base_optimizer, list(self.optimizer.session.modules)
 
     def is_current(self, settings: Settings) -> bool:

@@ -99,6 +99,7 @@ class Block:
         self.average: Any = None  # where `step.averaging` averages d over ranks
         self._backup: TensorList | None = None
         self._accumulator: TensorList | None = None
+        self._unscaled_control: Tensor | None = None
 
     @property
     def backup(self) -> TensorList:
@@ -117,6 +118,14 @@ class Block:
             if target is not None:
                 target.copy_(source)
         return self._accumulator if all(t is not None for t in targets) else TensorList(targets)
+
+    @property
+    def unscaled_control(self) -> Tensor:
+        """A control block for combinations that are neither clipped nor divided by the loss scale."""
+        if self._unscaled_control is None:
+            self._unscaled_control = torch.zeros_like(self.control)
+            self._unscaled_control[Control.LOSS_SCALE].fill_(1.0)
+        return self._unscaled_control
 
     def zeros(self, i: int) -> Tensor:
         """A zero gradient for parameter `i`."""

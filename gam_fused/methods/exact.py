@@ -1,6 +1,6 @@
 """Algorithm 1 with Hessian-vector products by double backward: d = h_loss + alpha h_norm, from two gradients.
 
-Line numbers are those of Algorithm 1, arXiv 2303.03108.
+Line numbers are those of Algorithm 1, arXiv 2303.03108. On a part of the batch h_norm is of that part.
 """
 
 from __future__ import annotations
@@ -12,31 +12,35 @@ from torch import Tensor
 
 from gam_fused.settings import Settings, Takes
 from gam_fused.step.direction import Lists
-from gam_fused.step.method import Coefficients, Method
+from gam_fused.step.method import Coefficients, Method, bounded
 from gam_fused.step.record import Record
 from gam_fused.step.step import Step
 
 
 def passes(step: Step) -> None:
-    params = step.plan.params
-    graph, g = step.differentiable_gradient("theta")  # line 5
+    params, settings = step.plan.params, step.settings
+    h_loss = step.gradient("theta", keep=True) if settings.on_part else None  # line 5
+    graph, g = step.differentiable_gradient("theta", part=settings.on_part)
     v, step.record.extras["gradient_norm"] = direction_of_ascent(step, g)
     f = step.averaged(step.as_lists(hessian_vector_product(graph, params, v)))  # line 6
     del graph, v
-    h_loss, extra = g, step.settings.oracle_radius is not None
-    if extra:
-        step.ascend(0, g, oracle=True)  # theta + sam_rho g/|g|
+    h_loss = h_loss or g
+    if settings.oracle_radius is not None:
+        step.ascend(0, h_loss, oracle=True)  # theta + sam_rho g/|g|
         h_loss = step.gradient("oracle", keep=True)
     step.ascend(0, f)  # line 7: theta_adv = theta + rho f/|f|
-    graph, g_adv = step.differentiable_gradient("theta_adv")
+    graph, g_adv = step.differentiable_gradient("theta_adv", part=settings.on_part)
     v, step.record.extras["adversarial_gradient_norm"] = direction_of_ascent(step, g_adv)
     hv = step.averaged(step.as_lists(hessian_vector_product(graph, params, v)))  # line 8: h_norm = rho hv
     del graph, v
-    step.update(last=hv, folded=step.accumulator(h_loss), guard_direction=True)  # line 10
+    bound = settings.max_ratio is not None  # kernels bound where there is a list g1
+    step.update(g1=hv if bound else None, last=hv, folded=step.accumulator(h_loss), guard_direction=True)  # line 10
 
 
 def coefficients(settings: Settings, rho: float) -> Coefficients:
     """d = h_loss + alpha rho H(theta_adv) v, where v = g_adv/|g_adv|, turned round where a group maximises."""
+    if settings.max_ratio is not None:
+        return bounded(settings, Coefficients(radii=(rho, 0.0, 0.0), g1=0.0, last=rho))
     return Coefficients(radii=(rho, 0.0, 0.0), last=settings.alpha * rho, folded=1.0)
 
 
@@ -45,10 +49,18 @@ def norms(record: Record) -> dict[str, Tensor]:
         "gradient_norm": record.extras["gradient_norm"],
         "curvature": record.norm(0),
         "first_order_flatness": record.rho * record.extras["adversarial_gradient_norm"],
+        **record.bound(),
     }
 
 
-METHOD = Method("exact", Takes(rho=0.05, rho_prime=0.05, alpha=1.0, oracle=True), passes, coefficients, norms, twice=True)
+METHOD = Method(
+    "exact",
+    Takes(rho=0.05, rho_prime=0.05, alpha=1.0, oracle=True, bound=True),
+    passes,
+    coefficients,
+    norms,
+    twice=True,
+)
 
 
 def hessian_vector_product(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gam_fused.backends.operands import Perturb, SquaredNorm
+from gam_fused.backends.operands import Combine, Perturb, SquaredNorm
 from gam_fused.backends.tensor_lists import EMPTY
 from gam_fused.constants import GUARD
 from gam_fused.step.direction import Lists
@@ -70,6 +70,27 @@ class Ascents(Passes):
     def accumulator(self, lists: Lists) -> Lists:
         """`lists` as what `update` takes as `folded`: in float32 where they are of lower precision."""
         return [b.accumulator(lst) for b, lst in zip(self.blocks, lists, strict=True)]
+
+    def combine(self, table: str, *, out: Lists, last: Lists, g1: Lists | None = None, folded: Lists | None = None) -> Lists:
+        """out <- a combination of gradients, with the weights of one of the method's `combinations`. Returns `out`."""
+        for i, b in enumerate(self.blocks):
+            for j, t in enumerate(out[i].tensors):
+                if t is None and self.seen[i][j]:
+                    out[i].replace(j, b.zeros(j))
+            b.kernels.combine_(
+                Combine(
+                    layout=b.layout,
+                    out=out[i],
+                    g1=g1[i] if g1 else EMPTY,
+                    last=last[i],
+                    folded=folded[i] if folded else EMPTY,
+                    coefficients=b.shared.tables[table],
+                    partials=b.shared.part("partials", 0, 2),
+                    control=b.unscaled_control,
+                    direction=b.part("direction"),
+                )
+            )
+        return out
 
     def _foldable(self, fold: Lists, x: Lists) -> Lists:
         """`fold`, with zeros where a gradient was missing there but is not in `x`."""

@@ -26,19 +26,6 @@ def average(replicas: Replicas, blocks: list[Block], lists: Lists) -> Lists:
     return averaged
 
 
-class DirectionAverage:
-    """The combined direction d of a block, averaged over the ranks: once per step, before it is clipped.
-
-    Attributes:
-        control: a control block of its own, for a d that is neither clipped nor divided by the loss scale.
-    """
-
-    def __init__(self, block: Block):
-        self.exchange = Exchange(block.theta.tensors, dense=block.dense)
-        self.control = torch.zeros(len(Control), dtype=torch.float64, device=block.device)
-        self.control[Control.LOSS_SCALE].fill_(1.0)
-
-
 def average_direction(replicas: Replicas, blocks: list[Block], d: Direction, seen: list[list[bool]]) -> Direction:
     """d of every rank, averaged: as the gradient of a plain step, still multiplied by the loss scale.
 
@@ -49,10 +36,11 @@ def average_direction(replicas: Replicas, blocks: list[Block], d: Direction, see
     """
     directions = []
     for i, b in enumerate(blocks):
-        if b.average is None:
-            b.average = DirectionAverage(b)
-        exchange, control = b.average.exchange, b.average.control
+        if b.average is None:  # once per step, before it is clipped
+            b.average = Exchange(b.theta.tensors, dense=b.dense)
+        exchange, control = b.average, b.unscaled_control
         control[Control.FOUND_INF].copy_(b.control[Control.FOUND_INF])
+        control[Control.EPS].copy_(b.control[Control.EPS] * b.control[Control.LOSS_SCALE])  # beside norms that are scaled
         b.kernels.combine_(
             Combine(
                 layout=b.layout,

@@ -19,7 +19,7 @@ from gam_fused import torch_private
 from gam_fused.base.state import BaseState, check_state
 from gam_fused.checks import whole
 from gam_fused.parallel.dtensor import local
-from gam_fused.settings import SCHEDULED, Settings
+from gam_fused.settings import SCHEDULED, SCHEDULED_LATER, Settings
 from gam_fused.step.method import Method
 from gam_fused.step.session import Session
 
@@ -32,7 +32,7 @@ def save(session: Session, settings: Settings) -> dict[str, Any]:
     session.entries.complete()
     skipped, noise_step = session.counters
     entry = {"steps_taken": session.steps_taken, "skipped_steps": int(skipped), "noise_step": int(noise_step)}
-    entry |= {"method": settings.method} | {name: getattr(settings, name) for name in SCHEDULED}
+    entry |= {"method": settings.method} | {n: getattr(settings, n) for n in (*SCHEDULED, *SCHEDULED_LATER)}
     for group in session.param_groups:
         group["gam"] = entry
     state_dict: dict[str, Any] = session.base.state_dict()
@@ -119,6 +119,7 @@ def _checked_entry(settings: Settings, extra: dict[str, Any]) -> _Entry:
             if (value is None) != (mine is None):
                 raise ValueError(f'"gam" of the state dict: {name}={value!r} does not go with method={settings.method!r}')
             values[name] = tuple(value) if isinstance(value, list) else value
+        values |= {name: extra[name] for name in SCHEDULED_LATER if name in extra}
     return _Entry(counts["steps_taken"], (float(counts["skipped_steps"]), float(counts["noise_step"])), values)
 
 

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from gam_fused.step.batches import part_of
 from gam_fused.torch_private import tree_map_only
+
+
+class BatchClosure:
+    """A closure with its mini-batch: `closure(batch)`, or of the first part of it.
+
+    For loops that pass a closure of no arguments on to `step`: ``step(BatchClosure(closure, batch))`` is
+    ``step(closure, batch)``.
+    """
+
+    def __init__(self, closure: Callable[[Any], Any], batch: Any):
+        self.closure, self.batch = closure, batch
+        self._part: tuple[float, Any] = (1.0, batch)
+
+    def __call__(self) -> Any:
+        return self.closure(self.batch)
+
+    def on_part(self, fraction: float) -> Any:
+        """Of the first `fraction` of the batch."""
+        if self._part[0] != fraction:
+            self._part = fraction, part_of(self.batch, fraction)
+        return self.closure(self._part[1])
+
+
+def check_has_batch(closure: Callable[[], Any], fraction: float) -> None:
+    """Raises ValueError where the flatness term needs a part of a mini-batch that the closure does not have."""
+    if fraction < 1.0 and not hasattr(closure, "on_part"):
+        raise ValueError(
+            f"flatness_fraction={fraction:g} needs the mini-batch: optimizer.step(closure, batch), where closure(batch) "
+            "computes the loss of the batch that it is given"
+        )
 
 
 def loss_in(result: Any) -> Any:

@@ -1,7 +1,7 @@
 """The coefficient tables: which numbers make the kernels compute which method, one row per param group.
 
-Three tables per device: "method" for a step of the method, "plain" for a step between (`interval`), "oracle" for the ascent
-of the SAM oracle.
+Tables per device: "method" for a step of the method, "plain" for a step between (`interval`), "oracle" for the ascent of the
+SAM oracle, and the method's own `combinations`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ def tables(method: Method, settings: Settings, groups: Groups, rho_key: str, bas
         if settings.oracle_radius is not None:
             oracle = Coefficients(radii=(settings.oracle_radius, 0.0, 0.0))
             result.setdefault("oracle", []).append(_row(shared, oracle, sign))
+        if settings.on_part:
+            for name, combination in method.combinations.items():
+                result.setdefault(name, []).append(_row(shared, combination(settings)))
     return result
 
 
@@ -50,6 +53,7 @@ def _row(shared: dict[Column, Any], c: Coefficients, sign: float = 0.0) -> Row:
         row[Column.RADIUS_0 + i] = sign * radius
     row[Column.FOLD_0], row[Column.FOLD_2] = c.fold
     row[Column.DIRECTION_G1], row[Column.DIRECTION_LAST], row[Column.DIRECTION_FOLDED] = c.g1, c.last, c.folded
+    row[Column.ALPHA], row[Column.MAX_RATIO] = c.alpha, c.max_ratio
     for column, value in shared.items():
         row[column] = value
     return row

@@ -19,11 +19,14 @@ def diagnose(record: Record, autocast_eps: float) -> dict[str, Tensor]:
     """Figures of one step; keys that its method does not have are absent. Nothing waits for the device.
 
     - ``loss``: of pass 1 (NaN if the closure returned no number);
-    - ``sharpness``: loss at theta1 minus loss (every method but ``exact``);
+    - ``sharpness``: loss at theta1 minus loss at theta, of the part of the batch where there is one (not ``exact``);
     - ``gradient_norm``: |g0| over perturbed parameters (with `adaptive`, |g0 * |theta||, and likewise below);
     - ``curvature``: |g1 - g0|/rho', or |f| of ``exact``: an estimate of |grad |grad L||;
     - ``first_order_flatness``: rho |g2|, or rho |g_adv|: rho of the first perturbed group;
-    - ``cosine``: of h+ and h- (``accelerated``: of g1 and g3 with g0 and g2; ``gsam``: of g1 with g0);
+    - ``cosine``: of h+ and h- (``accelerated``: of g1 and g3 with g0 and g2; ``gsam``: of g1 with g0); with `max_ratio`, of
+      h_norm and h_loss: near -1, the flatness term undoes what the loss wants;
+    - ``ratio``: with `max_ratio`, alpha |h_norm|/|h_loss| before the bound (``max_ratio`` where alpha is infinite), and
+      ``bounded``: 1 where that was above `max_ratio`, so that the term was scaled down, else 0;
     - ``perturbation_0``, ``_1``, ``_2``: norms of the perturbations as stored;
     - ``direction_norm``: |d|, clipped and unscaled; 0 for a skipped step of a fused base;
     - ``noise_ratio``: rounding noise of the probe over the probe, an estimate; see `gam_fused.step.precision`;
@@ -38,7 +41,8 @@ def diagnose(record: Record, autocast_eps: float) -> dict[str, Tensor]:
     shared, control = record.blocks[0].shared, record.blocks[0].control
     result = {"loss": _number(record.losses["theta"], shared.device)}
     if "theta1" in record.losses:
-        result["sharpness"] = _number(record.losses["theta1"], shared.device) - result["loss"]
+        start = record.losses.get("theta on part", record.losses["theta"])
+        result["sharpness"] = _number(record.losses["theta1"], shared.device) - _number(start, shared.device)
     if record.ascents:
         result |= record.method.norms(record)
     elif len(record.losses) == 1:

@@ -13,7 +13,7 @@ Lists = list[TensorList]
 class Direction:
     """d = plus_scale * (c_g1 * g1 + c_last * last) + minus * folded, with one `TensorList` per block in each operand.
 
-    The weights are those of the coefficient table; plus_scale is 1, but where h+ and h- are projected (Algorithm 2).
+    The weights are those of the coefficient table; plus_scale is 1, but where there is a g1: see `Coefficients`.
 
     Attributes:
         last: the gradients of the last pass. g1: those of an earlier one. folded: those that were accumulated.

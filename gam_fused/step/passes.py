@@ -63,12 +63,12 @@ class Passes:
         self._known = [False] * len(self.blocks)  # whether the last pass found all gradients there and as they should be
         self._settled = False  # whether generators and buffers stand where they shall be after the step
 
-    def gradient(self, point: str, *, keep: bool = False) -> Lists:
+    def gradient(self, point: str, *, keep: bool = False, part: bool = False) -> Lists:
         """One pass: the closure at the current weights, called `point`. Returns the gradients, taken from `p.grad`.
 
-        `keep`: they will be needed after the next pass, or accumulated into.
+        `keep`: they will be needed after the next pass, or accumulated into. `part`: on a part of the mini-batch.
         """
-        self._run(point, self._backward)
+        self._run(point, self._backward, part)
         groups = self.session.param_groups
         keep = keep or not self.fused  # a foreign base gets d in the buffers of the last gradient
         lists = []
@@ -80,11 +80,21 @@ class Passes:
         self._known = [lst.complete for lst in lists]
         return self._received(lists)
 
-    def differentiable_gradient(self, point: str) -> tuple[list[Tensor | None], Lists]:
+    def gradient_on_part(self, point: str, *, keep: bool = False, instead_of: Lists | None = None) -> Lists:
+        """`gradient` for the flatness term: on a part of the mini-batch where the settings say so.
+
+        `instead_of`: the gradient of the whole batch at that point, which serves where there is no part.
+        """
+        part = self.settings.on_part
+        if instead_of is not None and not part:
+            return instead_of
+        return self.gradient(f"{point} on part" if point in self.record.losses else point, keep=keep, part=part)
+
+    def differentiable_gradient(self, point: str, *, part: bool = False) -> tuple[list[Tensor | None], Lists]:
         """One pass that keeps its graph: the gradients as autograd made them (to be differentiated again), and as lists."""
         raw: list[Tensor | None] = []
         with ddp.no_unseen_ddp(self.session.replicas):
-            self._run(point, lambda result: raw.extend(self._differentiate(result)))
+            self._run(point, lambda result: raw.extend(self._differentiate(result)), part)
         return raw, self._received(self.as_lists(raw))
 
     def as_lists(self, tensors: Sequence[Tensor | None]) -> Lists:
@@ -106,7 +116,7 @@ class Passes:
         replicas = self.session.replicas
         return averaging.average(replicas, self.blocks, lists) if replicas and not replicas.local else lists
 
-    def _run(self, point: str, differentiate: Callable[[Any], None]) -> None:
+    def _run(self, point: str, differentiate: Callable[[Any], None], part: bool) -> None:
         """One pass: the closure, then `differentiate` of what it returned."""
         torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
         self._reshard()
@@ -114,18 +124,19 @@ class Passes:
         if first:
             self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
-            for part in (self._random, self._model):
-                if part:
-                    part.replay()
+            for replayed in (self._random, self._model):
+                if replayed:
+                    replayed.replay()
         watched = self._model.first_pass() if first and self._model else nullcontext()
         with torch.enable_grad(), watched:
-            result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate)
+            result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate, part)
         self.record.losses[point] = closures.number_in(result)
         if first:
             self._first_pass_done(result)
 
-    def _call(self, differentiate: Callable[[Any], None]) -> Any:
-        result = self.closure()
+    def _call(self, differentiate: Callable[[Any], None], part: bool) -> Any:
+        closure: Any = self.closure
+        result = closure.on_part(self.settings.flatness_fraction) if part else closure()
         differentiate(result)
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -50,8 +51,31 @@ class Record:
         shared, control = self.blocks[0].shared, self.blocks[0].control
         return shared.partials[slot, 0].sum().sqrt() / control[Control.LOSS_SCALE]
 
+    @property
+    def _products(self) -> Tensor:
+        """[6]: sums of h+ h+, h- h+ and h- h-, over counted and over other tensors."""
+        products: Tensor = self.extras.get("products", self.blocks[0].shared.partials[GUARD].sum(1))
+        return products
+
     def cosine(self) -> Tensor:
-        """0-d: the cosine of h+ and h- (Algorithm 2), over counted tensors."""
-        plus, _, cross, _, minus, _ = self.extras.get("products", self.blocks[0].shared.partials[GUARD].sum(1))
+        """0-d: the cosine of h+ and h-, over counted tensors."""
+        plus, _, cross, _, minus, _ = self._products
         cosine: Tensor = cross / (plus.sqrt() * minus.sqrt())
         return cosine
+
+    def bound(self) -> dict[str, Tensor]:
+        """What the bound on the flatness term saw, over counted tensors; empty where there is none.
+
+        With an infinite alpha only the bound counts.
+        """
+        max_ratio, alpha = self.settings.max_ratio, self.settings.alpha
+        if max_ratio is None:
+            return {}
+        plus, _, _, _, minus, _ = self._products
+        if alpha == inf:
+            bounded = (plus > 0).to(plus.dtype)
+            ratio = bounded * max_ratio
+        else:
+            ratio = alpha * plus.sqrt() / minus.sqrt()
+            bounded = (ratio > max_ratio).to(plus.dtype)
+        return {"ratio": ratio, "bounded": bounded, "cosine": self.cosine()}

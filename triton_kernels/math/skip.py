@@ -6,15 +6,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from gam_fused.triton_kernels.math.constants import (
-    DIRECTION_FOLDED,
-    FOUND_INF,
-    LAST_SKIPPED,
-    LOSS_SCALE,
-    MAX_NORM,
-    NOISE_STEP,
-    SKIPPED,
-)
+from gam_fused.triton_kernels.math.constants import FOUND_INF, LAST_SKIPPED, NOISE_STEP, SKIPPED
 from gam_fused.triton_kernels.math.numbers import is_finite
 from gam_fused.triton_kernels.math.projection import direction_scale
 
@@ -51,8 +43,7 @@ class Close(NamedTuple):
 def close_of(total, control, coefficients):
     """`total`: sums of the rows of the last reduction."""
     skip = (tl.load(control + FOUND_INF) != 0.0) | (all_finite(total) == 0)
-    loss_scale, max_norm = tl.load(control + LOSS_SCALE), tl.load(control + MAX_NORM)
-    return Close(skip, direction_scale(total, tl.load(coefficients + DIRECTION_FOLDED), loss_scale, max_norm))
+    return Close(skip, direction_scale(total, coefficients, control))
 
 
 @triton.jit
