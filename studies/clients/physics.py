@@ -12,15 +12,9 @@ POINTS = 64
 
 
 def net(width: int = 32) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(1, width),
-        nn.Tanh(),
-        nn.Linear(width, width),
-        nn.Tanh(),
-        nn.Linear(width, width),
-        nn.Tanh(),
-        nn.Linear(width, 1),
-    )
+    """[n, 1] -> [n, 1]: four linear layers."""
+    hidden = [nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+    return nn.Sequential(*hidden, nn.Linear(width, 1))
 
 
 def grid() -> Tensor:
@@ -35,6 +29,7 @@ def batches(seed: int) -> Iterator[Tensor]:
         yield points[torch.randperm(POINTS, generator=random)]
 
 
+@torch.enable_grad()  # when it is judged too
 def loss(model: nn.Module, points: Tensor) -> Tensor:
     """Mean squares of the equation's residual and of the boundary's."""
     x = points.clone().requires_grad_()

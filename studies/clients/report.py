@@ -60,8 +60,8 @@ def page(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     exceeding = [f"- {label(r['options'])}: {CLIENTS[r['client']].label}, {r['ratio']:.2f}" for r in rows if not r["within"]]
     seeds, steps = max(r["seeds"] for r in rows), {run["client"]: run["steps"] for run in document["runs"]}
     return (
-        f"Final loss on held-out data in eval mode, mean of {seeds} seeds, and its ratio to the base optimizer's after as many "
-        f"steps. Bold: more than {LIMIT:.2f} times the base's.\n\n{table(rows)}\n\n"
+        f"Final loss on held-out data in eval mode, mean of {seeds} seeds, and its ratio to the base optimizer's after as "
+        f"many steps. Bold: more than {LIMIT:.2f} times the base's.\n\n{table(rows)}\n\n"
         f"Above {LIMIT:.2f}: {'none.' if not exceeding else ''}\n"
         + "".join(f"{line}\n" for line in exceeding)
         + f"\nSteps: {', '.join(f'{CLIENTS[client].label} {n}' for client, n in steps.items())}. "

@@ -72,9 +72,11 @@ def train_step(
         optimizer.step(lambda: loss(model, batch))
 
 
+@torch.no_grad()
 def held_out_loss(client: Client, model: nn.Module) -> float:
+    """Of the whole held-out data, in eval mode."""
     model.eval()
-    return float(client.loss(model, client.held_out()).detach())  # not no_grad: a loss may differentiate
+    return float(client.loss(model, client.held_out()))
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
