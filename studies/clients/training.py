@@ -17,6 +17,7 @@ from tqdm import tqdm
 from gam_fused import FusedGAM
 from studies.clients.catalogue import CLIENTS
 from studies.clients.client import Batch, Client
+from studies.clients.report import label
 
 Options = dict[str, Any] | None  # FusedGAM's, or None: the base optimizer alone
 Job = tuple[str, Options, int, int | None]
@@ -85,8 +86,10 @@ def run_all(jobs: Sequence[Job], workers: int) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(run, *job) for job in jobs]
         try:
-            for future in tqdm(as_completed(futures), total=len(jobs), unit="run", dynamic_ncols=True):
-                future.result()
+            bar = tqdm(as_completed(futures), total=len(jobs), unit="run", dynamic_ncols=True)
+            for future in bar:
+                done = future.result()
+                bar.set_postfix_str(f"{done['client']}, {label(done['options'])}: {done['loss']:.3g}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return [future.result() for future in futures]
