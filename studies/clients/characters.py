@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from studies.probe_transformer import Block
 
 CONTEXT = 64
-BATCH = 8
+BATCH = 6
 CHARACTERS = 128  # ASCII; all others count as "?"
 TRAINING, HELD_OUT = 500_000, 20_000
 
