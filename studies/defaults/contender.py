@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -94,6 +94,15 @@ class Contender:
         return (passes + interval - 1) / interval
 
     @property
+    def calls(self) -> float:
+        """Gradient passes of any size per step, averaged over the steps of an interval; m-SAM's in a batch of 64."""
+        if self.group:
+            return 2 * 64 / self.group
+        whole = replace(self, options={**self.options, "flatness_fraction": 1.0} if self.options else {})
+        interval = self.options.get("interval", 1)
+        return whole.passes + (self.fraction < 1.0) / interval
+
+    @property
     def cost(self) -> float:
         """Passes of the whole training over those of the base: how often each sample is seen does not depend on batches."""
         return self.passes * self.length
@@ -107,14 +116,16 @@ class Contender:
         if "flatness_fraction" in options:
             options["flatness_fraction"] = Fraction(self.fraction)
         name = f"{DEFAULTS[self.kind]}, defaults" if self.kind in DEFAULTS else KINDS.get(self.kind, "base, as given")
-        return ", ".join([name, *(f"{named.get(k, k)} {v}" for k, v in options.items())])
+        return ", ".join(
+            [name, *(f"{named.get(k, k)} {f'{v:g}' if isinstance(v, float) else v}" for k, v in options.items())]
+        )
 
     def optimizer(self, model: nn.Module, network: Network) -> torch.optim.Optimizer:
         """What steps `model`; for m-SAM, the base optimizer."""
         base_options = {**network.base_options, **self.base_options}
         if not self.options:
             return network.base(model.parameters(), **base_options)
-        options = {k: float(v) if v == "inf" else v for k, v in self.options.items()}
+        options: dict[str, Any] = {k: float(v) if v == "inf" else v for k, v in self.options.items()}
         return FusedGAM(model, network.base, **options, **base_options)
 
 

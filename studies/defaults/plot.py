@@ -41,7 +41,14 @@ STYLES = {
     "penalty_part": ("#009E73", "v"),
     **dict.fromkeys(DEFAULTS, ("#999999", "h")),
 }
-SHORT = {GIVEN: "base, as given", **KINDS, **{kind: f"{method}, defaults" for kind, method in DEFAULTS.items()}}
+SHORT = {
+    **{
+        kind: name.replace("a part of the batch", "a part").replace("on some steps, a part", "on some steps")
+        for kind, name in KINDS.items()
+    },
+    **{kind: f"{method}, defaults" for kind, method in DEFAULTS.items()},
+    GIVEN: "base, as given",
+}
 COLUMNS = 2
 
 
@@ -96,7 +103,7 @@ def _cost(ax: Axes, rows: Sequence[Row], network: str) -> None:
         x, y, sd = row["cost"], scale * row["value"], scale * row["sd"]
         ax.errorbar(x, y, sd, fmt=marker, color=colour, markersize=8, capsize=3, elinewidth=1, zorder=5)
     ax.set_xscale("log")
-    ax.set_xlim(0.9, 16)  # space for the labels
+    ax.set_xlim(0.93, 11)  # space for the labels
     ax.set_xticks([1, 1.5, 2, 3, 4, 6], ["1", "1.5", "2", "3", "4", "6"])
     ax.minorticks_off()
     ax.set_xlabel("gradient passes of the training, times the base's")
@@ -112,7 +119,7 @@ def _label(ax: Axes, rows: Sequence[Row], scale: float) -> None:
     ends = ax.get_ylim()
     bottom, top = min(ends), max(ends)
     xs, ys = [math.log10(row["cost"]) for row in rows], [scale * row["value"] for row in rows]
-    heights = spread(xs, ys, 0.45, 0.045 * (top - bottom), bottom, top)
+    heights = spread(xs, ys, 0.33, 0.045 * (top - bottom), bottom, top)
     for row, y, height in zip(rows, ys, heights, strict=True):
         colour = STYLES[row["kind"]][0]
         ax.annotate(
@@ -134,8 +141,8 @@ def _heat(ax: Axes, runs: Sequence[dict[str, Any]], network: str) -> None:
     rhos = sorted({key[0] for key in grid})
     columns = sorted({key[1:] for key in grid}, key=lambda c: (-c[0], c[1] is not None, c[1] or 0.0))
     values = np.full((len(rhos), len(columns)), np.nan)
-    for (rho, *column), cell in grid.items():
-        place = rhos.index(rho), columns.index(tuple(column))
+    for (rho, part, bound), cell in grid.items():
+        place = rhos.index(rho), columns.index((part, bound))
         values[place] = math.nan if cell["failed"] else NETWORKS[network].sign * cell["value"]
         text = "x" if cell["failed"] else f"{shown(cell['value'], network)}\nalpha {float(cell['alpha']):g}"
         ax.text(place[1], place[0], text, ha="center", va="center", fontsize=8)

@@ -54,7 +54,7 @@ def _row(network: str, contender: Contender, group: Sequence[Run], given: Sequen
 
 
 def _training_ms(group: Sequence[Run]) -> float:
-    return statistics.median(run["step_ms"] * run["steps"] for run in group)
+    return float(statistics.median(run["step_ms"] * run["steps"] for run in group))
 
 
 def _over(group: Sequence[Run], other: Sequence[Run] | None) -> Estimate | None:

@@ -45,7 +45,7 @@ def m_sam_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
     Buffers, such as the running statistics of batch norm, are those that the passes at the unperturbed weights leave.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
     value = torch.zeros(())
     for inputs, targets in zip(x.split(group), y.split(group), strict=True):
