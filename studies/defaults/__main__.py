@@ -27,7 +27,7 @@ from studies.defaults.store import Run, Store, with_nan
 from studies.defaults.training import Job
 
 STAGES = ("tune", "report", "evaluate")
-QUICK_STEPS, QUICK_SEEDS = 12, 1
+QUICK_STEPS, QUICK_SEEDS, QUICK_NETWORKS = 12, 1, ("digits", "mnist")
 FOLDER = Path(__file__).parents[1] / "results"
 
 
@@ -87,7 +87,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.defaults", description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (all, in this order)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(all)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, help=f"(all; with --quick: {', '.join(QUICK_NETWORKS)})")
     parser.add_argument("--seeds", type=int, help="runs per contender on test data (5 to 8, by network)")
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at a time, one thread each")
     parser.add_argument(
@@ -102,6 +102,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     if min(options.workers, math.inf if options.seeds is None else options.seeds) < 1:
         parser.error("--seeds and --workers must be at least 1")
     options.stages = options.stages or list(STAGES)
+    options.networks = options.networks or list(QUICK_NETWORKS if options.quick else NETWORKS)
     options.out = options.out or (Path("out") if options.quick else FOLDER)
     return options
 
