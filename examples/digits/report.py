@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -90,12 +90,14 @@ def table(rows: Sequence[dict[str, Any]], judged_on: str = "test") -> str:
     return "\n".join(lines)
 
 
-def document(runs: Sequence[Run], rows: Sequence[dict[str, Any]], settings: Settings, **facts: Any) -> dict[str, Any]:
+def document(
+    runs: Sequence[Run], rows: Sequence[dict[str, Any]], settings: Settings | Mapping[str, Any], **facts: Any
+) -> dict[str, Any]:
     """Everything about a comparison, ready for `json.dump`; NaN is written as null."""
     result = {
         "arguments": without_folder(sys.argv[1:]),
         **facts,
-        "settings": asdict(settings),
+        "settings": asdict(settings) if isinstance(settings, Settings) else dict(settings),
         "rows": list(rows),
         "runs": list(runs),
     }
