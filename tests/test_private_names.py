@@ -69,6 +69,15 @@ def test_names_of_fsdp():
     assert hasattr(fsdp.FSDPModule, "_get_fsdp_state")
 
 
+def test_functions_of_trees():
+    node = torch.nn.utils.rnn.PackedSequence(torch.zeros(1), torch.zeros(1))
+    assert not torch_private.tree_is_leaf(node)
+    assert torch_private.tree_is_leaf(torch.zeros(1))
+    children, spec = torch_private.tree_flatten([node, (1, 2)], is_leaf=lambda child: isinstance(child, tuple))
+    assert children == [node, (1, 2)]
+    assert torch_private.tree_unflatten([3, (4,)], spec) == [3, (4,)]
+
+
 def test_process_groups_tell_their_devices():
     distributed = pytest.importorskip("torch.distributed", reason="this torch has no torch.distributed")
     assert hasattr(distributed.ProcessGroup, "_device_types")
