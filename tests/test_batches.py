@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils.data import default_collate
 
+from gam_fused import FusedGAM
+from gam_fused.integrations import BatchClosure, all_micro_batches
 from gam_fused.step.batches import part_of
 from gam_fused.torch_private import tree_map_only
 
@@ -349,6 +351,48 @@ def test_containers_of_transformers():
     assert type(part) is type(output)
     assert part.loss is output.loss
     assert is_part(part.logits, X, 2)
+
+
+# Closures with a batch.
+
+
+def test_a_batch_is_cut_once_per_step():
+    cuts = []
+
+    def cut(batch, fraction):
+        cuts.append(fraction)
+        return part_of(batch, fraction)
+
+    closure = BatchClosure(len, X, cut)
+    assert [closure(), closure.on_part(0.5), closure.on_part(0.5), closure(), closure.on_part(0.25)] == [8, 4, 4, 8, 2]
+    assert cuts == [0.5, 0.25]
+
+
+def test_a_way_of_cutting_of_ones_own():
+    """What `part_of` would take for one batch of eight, a list of samples of different size."""
+    samples = [rows(8, 2), rows(8, 3), rows(8, 4), rows(8, 5)]
+    model, seen = torch.nn.Linear(1, 1), []
+
+    def closure(samples):
+        seen.append(len(samples))
+        return sum(model(t[:1, :1].float()).square().sum() for t in samples) / len(samples)
+
+    optimizer = FusedGAM(model, torch.optim.SGD, lr=0.1, flatness_fraction=0.5)
+    optimizer.step(BatchClosure(closure, samples, lambda batch, fraction: batch[: int(len(batch) * fraction)]))
+    assert seen == [4, 2, 2, 2, 2]
+
+
+def test_all_micro_batches_keeps_the_batch_and_its_cut():
+    marked = all_micro_batches(BatchClosure(len, [1, 2, 3, 4], lambda batch, fraction: batch[:1]))
+    assert isinstance(marked, BatchClosure)
+    assert (marked(), marked.on_part(0.5)) == (4, 1)
+    assert all_micro_batches(len)(X) == 8
+
+
+def test_a_batch_without_a_function_is_an_error():
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"step takes a function that computes the loss.*not a Tensor"):
+        FusedGAM(model, torch.optim.SGD, lr=0.1).step(torch.zeros(1), X)
 
 
 # Micro-batches.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +100,9 @@ def test_names_of_lightning():
     for name in ("_after_closure", "_wrap_closure"):
         assert hasattr(private.Precision, name), name
     assert callable(private.block_parallel_sync_behavior)
+    kwargs = SimpleNamespace(trainer=SimpleNamespace(lightning_module=private.pl.LightningModule()))
+    build = private.pl.loops.training_epoch_loop._TrainingEpochLoop._build_kwargs
+    assert private.batch_in(build(kwargs, OrderedDict(), "the batch", 0)) == "the batch"
     assert hasattr(private.pl.Trainer, "fit_loop") or hasattr(private.pl.loops.fit_loop._FitLoop, "_should_accumulate")
 
 
