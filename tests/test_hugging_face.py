@@ -193,6 +193,26 @@ def test_a_trainers_own_way_of_counting_counts_parts_too(tmp_path):
     assert model.seen == 4 * [(4, 10 * labels.sum())] + 16 * [(3, 10 * labels[:, :3].sum())]
 
 
+def test_a_step_that_is_not_told_the_number_of_items_does_not_count_them(tmp_path):
+    class Untold(GAMTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            assert num_items_in_batch is not None
+            return super().training_step(model, inputs)
+
+    class Spy(Classifier):
+        def forward(self, x, labels, num_items_in_batch=None, **kwargs):
+            told.append(num_items_in_batch)
+            return super().forward(x, labels, 1.0)
+
+    told, model = [], Spy()
+    optimizer = make(model.parameters(), model=model, flatness_fraction=3 / 4)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    result = trainer(model, tmp_path, (optimizer, schedule), max_steps=1)
+    result.__class__ = Untold
+    result.train()
+    assert told == [None] * 5
+
+
 def test_trainer_makes_the_optimizer_and_resumes(tmp_path):
     """`optimizer_cls_and_kwargs`, the Trainer's param groups, a checkpoint in the middle of training."""
     states = []
