@@ -48,14 +48,15 @@ class Module(pl.LightningModule):
         if not self.automatic_optimization:
             optimizer = self.optimizers()
 
-            def closure():
+            def closure(batch=batch):
                 optimizer.zero_grad()
                 loss = self.loss(batch)
                 self.manual_backward(loss)
                 self.log("loss", loss, on_epoch=True, on_step=False)
                 return loss
 
-            loss = optimizer.step(closure)
+            part = optimizer.optimizer.flatness_fraction < 1.0
+            loss = optimizer.step(closure, batch=batch) if part else optimizer.step(closure)
             self.lr_schedulers().step()
             return loss
         loss = self.loss(batch)
@@ -102,16 +103,16 @@ def plain_loop(module: Module, precision="32-true", accumulate=1, clip=None, epo
         batches = list(DataLoader(data(), 4))
         for start in range(0, BATCHES, accumulate):
 
-            def closure(start=start, batches=batches):
+            def closure(batches):
                 total = 0.0
-                for batch in batches[start : start + accumulate]:
+                for batch in batches:
                     with torch.autocast("cpu", dtype, cache_enabled=False) if dtype else nullcontext():
                         loss = module.loss(batch) / accumulate
                     scaler.scale(loss).backward()
                     total += loss.detach()
                 return total
 
-            losses.append(float(optimizer.step(closure)))
+            losses.append(float(optimizer.step(closure, batches[start : start + accumulate])))
             scaler.update()
             schedule.step()
     return losses, optimizer

@@ -75,6 +75,41 @@ def test_every_pass_is_unscaled_once(method, form, device):
         assert scaled.scaler.get_scale() == 1024.0
 
 
+@pytest.mark.parametrize("form", ["optimizer.step", "scaler.step"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_of_the_batch_is_unscaled_too(method, form):
+    """`scaler.step(optimizer, closure, batch)` is `optimizer.step(closure, batch)`."""
+    for kind in kinds(method):
+        results = []
+        for scaled in (False, True):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+            model, seen = mlp(), []
+            optimizer = make(
+                model.parameters(), method=method, flatness_fraction=1 / 2, max_grad_norm=0.05, grad_scaler=scaler
+            )
+
+            def closure(part, model=model, scaler=scaler, seen=seen, kind=kind):
+                seen.append(len(part[0]))
+                loss = regression(model, *part)()
+                if kind == "calls_backward":
+                    scaler.scale(loss).backward()
+                return loss
+
+            losses = []
+            for _ in range(3):
+                if form == "scaler.step":
+                    losses.append(scaler.step(optimizer, closure, batch(8)))
+                else:
+                    losses.append(optimizer.step(closure, batch(8)))
+                scaler.update()
+            assert seen[0] == 8
+            assert set(seen) == {8, 4}
+            results.append((torch.stack(losses), frozen_without_counters(optimizer), seen))
+        assert torch.equal(results[0][0], results[1][0])
+        same(results[0][1], results[1][1])
+        assert results[0][2] == results[1][2]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @forms
 @pytest.mark.parametrize("base", ["sgd", "adamw", "foreign"])

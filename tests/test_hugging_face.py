@@ -20,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from gam_fused import FusedGAM, FusedSAM
-from gam_fused.integrations import all_micro_batches
+from gam_fused.integrations import BatchClosure, all_micro_batches
 from gam_fused.integrations.transformers import GAMTrainerMixin
 
 pytestmark = [
@@ -36,9 +36,10 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = mixed_net()
+        self.net, self.seen = mixed_net(), []
 
     def forward(self, x, labels):
+        self.seen.append(len(x))
         return {"loss": (self.net(x) - labels).square().mean()}
 
 
@@ -46,8 +47,23 @@ class GAMTrainer(GAMTrainerMixin, transformers.Trainer):
     pass
 
 
-def rows():
+class Classifier(Model):
+    """A loss that is a sum over labels which are not -100, divided by the number that the Trainer counts."""
+
+    def forward(self, x, labels, num_items_in_batch=None, **kwargs):
+        logits = self.net(x)
+        self.seen.append((len(x), float(num_items_in_batch)))
+        return {"loss": nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch}
+
+
+def tensors(counts=False):
+    """Of all batches. `counts`: labels of a `Classifier`, some missing."""
     x, y = batch(BATCHES * SIZE)
+    return (x, torch.where(torch.arange(len(y)) % 3 == 0, -100, (y[:, 0] > 0).long())) if counts else (x, y)
+
+
+def rows(counts=False):
+    x, y = tensors(counts)
     return [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
 
 
@@ -70,33 +86,38 @@ def trainer(model, folder, optimizers=(None, None), more=(), **arguments):
         output_dir=str(folder), per_device_train_batch_size=SIZE, learning_rate=0.05, logging_steps=1, report_to="none",
         disable_tqdm=True, use_cpu=True, train_sampling_strategy="sequential", dataloader_pin_memory=False, **arguments,
     )  # fmt: skip
-    return GAMTrainer(model, given, train_dataset=rows(), optimizers=optimizers, callbacks=[Losses(), *more])
+    data = rows(counts=isinstance(model, Classifier))
+    return GAMTrainer(model, given, train_dataset=data, optimizers=optimizers, callbacks=[Losses(), *more])
 
 
 def losses_of(result) -> Losses:
     return next(c for c in result.callback_handler.callbacks if isinstance(c, Losses))
 
 
-def plain_loop(model, optimizer, schedule, accumulate=1, bf16=False, epochs=2):
-    """What the Trainer should do. Returns the losses of the steps and the norms of their gradients."""
-    x, y = batch(BATCHES * SIZE)
+def plain_loop(model, optimizer, schedule, accumulate=1, bf16=False, epochs=2, counts=False):
+    """What the Trainer should do. Returns the losses of the steps and the norms of their gradients.
+
+    `counts`: the model's loss is a sum, which it divides by the number of items in all micro-batches.
+    """
+    x, y = tensors(counts)
     batches = list(zip(x.split(SIZE), y.split(SIZE), strict=True))
     losses, norms = [], []
     for _ in range(epochs):
         for start in range(0, BATCHES, accumulate):
             micro = batches[start : start + accumulate]
 
-            def closure(micro=micro):
+            def closure(micro):
                 total = 0.0
+                number = sum((b != -100).sum() for _, b in micro)
                 for a, b in micro:
                     with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-                        loss = model(a, b)["loss"] / len(micro)
+                        loss = model(a, b, number)["loss"] if counts else model(a, b)["loss"] / len(micro)
                     loss.backward()
                     total += loss.detach()
                 return total
 
             torch.manual_seed(100 + len(losses))
-            losses.append(float(optimizer.step(closure)))
+            losses.append(float(optimizer.step(closure, micro)))
             norms.append(float(optimizer.diagnostics()["gradient_norm"]))
             schedule.step()
     return losses, norms
@@ -129,6 +150,67 @@ def test_trainer(accumulate, clip, bf16, tmp_path):
     same(results[0][0], results[1][0])
     for mine, plain in zip(results[0][1], results[1][1], strict=True):
         assert mine == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Model, Classifier])
+@pytest.mark.parametrize(("fraction", "part", "accumulate"), [(1 / 4, 2, 1), (3 / 4, 3, 4)])
+def test_flatness_from_a_part_of_the_batch(fraction, part, accumulate, kind, tmp_path):
+    """Nothing has to be said but the fraction; losses are divided by the number of items in the part."""
+    results = []
+    for loop in ("Trainer", "plain"):
+        model = kind()
+        optimizer = make(model.parameters(), model=model, lr=0.05, flatness_fraction=fraction)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        if loop == "Trainer":
+            result = trainer(model, tmp_path, (optimizer, schedule), gradient_accumulation_steps=accumulate)
+            result.train()
+            losses = losses_of(result).seen
+        else:
+            losses, _ = plain_loop(model, optimizer, schedule, accumulate, counts=kind is Classifier)
+        results.append((contents(model, optimizer), losses, model.seen))
+    same(results[0][0], results[1][0])
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-4)
+    assert results[0][2] == results[1][2]
+    lengths = [seen if kind is Model else seen[0] for seen in results[0][2]]
+    assert lengths[: 5 * accumulate] == accumulate * [SIZE] + 4 * accumulate * [part]
+
+
+def test_a_trainers_own_way_of_counting_counts_parts_too(tmp_path):
+    """`get_batch_samples` is what the Trainer offers to be overridden."""
+
+    class Counts(GAMTrainer):
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            samples, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+            return samples, number * 10
+
+    model = Classifier()
+    optimizer = make(model.parameters(), model=model, flatness_fraction=3 / 4)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    result = trainer(model, tmp_path, (optimizer, schedule), max_steps=1, gradient_accumulation_steps=4)
+    result.__class__ = Counts
+    result.train()
+    labels = tensors(counts=True)[1][:16].view(4, 4) != -100
+    assert model.seen == 4 * [(4, 10 * labels.sum())] + 16 * [(3, 10 * labels[:, :3].sum())]
+
+
+def test_a_step_that_is_not_told_the_number_of_items_does_not_count_them(tmp_path):
+    class Untold(GAMTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            assert num_items_in_batch is not None
+            return super().training_step(model, inputs)
+
+    class Spy(Classifier):
+        def forward(self, x, labels, num_items_in_batch=None, **kwargs):
+            told.append(num_items_in_batch)
+            return super().forward(x, labels, 1.0)
+
+    told, model = [], Spy()
+    optimizer = make(model.parameters(), model=model, flatness_fraction=3 / 4)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    result = trainer(model, tmp_path, (optimizer, schedule), max_steps=1)
+    result.__class__ = Untold
+    result.train()
+    assert told == [None] * 5
 
 
 def test_trainer_makes_the_optimizer_and_resumes(tmp_path):
@@ -357,6 +439,53 @@ def test_all_micro_batches_in_a_closure_that_says_so():
 
     optimizer.step(closure)
     same(freeze([model.weight]), freeze([torch.full((1, 4), 0.25)]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate_with_flatness_from_a_part_of_the_batch(accumulate):
+    """Its optimizer takes a closure only, which brings its batch along."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    micro = list(zip(*(t.chunk(accumulate) for t in batch(16)), strict=True))
+    results = []
+    for prepared in (True, False):
+        model = mixed_net()
+        optimizer = make(model.parameters(), model=model, flatness_fraction=1 / 4)
+        lengths = []
+        stepper = accelerator.prepare(model, optimizer)[1] if prepared else optimizer
+
+        def closure(batches, model=model, prepared=prepared, lengths=lengths):
+            for x, y in batches:
+                lengths.append(len(x))
+                loss = regression(model, x, y)()
+                accelerator.backward(loss) if prepared else (loss / accumulate).backward()
+
+        torch.manual_seed(3)
+        for _ in range(3):
+            if prepared:
+                stepper.step(all_micro_batches(BatchClosure(closure, micro)))
+            else:
+                stepper.step(closure, micro)
+        n = 16 // accumulate
+        assert lengths == 3 * (accumulate * [n] + 4 * accumulate * [max(n // 4, 2)])
+        results.append(contents(model, optimizer))
+    same(*results)
+
+
+@pytest.mark.parametrize("wrap", [BatchClosure, lambda f, b: BatchClosure(all_micro_batches(f), b)])
+def test_who_says_that_all_micro_batches_are_run(wrap):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = nn.Linear(4, 1)
+    optimizer = accelerator.prepare(FusedSAM(model.parameters(), torch.optim.SGD, lr=1.0, rho=0.0))
+    closure = wrap(lambda x: accelerator.backward(-model(x).sum()), torch.eye(4))
+    with pytest.raises(RuntimeError, match="all_micro_batches") if wrap is BatchClosure else nullcontext():
+        optimizer.step(closure)
+
+
+def test_a_prepared_step_without_its_batch_is_an_error():
+    model = nn.Linear(4, 1)
+    optimizer = FusedSAM(model.parameters(), torch.optim.SGD, lr=1.0, flatness_fraction=1 / 2)
+    with pytest.raises(ValueError, match=r"flatness_fraction=0\.5 needs .*gam_fused\.integrations\.BatchClosure"):
+        Accelerator(cpu=True).prepare(optimizer).step(lambda: model(torch.eye(4)).sum())
 
 
 def test_optimizers_that_are_not_prepared_are_none_of_accelerates_business():

@@ -37,6 +37,101 @@ def test_automatic_optimization(precision, accumulate, clip):
     assert optimizer.skipped_steps == 0
 
 
+class Lengths(Module):
+    """Notes how many samples each pass sees of each micro-batch."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.lengths, self.kinds = [], set()
+
+    def loss(self, batch):
+        self.lengths.append(len(batch[0]))
+        self.kinds.add(type(batch))
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("fraction", "part", "accumulate"), [(1 / 4, 2, 1), (3 / 4, 3, 4)])
+def test_flatness_from_a_part_of_the_batch(fraction, part, accumulate, precision):
+    """Nothing has to be said but the fraction."""
+    module, reference = Lengths(flatness_fraction=fraction), Lengths(flatness_fraction=fraction)
+    result = fit(module, precision=precision, accumulate_grad_batches=accumulate)
+    losses, optimizer = plain_loop(reference, precision, accumulate)
+    same(contents(module, result.optimizers[0]), contents(reference, optimizer))
+    assert module.lengths == reference.lengths
+    assert module.lengths[: 5 * accumulate] == accumulate * [4] + 4 * accumulate * [part]
+    assert module.kinds == {list}
+    assert result.global_step == len(losses) == 2 * -(-BATCHES // accumulate)
+    assert module.outputs == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_flatness_from_a_part_of_the_batch_in_manual_optimization(precision):
+    module, reference = Lengths(manual=True, flatness_fraction=3 / 4), Lengths(flatness_fraction=3 / 4)
+    result = fit(module, precision=precision)
+    losses, optimizer = plain_loop(reference, precision)
+    same(contents(module, result.optimizers[0]), contents(reference, optimizer))
+    assert module.lengths[:5] == [4, 3, 3, 3, 3]
+    assert result.global_step == len(losses)
+    assert float(result.callback_metrics["loss"]) == pytest.approx(sum(losses[BATCHES:]) / BATCHES, rel=1e-5)
+
+
+def test_the_fraction_can_be_scheduled():
+    module = Lengths()
+    module.on_train_batch_start = lambda batch, i: setattr(
+        module.trainer.optimizers[0], "flatness_fraction", (1, 3 / 4)[i % 2]
+    )
+    fit(module, max_epochs=1, limit_train_batches=3)
+    assert module.lengths == [4] * 4 + [4, 3, 3, 3, 3] + [4] * 4
+
+
+def test_a_batch_alone_is_passed_on_by_its_position():
+    """`training_step` takes no `batch_idx`, and calls the batch as it likes."""
+    seen = []
+
+    class Spy(Module):
+        def training_step(self, samples):
+            seen.append(len(samples[0]))
+            return self.loss(samples)
+
+    fit(Spy(flatness_fraction=1 / 2), limit_train_batches=1, max_epochs=1)
+    assert seen == [4, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_without_the_callback_a_part_is_an_error(manual):
+    with pytest.raises((ValueError, RuntimeError), match="GAMCallback"):
+        fit(Module(manual=manual, flatness_fraction=1 / 2), callbacks=False)
+
+
+def test_a_manual_step_without_its_batch_is_an_error():
+    class Alone(Module):
+        def training_step(self, batch, batch_idx):
+            return self.optimizers().step(lambda: self.loss(batch))
+
+    with pytest.raises(ValueError, match=r"flatness_fraction=0\.5 needs the mini-batch: optimizer\.step\(closure, batch\)"):
+        fit(Alone(manual=True, flatness_fraction=1 / 2))
+
+
+def test_a_wrapped_closure_that_lost_the_batch_is_an_error():
+    class Wrapping(Module):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=lambda: optimizer_closure())
+
+    fit(Wrapping(), max_epochs=1, limit_train_batches=1)
+    with pytest.raises(RuntimeError, match=r"flatness_fraction=0\.5: Wrapping\.optimizer_step has wrapped its closure"):
+        fit(Wrapping(flatness_fraction=1 / 2))
+
+
+def test_a_training_step_that_draws_its_batches_is_an_error():
+    class Drawing(Module):
+        def training_step(self, dataloader_iter):
+            return self.loss(next(dataloader_iter)[0])
+
+    with pytest.raises(RuntimeError, match=r"training_step\(dataloader_iter\) would draw another batch in every pass"):
+        fit(Drawing())
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_manual_optimization(precision):
     module, reference = Module(manual=True), Module()

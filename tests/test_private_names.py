@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +71,15 @@ def test_names_of_fsdp():
     assert hasattr(fsdp.FSDPModule, "_get_fsdp_state")
 
 
+def test_functions_of_trees():
+    node = torch.nn.utils.rnn.PackedSequence(torch.zeros(1), torch.zeros(1))
+    assert not torch_private.tree_is_leaf(node)
+    assert torch_private.tree_is_leaf(torch.zeros(1))
+    children, spec = torch_private.tree_flatten([node, (1, 2)], is_leaf=lambda child: isinstance(child, tuple))
+    assert children == [node, (1, 2)]
+    assert torch_private.tree_unflatten([3, (4,)], spec) == [3, (4,)]
+
+
 def test_process_groups_tell_their_devices():
     distributed = pytest.importorskip("torch.distributed", reason="this torch has no torch.distributed")
     assert hasattr(distributed.ProcessGroup, "_device_types")
@@ -89,6 +100,9 @@ def test_names_of_lightning():
     for name in ("_after_closure", "_wrap_closure"):
         assert hasattr(private.Precision, name), name
     assert callable(private.block_parallel_sync_behavior)
+    kwargs = SimpleNamespace(trainer=SimpleNamespace(lightning_module=private.pl.LightningModule()))
+    build = private.pl.loops.training_epoch_loop._TrainingEpochLoop._build_kwargs
+    assert private.batch_in(build(kwargs, OrderedDict(), "the batch", 0)) == "the batch"
     assert hasattr(private.pl.Trainer, "fit_loop") or hasattr(private.pl.loops.fit_loop._FitLoop, "_should_accumulate")
 
 

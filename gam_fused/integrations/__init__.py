@@ -1,7 +1,7 @@
 """Helpers for training loops of other packages; each is imported on demand and needs only its own package.
 
 `gam_fused.integrations.lightning.GAMCallback` and `gam_fused.integrations.transformers.GAMTrainerMixin`. Accelerate needs
-none, or `all_micro_batches`. This file imports nothing of them.
+none, or `all_micro_batches` and `BatchClosure`. This file imports nothing of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gam_fused.step.closures import BatchClosure as BatchClosure
 from gam_fused.step.foreign_loops import all_micro_batches as all_micro_batches
 from gam_fused.step.foreign_loops import overridden as overridden
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
-from gam_fused.integrations import clipping_to, on_direction, overridden
+from gam_fused.integrations import BatchClosure, clipping_to, on_direction, overridden
 from gam_fused.integrations.lightning_private import (
     AutomaticOptimization,
     FSDPPrecision,
@@ -24,11 +25,16 @@ from gam_fused.integrations.lightning_private import (
     LightningOptimizer,
     MixedPrecision,
     Precision,
+    batch_in,
     block_parallel_sync_behavior,
     call_hooks_before_step,
     pl,
+    with_batch,
 )
 from gam_fused.optimizer import FusedGAM
+from gam_fused.step.batches import part_of
+
+_Batches = list[tuple[int, "OrderedDict[str, Any]"]]  # with their numbers
 
 
 class GAMCallback(pl.Callback):
@@ -42,6 +48,8 @@ class GAMCallback(pl.Callback):
       module or (the first) a callback, or the Trainer clips by value, the update is not fused.
     - Otherwise `gradient_clip_val` is the optimizer's `max_grad_norm` during its step, and the update stays fused. With any
       clipping by Lightning, the optimizer's own `max_grad_norm` is not used.
+    - `flatness_fraction`: passes of the flatness term run `training_step` on the first part of each micro-batch. In manual
+      optimization the batch has to be given: `opt.step(closure, batch=batch)` calls `closure(batch)`.
     - Manual optimization: `self.clip_gradients(opt, ...)` before `opt.step(closure)` clips the d of that step.
     - `self.log` and the step's outputs see pass 1 only, the unperturbed one; `on_before_zero_grad` runs in it, and finds no
       gradients, as a step leaves none.
@@ -54,7 +62,8 @@ class GAMCallback(pl.Callback):
         ValueError: a strategy that accumulates gradients itself.
         TypeError: a Trainer of the other one of the packages `lightning` and `pytorch_lightning`.
         RuntimeError: `self.clip_gradients` where gradients are those of one pass; an `optimizer_step` that never runs its
-            closure; a precision plugin with a way of its own to step.
+            closure, or wraps it although `flatness_fraction` needs the batch; a `training_step` that takes an iterator; a
+            precision plugin with a way of its own to step.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -83,7 +92,7 @@ class _Optimization(AutomaticOptimization):
     def __init__(self, original: AutomaticOptimization):
         super().__init__(original.trainer)
         self.optim_progress = original.optim_progress  # what `global_step` counts
-        self._waiting: list[tuple[int, OrderedDict[str, Any]]] = []
+        self._waiting: _Batches = []
 
     def run(self, optimizer: Any, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         if not isinstance(optimizer, FusedGAM):
@@ -91,19 +100,20 @@ class _Optimization(AutomaticOptimization):
             return result
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._waiting.clear()  # left by an epoch that was stopped
+        batch_in(kwargs)
         self._waiting.append((batch_idx, kwargs))
         if self.should_accumulate():
             return {}
         batches, self._waiting = self._waiting, []
         outputs: list[dict[str, Any]] = []
 
-        def one_pass() -> Any:
+        def one_pass(batches: _Batches) -> Any:
             output = self._run_batches(optimizer, batches, first_pass=not outputs)
             outputs.append(output)
             return output["loss"]
 
         try:
-            self.make_step(batch_idx, one_pass)
+            self.make_step(batch_idx, BatchClosure(one_pass, batches, _parts))
         except _Skip:
             self.optim_progress.optimizer.step.increment_completed()
             return {}
@@ -114,9 +124,7 @@ class _Optimization(AutomaticOptimization):
             )
         return outputs[0]
 
-    def _run_batches(
-        self, optimizer: Any, batches: list[tuple[int, OrderedDict[str, Any]]], *, first_pass: bool
-    ) -> dict[str, Any]:
+    def _run_batches(self, optimizer: Any, batches: _Batches, *, first_pass: bool) -> dict[str, Any]:
         """Forward and backward of all micro-batches. Returns the last one's output, with the loss of all."""
         output: dict[str, Any] = {}
         losses = []
@@ -130,6 +138,11 @@ class _Optimization(AutomaticOptimization):
         if not losses:
             raise _Skip
         return {**output, "loss": sum(losses[1:], losses[0])}
+
+
+def _parts(batches: _Batches, fraction: float) -> _Batches:
+    """The first `fraction` of each micro-batch."""
+    return [(i, with_batch(kwargs, part_of(batch_in(kwargs), fraction))) for i, kwargs in batches]
 
 
 class _Clipping:
@@ -148,13 +161,20 @@ class _ServesGAM:
     scaler: Any = None
     _gam: _Clipping  # of the class that `_serving` makes; the plugin's `__dict__` stays as it is
 
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[..., Any], **kwargs: Any) -> Any:
         if not isinstance(optimizer, FusedGAM):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)  # type: ignore[misc]
         if (kind := self._plugin_with("optimizer_step")) not in (Precision, MixedPrecision, FSDPPrecision):
             raise RuntimeError(f"{kind.__name__}.optimizer_step would not run: GAMCallback cannot step FusedGAM through it")
         if optimizer.grad_scaler is not self.scaler:
             optimizer.grad_scaler = self.scaler
+        if "batch" in kwargs:
+            closure = BatchClosure(closure, kwargs.pop("batch"))
+        if model.automatic_optimization and optimizer.flatness_fraction < 1.0 and not hasattr(closure, "on_part"):
+            raise RuntimeError(
+                f"flatness_fraction={optimizer.flatness_fraction:g}: {type(model).__name__}.optimizer_step has wrapped its "
+                "closure, which knows the batch: pass it on as it is, optimizer.step(closure=optimizer_closure)"
+            )
         limit, act = self._clipping(optimizer, model)
         self._gam.passes_of = optimizer
         try:
@@ -166,16 +186,18 @@ class _ServesGAM:
             self.scaler.update()
         return loss
 
-    def _one_pass(self, model: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _one_pass(self, model: Any, closure: Any) -> Callable[[], Any]:
         first_pass = True
 
-        def one_pass() -> Any:
+        def one_pass(closure: Any = closure) -> Any:
             nonlocal first_pass
             with nullcontext() if first_pass else _nothing_logged(model):
                 result = closure()
             first_pass = False
             return result
 
+        if hasattr(closure, "on_part"):
+            return BatchClosure(one_pass, closure, lambda closure, fraction: partial(closure.on_part, fraction))
         return one_pass
 
     def _clipping(self, optimizer: Any, model: Any) -> tuple[float | None, Callable[[], None] | None]:

@@ -27,9 +27,11 @@ __all__ = [
     "LightningOptimizer",
     "MixedPrecision",
     "Precision",
+    "batch_in",
     "block_parallel_sync_behavior",
     "call_hooks_before_step",
     "pl",
+    "with_batch",
 ]
 block_parallel_sync_behavior = _block_parallel_sync_behavior
 
@@ -49,6 +51,24 @@ class AutomaticOptimization(_AutomaticOptimization):
     def make_step(self, batch_idx: int, closure: Callable[[], Any]) -> None:
         """`LightningModule.optimizer_step` with `closure`, and the progress it is counted in."""
         self._optimizer_step(batch_idx, closure)
+
+
+def batch_in(kwargs: Any) -> Any:
+    """The batch among the arguments of a `training_step`.
+
+    Raises:
+        RuntimeError: it takes an iterator instead.
+    """
+    if "batch" not in kwargs:
+        raise RuntimeError(
+            "training_step(dataloader_iter) would draw another batch in every pass of a step: take (batch, batch_idx)"
+        )
+    return kwargs["batch"]
+
+
+def with_batch(kwargs: Any, batch: Any) -> Any:
+    """The arguments of a `training_step` with another batch, in the same order."""
+    return type(kwargs)(kwargs, batch=batch)
 
 
 def call_hooks_before_step(plugin: Any, model: Any, optimizer: Any) -> None:

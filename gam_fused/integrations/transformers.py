@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused.integrations import all_micro_batches, clipping_to, on_direction, overridden
+from gam_fused.integrations import BatchClosure, all_micro_batches, clipping_to, on_direction, overridden
 from gam_fused.optimizer import FusedGAM
+from gam_fused.step.batches import part_of
 
 
 class GAMTrainerMixin:
@@ -32,6 +33,8 @@ class GAMTrainerMixin:
       `p.grad`: `on_pre_optimizer_step` right before the base optimizer's update, at unperturbed weights, and
       `on_optimizer_step` after it, once per step; at a skipped step the first is not called, the second finds no gradients.
       Where a callback that is not transformers' own defines one of them, the update is not fused.
+    - `flatness_fraction`: passes of the flatness term run on the first part of each micro-batch, and `num_items_in_batch`
+      is what `get_batch_samples` counts in the parts.
     - fp16: the scaler that the Trainer has made becomes the optimizer's `grad_scaler`.
     - The Trainer's model becomes the optimizer's, where it was given none.
 
@@ -67,8 +70,7 @@ class GAMTrainerMixin:
         batches, self._waiting = self._waiting[-count:], []  # those before were left by an epoch that was stopped
         losses: list[Tensor] = []
 
-        @all_micro_batches
-        def one_pass() -> Tensor:
+        def one_pass(batches: list[tuple[Any, Any]]) -> Tensor:
             total = torch.zeros((), device=trainer.args.device)
             for i, batch in enumerate(batches):
                 with nullcontext() if i == len(batches) - 1 else trainer.accelerator.no_sync(model):
@@ -78,13 +80,22 @@ class GAMTrainerMixin:
 
         self._gam.grad_scaler = trainer.accelerator.scaler
         self._gam.session.modules = self._gam.session.modules or [trainer.model]
-        self._step(one_pass)
+        self._step(all_micro_batches(BatchClosure(one_pass, batches, self._parts)))
         # The loop is about to call `optimizer.step()`, which does nothing while gradients are not to be synchronised; it
         # sets this anew for every batch.
         trainer.accelerator.sync_gradients = False
         return losses[0]
 
-    def _step(self, one_pass: Callable[[], Tensor]) -> None:
+    def _parts(self, batches: list[tuple[Any, Any]], fraction: float) -> list[tuple[Any, Any]]:
+        """The first `fraction` of each micro-batch, and the number of items in them all, which losses are divided by."""
+        trainer: Any = self
+        parts = [part_of(inputs, fraction) for inputs, _ in batches]
+        number = batches[0][1]
+        if number is not None:
+            _, number = trainer.get_batch_samples(iter(parts), len(parts), trainer.args.device)
+        return [(part, number) for part in parts]
+
+    def _step(self, one_pass: Callable[..., Any]) -> None:
         """One optimizer step with the callbacks that the loop would call around it."""
         trainer: Any = self
         before, after = self._defining("on_pre_optimizer_step"), self._defining("on_optimizer_step")

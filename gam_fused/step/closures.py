@@ -17,10 +17,13 @@ class BatchClosure:
 
     For loops that pass a closure of no arguments on to `step`: ``step(BatchClosure(closure, batch))`` is
     ``step(closure, batch)``.
+
+    Args:
+        cut: what makes the part, ``cut(batch, fraction)``, for batches that `part_of` cannot cut.
     """
 
-    def __init__(self, closure: Callable[[Any], Any], batch: Any):
-        self.closure, self.batch = closure, batch
+    def __init__(self, closure: Callable[[Any], Any], batch: Any, cut: Callable[[Any, float], Any] = part_of):
+        self.closure, self.batch, self.cut = closure, batch, cut
         self._part: tuple[float, Any] = (1.0, batch)
 
     def __call__(self) -> Any:
@@ -29,7 +32,7 @@ class BatchClosure:
     def on_part(self, fraction: float) -> Any:
         """Of the first `fraction` of the batch."""
         if self._part[0] != fraction:
-            self._part = fraction, part_of(self.batch, fraction)
+            self._part = fraction, self.cut(self.batch, fraction)
         return self.closure(self._part[1])
 
 
@@ -38,7 +41,8 @@ def check_has_batch(closure: Callable[[], Any], fraction: float) -> None:
     if fraction < 1.0 and not hasattr(closure, "on_part"):
         raise ValueError(
             f"flatness_fraction={fraction:g} needs the mini-batch: optimizer.step(closure, batch), where closure(batch) "
-            "computes the loss of the batch that it is given"
+            "computes the loss of the batch that it is given. Lightning needs GAMCallback for it; a wrapper that takes a "
+            "closure only, as Accelerate's, optimizer.step(gam_fused.integrations.BatchClosure(closure, batch))"
         )
 
 

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any
 
+from gam_fused.step.closures import BatchClosure
+
 _MARK = "_runs_all_micro_batches"
 
 
-def check_closure(closure: Callable[[], Any]) -> None:
+def check_closure(closure: Any) -> None:
     """Refuses what is not callable, and what loops of other packages pass where that would train wrongly and silently.
 
     Raises:
@@ -21,6 +23,8 @@ def check_closure(closure: Callable[[], Any]) -> None:
         RuntimeError: a Trainer that accumulates or clips gradients, or hooks that act on them, without `GAMCallback`;
             Accelerate's accumulation.
     """
+    with_batch = isinstance(closure, BatchClosure)
+    closure = closure.closure if with_batch else closure
     if not callable(closure):
         raise TypeError(
             f"step takes a function that computes the loss, which it calls once per pass, not a {type(closure).__name__}: "
@@ -28,22 +32,24 @@ def check_closure(closure: Callable[[], Any]) -> None:
         )
     # Lightning wraps closures as `partial(precision._wrap_closure, module, optimizer, closure)`.
     if isinstance(closure, partial) and getattr(closure.func, "__name__", "") == "_wrap_closure":
-        _check_lightning(closure.args[0])
+        _check_lightning(closure.args[0], with_batch=with_batch)
     elif not hasattr(closure, _MARK):
         _check_accelerate()
 
 
-def all_micro_batches(closure: Callable[[], Any]) -> Callable[[], Any]:
+def all_micro_batches(closure: Callable[..., Any]) -> Callable[..., Any]:
     """Says that every call of `closure` runs all micro-batches of the step: `optimizer.step(all_micro_batches(closure))`.
 
     With `Accelerator(gradient_accumulation_steps=n)`, whose `backward` divides by n, a closure of fewer trains wrongly
     without a word, hence is an error, and which it is nobody but its author can tell. The step must not stand in
     `accelerator.accumulate`, which leaves out n - 1 of n calls.
     """
+    if isinstance(closure, BatchClosure):
+        return BatchClosure(all_micro_batches(closure.closure), closure.batch, closure.cut)
 
     @wraps(closure)
-    def marked() -> Any:
-        return closure()
+    def marked(*batch: Any) -> Any:
+        return closure(*batch)
 
     setattr(marked, _MARK, True)
     return marked
@@ -60,7 +66,7 @@ def overridden(thing: Any, hooks: Iterable[str]) -> list[str]:
     return result
 
 
-def _check_lightning(module: Any) -> None:
+def _check_lightning(module: Any, *, with_batch: bool) -> None:
     """Without `GAMCallback` a Trainer runs the last micro-batch only, and acts in each pass instead of once per step."""
     trainer, automatic = module.trainer, module.automatic_optimization
     settings, hooks = [], ["on_before_optimizer_step"]
@@ -75,6 +81,8 @@ def _check_lightning(module: Any) -> None:
         what = f"Trainer({', '.join(settings)}): each pass of a step would see one micro-batch only, or clipped gradients"
     elif told:
         what = f"{', '.join(told)} would run in every pass of a step, on that pass's gradients, at perturbed weights"
+    elif with_batch:
+        what = "optimizer.step(closure, batch=batch): Lightning would call the closure without the batch"
     else:
         return
     raise RuntimeError(f"{what}. Add Trainer(callbacks=[gam_fused.integrations.lightning.GAMCallback()])")
