@@ -17,10 +17,10 @@ METHODS = ("sam", "finite_difference", "accelerated", "exact", "gradient_penalty
 PASSES = {"sam": 2, "finite_difference": 4, "accelerated": 4, "exact": 2, "gradient_penalty": 2, "gsam": 2}
 SETTINGS = {
     "sam": {"rho": 0.1},
-    "finite_difference": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.7},
+    "finite_difference": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.7, "max_ratio": None},
     "accelerated": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.3, "beta": 0.6, "gamma": 0.2},
-    "exact": {"rho": 0.1, "alpha": 0.7},
-    "gradient_penalty": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.7},
+    "exact": {"rho": 0.1, "alpha": 0.7, "max_ratio": None},
+    "gradient_penalty": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.7, "max_ratio": None},
     "gsam": {"rho": 0.1, "alpha": 0.3},
 }
 EVERY_PASS = [(method, k) for method in METHODS for k in range(PASSES[method])]

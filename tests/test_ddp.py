@@ -30,8 +30,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from gam_fused.integrations import BatchClosure
+
 pytestmark = pytest.mark.processes
 MODES = ("global", "local")
+BOUNDED = ("finite_difference", "exact", "gradient_penalty")
+NOT_OF_FLOAT64 = ("rho", "max_grad_norm", "flatness_fraction")
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01}),
@@ -53,6 +57,11 @@ class Heads(nn.Module):
     def forward(self, x, head):
         body = self.body(x)
         return self.heads[head](body) + self.common(body)
+
+
+def on_batch(optimizer, model, batch):
+    """The loss of a mini-batch, or of its first part; a rank's first samples are among the first of all ranks."""
+    return BatchClosure(lambda part: closure_of(optimizer, regression(model, *part))(), batch)
 
 
 def build(model, mode, method="finite_difference", base="sgd", ddp=None, **options):
@@ -107,14 +116,15 @@ def _full_batch(rank, backend, views):
     cases += [(m, "sgd", {"max_grad_norm": 0.05}) for m in METHODS] + [("accelerated", "sgd", {"adaptive": True})]
     cases += [("exact", "sgd", {"oracle": "sam", "sam_rho": 0.3}), ("finite_difference", "sgd", {"interval": 2})]
     cases += [("exact", "sgd", {"interval": 2})]
+    cases += [(m, "sgd", {"max_ratio": 0.05}) for m in BOUNDED] + [(m, "adamw", {"flatness_fraction": 0.5}) for m in METHODS]
     for method, base, options in cases:
         alone = mlp(torch.float64)
         kind, base_options = BASES[base]
         reference = make(alone.parameters(), kind, method, backend=backend, **base_options, **options)
         model, optimizer = build(mlp(torch.float64), "global", method, base, ddp, backend=backend, **options)
         for _ in range(3):
-            reference.step(closure_of(reference, regression(alone, x, y)))
-            optimizer.step(closure_of(optimizer, regression(model, *half)))
+            reference.step(on_batch(reference, alone, (x, y)))
+            optimizer.step(on_batch(optimizer, model, half))
         close(list(model.parameters()), list(alone.parameters()), 1e-9, f"{method} {base} {options}: weights")
         ours, theirs = optimizer.diagnostics(), reference.diagnostics()
         for key in set(theirs) - {"loss", "sharpness"}:
@@ -135,16 +145,22 @@ def _local_against_float64(rank, backend):
         *((m, "sgd", {"max_grad_norm": 0.05}) for m in METHODS),
         ("accelerated", "adamw", {"adaptive": True}),
         ("finite_difference", "sgd", {"oracle": "sam"}),
+        *((m, "sgd", {"max_ratio": 0.3, "alpha": float("inf"), "xi": 1e-3}) for m in BOUNDED),
+        *((m, "adamw", {"flatness_fraction": 0.5}) for m in METHODS),
     ]:
         model, optimizer = build(mlp(torch.float64), "local", method, base, backend=backend, **options)
         twin = mlp(torch.float64)
         kind, base_options = BASES[base]
         plain = kind(twin.parameters(), **base_options)
-        settings = {k: v for k, v in (SETTINGS[method] | options).items() if k not in ("rho", "max_grad_norm")}
+        settings = {k: v for k, v in (SETTINGS[method] | options).items() if k not in NOT_OF_FLOAT64}
+        parts = [functional_loss(twin, *(t[: len(t) // 2] for t in half)) for half in halves]
         for _ in range(3):
-            optimizer.step(closure_of(optimizer, regression(model, *halves[rank])))
+            optimizer.step(on_batch(optimizer, model, halves[rank]))
             groups = [{"params": list(twin.parameters()), "rho": SETTINGS[method]["rho"]}]
             exact = [Gam64(groups, method=method, **settings) for _ in halves]
+            if "flatness_fraction" in options:
+                for own, part in zip(exact, parts, strict=True):
+                    own.loss_on_part = part
             directions = [j.direction(functional_loss(twin, *half)) for j, half in zip(exact, halves, strict=True)]
             for p, *ds in zip(twin.parameters(), *directions, strict=True):
                 p.grad = (ds[0] + ds[1]) / 2
@@ -152,7 +168,7 @@ def _local_against_float64(rank, backend):
             expected = min(norm.item(), options.get("max_grad_norm", float("inf")))
             seen = optimizer.diagnostics()
             assert seen["direction_norm"].item() == pytest.approx(expected, rel=1e-4)
-            if method == "accelerated":  # of this rank
+            if method == "accelerated" or "max_ratio" in options:  # of this rank
                 own = exact[rank]
                 cosine = own.dot(own.minus, own.plus) / (own.dot(own.plus, own.plus) * own.dot(own.minus, own.minus)) ** 0.5
                 assert seen["cosine"].item() == pytest.approx(cosine, rel=1e-6)

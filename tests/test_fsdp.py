@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
+from gam_fused.integrations import BatchClosure
 from gam_fused.parallel.dtensor import local
 
 pytestmark = pytest.mark.processes
@@ -27,11 +28,16 @@ BASES = {
 }
 
 
+def on_batch(optimizer, model, batch):
+    """The loss of a mini-batch, or of its first part; a rank's first samples are among the first of all ranks."""
+    return BatchClosure(lambda part: closure_of(optimizer, loss_of(model, *part))(), batch)
+
+
 def compare(optimizer, model, reference, alone, mine, whole, tolerance=1e-9, steps=3, what=""):
     """Steps of both optimizers; then weights, diagnostics and state must agree."""
     for _ in range(steps):
-        reference.step(closure_of(reference, loss_of(alone, *whole)))
-        optimizer.step(closure_of(optimizer, loss_of(model, *mine)))
+        reference.step(on_batch(reference, alone, whole))
+        optimizer.step(on_batch(optimizer, model, mine))
     close(full(model.parameters()), list(alone.parameters()), tolerance, f"{what}: weights")
     ours, theirs = optimizer.diagnostics(), reference.diagnostics()
     assert set(ours) == set(theirs)
@@ -52,6 +58,11 @@ def _unsharded_twin(rank, backend, policy):
     cases += [
         ("finite_difference", "sgd", o) for o in ({"interval": 2}, {"oracle": "sam"}, {"oracle": "sam", "sam_rho": 0.3})
     ]
+    bounded = {"max_ratio": 0.3, "alpha": float("inf")}
+    cases += [(m, "sgd", bounded) for m in ("finite_difference", "gradient_penalty")]
+    if len(x) % dist.get_world_size() == 0 and dist.get_world_size() == 2:  # two halves of halves are half of the whole
+        cases += [(m, "sgd", {"flatness_fraction": 0.5}) for m in (*METHODS, "gsam", "gradient_penalty")]
+        cases += [("finite_difference", "adamw", {"flatness_fraction": 0.5, **bounded})]
     for method, base, extra in cases:
         kind, base_options = BASES[base]
         alone, model = net(), shard(net(), mesh=mesh, **options)

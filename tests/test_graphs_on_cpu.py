@@ -35,7 +35,7 @@ def captured(monkeypatch):
         self.captures = getattr(self, "captures", -1) + 1
         settings, session = self.optimizer.prepare(), self.optimizer.session
         if not hasattr(self, "_step"):
-            self.optimizer.step(lambda: self.loss_fn(*self.inputs))  # makes the optimizer state
+            self.optimizer.step(lambda inputs: self.loss_fn(*inputs), tuple(self.inputs))  # makes the optimizer state
             self._step = SimpleNamespace(record=session.last, loss=torch.zeros(()))
         self._random, self._graph = None, Graph(self.optimizer)
         self._plan, self._made_for = session.plan, self._decides(settings)
@@ -78,6 +78,8 @@ def test_inputs_are_copied_into_the_graphs_own(captured):
         ("adaptive", True),
         ("oracle", "sam"),
         ("max_grad_norm", 1.0),
+        ("max_ratio", 0.5),
+        ("flatness_fraction", 0.5),
         ("preserve_rng_state", False),
     ],
 )
@@ -90,11 +92,12 @@ def test_a_setting_that_changes_the_passes_captures_anew(captured, name, value):
     assert captured.captures == 1
 
 
-def test_a_clipping_threshold_that_changes_is_a_number(captured):
-    captured.optimizer.max_grad_norm = 1.0
+@pytest.mark.parametrize("name", ["max_grad_norm", "max_ratio"])
+def test_a_threshold_that_changes_is_a_number(captured, name):
+    setattr(captured.optimizer, name, 1.0)
     captured(batch()[0])
     assert captured.captures == 1
-    captured.optimizer.max_grad_norm = 2.0
+    setattr(captured.optimizer, name, 2.0)
     captured(batch()[0])
     assert captured.captures == 1
 

@@ -21,6 +21,7 @@ from gam_fused.backends import triton
 from gam_fused.backends.compiled import CompiledBackend
 from gam_fused.backends.operands import KERNELS
 from gam_fused.graphs import capture
+from gam_fused.integrations import BatchClosure
 
 BACKENDS = ["torch", "cuda", "triton"]
 SHAPES = [(4, 3), (4,), ()]
@@ -112,7 +113,7 @@ def steps(optimizer, closure, watch, count=3, between=lambda i: None):
     """Steps and what is asked after each; the first one makes tables and state."""
     for i in range(count):
         between(i)
-        optimizer.step(closure)
+        optimizer.step(BatchClosure(lambda _: closure(), torch.zeros(8)))
         optimizer.diagnostics()
     assert not watch.waits, "\n".join(sorted(set(watch.waits)))
 
@@ -128,15 +129,19 @@ OPTIONS = {
     "clipped": {"max_grad_norm": 1.0},
     "no replay": {"preserve_rng_state": False},
     "oracle": {"oracle": "sam"},
+    "bound": {"max_ratio": 0.5, "momentum": 0.9},
+    "bound, oracle": {"max_ratio": 0.5, "alpha": float("inf"), "oracle": "sam"},
+    "part": {"flatness_fraction": 0.25, "momentum": 0.9},
     "oracle, extra pass": {"oracle": "sam", "sam_rho": 0.2, "interval": 2},
 }
 
 
-WITH_ORACLE = ("finite_difference", "exact")
+WITH_ORACLE = ("finite_difference", "exact", "gradient_penalty")
 
 
 @pytest.mark.parametrize(
-    ("method", "option"), [(m, o) for m in METHODS for o in OPTIONS if "oracle" not in o or m in WITH_ORACLE]
+    ("method", "option"),
+    [(m, o) for m in METHODS for o in OPTIONS if m in WITH_ORACLE or not ("oracle" in o or "bound" in o)],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_options(watched, backend, method, option):
