@@ -55,7 +55,7 @@ def norms(record: Record) -> dict[str, Tensor]:
 
 METHOD = Method(
     "exact",
-    Takes(rho=0.05, rho_prime=0.05, alpha=1.0, oracle=True, bound=True),
+    Takes(rho=0.05, rho_prime=0.05, alpha=1.0, oracle=True, bound=True, max_ratio=0.1),
     passes,
     coefficients,
     norms,

@@ -63,7 +63,7 @@ def norms(record: Record) -> dict[str, Tensor]:
 
 METHOD = Method(
     "finite_difference",
-    Takes(rho=0.05, rho_prime=0.05, alpha=1.0, oracle=True, bound=True),
+    Takes(rho=0.05, rho_prime=0.05, alpha=1.0, oracle=True, bound=True, max_ratio=0.1),
     passes,
     coefficients,
     norms,

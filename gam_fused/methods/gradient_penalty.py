@@ -64,7 +64,7 @@ def norms(record: Record) -> dict[str, Tensor]:
 
 METHOD = Method(
     "gradient_penalty",
-    Takes(rho=0.05, rho_prime=0.05, alpha=0.5, oracle=True, bound=True),
+    Takes(rho=0.05, rho_prime=0.05, alpha=0.5, oracle=True, bound=True, max_ratio=0.1),
     passes,
     coefficients,
     norms,
