@@ -26,10 +26,12 @@ from gam_fused.graphs import capture_step
 
 Interval = tuple[Moment | float, Moment | float]
 FORWARD_BACKWARD, WINDOW = "forward and backward", 10
-GAM = {
+GAM = {  # options, and passes in whole batches
     "SAM": ({"method": "sam"}, 2),
     "GAM, finite_difference": ({"method": "finite_difference"}, 4),
     "GAM, accelerated": ({"method": "accelerated"}, 4),
+    "SAM, a quarter": ({"method": "sam", "flatness_fraction": 1 / 4}, 1.5),
+    "GAM, an eighth": ({"method": "finite_difference", "flatness_fraction": 1 / 8}, 1.5),
     f"GAM, every {WINDOW}th step": ({"method": "finite_difference", "interval": WINDOW}, (WINDOW + 3) / WINDOW),
     "GAM, exact": ({"method": "exact"}, None),  # its passes are differentiated twice
 }
@@ -137,10 +139,10 @@ class Job:
         self.one_pass()
         self.model.zero_grad()
 
-    def one_pass(self) -> Tensor:
-        """A forward and its backward, as closures run them."""
+    def one_pass(self, images: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """A forward and its backward, as closures run them: of all images, or of some."""
         start = on_device() if self.passes is not None else 0.0
-        loss = self.loss(self.images, self.labels)
+        loss = self.loss(self.images if images is None else images, self.labels if labels is None else labels)
         loss.backward()
         if self.passes is not None:
             self.passes.append((start, on_device()))
@@ -173,7 +175,7 @@ class Job:
             return lambda: captured(self.images, self.labels)
         if options["method"] == "exact":
             return lambda: gam.step(lambda: self.twice_differentiable_loss(self.images, self.labels))
-        return lambda: gam.step(self.one_pass)
+        return lambda: gam.step(lambda some: self.one_pass(*some), (self.images, self.labels))
 
     def _base_step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.digits.jobs import default_workers, run_all
-from examples.digits.methods import Method
+from examples.digits.methods import UNBOUNDED, Method
 from examples.digits.report import document, summary
 from examples.digits.training import Settings
 from studies.sweep_plot import save
@@ -56,8 +56,8 @@ def grid() -> list[Method]:
 
 
 def gam(rho: float, alpha: float, rho_prime: float | None = RHO_PRIME) -> dict[str, float]:
-    """Options of a GAM method; `rho_prime=None` leaves it out."""
-    return {"rho": rho, "alpha": alpha} | ({} if rho_prime is None else {"rho_prime": rho_prime})
+    """Options of a GAM method without a bound; `rho_prime=None` leaves that out."""
+    return {"rho": rho, "alpha": alpha, **UNBOUNDED} | ({} if rho_prime is None else {"rho_prime": rho_prime})
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:

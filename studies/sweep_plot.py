@@ -71,7 +71,10 @@ def _dots(ax: Axes, rows: list[dict[str, Any]]) -> None:
     for i, r in enumerate(rows):
         colour, marker = STYLES[r["name"]]
         settings = {**r["base_options"], **r["options"]}
-        names.append(f"{r['label']}  " + ", ".join(f"{k.replace('_prime', chr(39))} {v:g}" for k, v in settings.items()))
+        names.append(
+            f"{r['label']}  "
+            + ", ".join(f"{k.replace('_prime', chr(39))} {v:g}" for k, v in settings.items() if v is not None)
+        )
         if r["diverged"]:
             note = f"x  {r['diverged']} of {r['seeds']} runs diverged"
             ax.annotate(note, (0.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=colour)

@@ -107,7 +107,7 @@ def test_training_is_measured_and_takes_longer_than_its_passes(measured):
         assert ("over_passes" in fact) is (name not in ("forward and backward", "GAM, exact"))
         assert all(ratio > 1 for ratio in fact.get("over_passes", []))
     peak = {name: fact["peak_bytes"] for name, fact in facts.items()}
-    assert 0 < peak["base"] < peak["SAM"] < peak["GAM, finite_difference"] < peak["GAM, accelerated"]
+    assert 0 < peak["base"] < peak["SAM"] < peak["GAM, finite_difference"] <= peak["GAM, accelerated"]
 
 
 def test_all_reduces_are_those_of_the_design():
@@ -203,15 +203,16 @@ def test_reduction_keeps_blocks_apart_and_facts_of_the_first():
 # What is measured is what it says.
 
 
-def test_passes_of_a_step_are_counted():
-    job = Job(Setting("digits", 8, "fp32", "eager"), CPU)
+def test_passes_of_a_step_are_counted(monkeypatch):
+    job = Job(Setting("digits", 16, "fp32", "eager"), CPU)
     for name, (options, passes) in GAM.items():
         if name != "GAM, exact":
-            step, job.passes = job.step(name, options), []
+            step, seen, loss = job.step(name, options), [], job.loss
+            monkeypatch.setattr(job, "loss", lambda x, y, seen=seen, loss=loss: (seen.append(len(x)), loss(x, y))[1])
             for _ in range(10):
                 step()
-            assert len(job.passes) == pytest.approx(10 * passes), name
-            job.passes = None
+            monkeypatch.undo()
+            assert sum(seen) == pytest.approx(10 * 16 * passes), name
 
 
 @pytest.mark.parametrize(

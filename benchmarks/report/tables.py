@@ -43,6 +43,8 @@ def summary(record: Record) -> str:
     shown = {name: cell for name, cell in cells.items() if "base" in cell}
     rows = []
     for contestant in CONTESTANTS[1:]:
+        if not any(contestant in cell for cell in shown.values()):  # of a run before there was this one
+            continue
         entries = []
         for cell in shown.values():
             if contestant not in cell:

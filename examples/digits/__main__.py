@@ -16,7 +16,7 @@ from examples.digits.timing import step_times
 from examples.digits.training import Settings
 
 TIMING = "ms per step: medians, all methods in turn in one process with one thread, after the runs"
-QUICK_METHODS = ("base", "sam", "finite_difference")
+QUICK_METHODS = ("base", "sam", "finite_difference", "finite_difference_part")
 
 
 def main(arguments: list[str] | None = None) -> None:

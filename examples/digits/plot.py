@@ -24,6 +24,7 @@ STYLES = {
     "sam_gam": ("#CC79A7", "P"),
     "sam_tuned": ("#B07000", "X"),
     "finite_difference_tuned": ("#8C3B00", "*"),
+    "finite_difference_part": ("#6A1B9A", "h"),
 }
 
 

@@ -77,7 +77,7 @@ def run(method: Method, seed: int, settings: Settings) -> dict[str, Any]:
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
     """One step on a batch, as each optimizer wants it; returns the detached loss at the weights before the step."""
     if isinstance(optimizer, FusedGAM):
-        return optimizer.step(lambda: cross_entropy(model(x), y)).detach()
+        return optimizer.step(lambda batch: cross_entropy(model(batch[0]), batch[1]), (x, y)).detach()
     optimizer.zero_grad()
     loss = cross_entropy(model(x), y)
     loss.backward()

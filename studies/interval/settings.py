@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from examples.digits.methods import Method
+from examples.digits.methods import UNBOUNDED, Method
 from gam_fused.methods import TAKES
 
 GAM = TAKES["finite_difference"]  # rho' stays at its default
@@ -38,7 +38,9 @@ class Oracle:
         """GAM on `ratio` of the steps; ratio 0 is the oracle alone, whatever alpha."""
         if not ratio:
             return self.alone
-        return Method(self.name, options={**self.options, "rho": RHO, "interval": round(1 / ratio), "alpha": alpha})
+        return Method(
+            self.name, options={**self.options, "rho": RHO, "interval": round(1 / ratio), "alpha": alpha, **UNBOUNDED}
+        )
 
     def passes(self, ratio: float) -> float:
         """Gradient passes per step, on average."""
