@@ -73,6 +73,8 @@ def fused_gam(params: list[Tensor], method: str, s: Settings, **options: Any) ->
     options |= {**base_options, **s.base_options, "method": method, "rho": s.rho}
     if method != "sam":
         options |= {"rho_prime": s.rho_prime, "alpha": s.alpha}
+    if method == "finite_difference":
+        options["max_ratio"] = None  # the baselines are the paper's
     if method == "accelerated":
         options |= {"beta": (1.0, 1 - s.beta), "gamma": s.gamma}
     return FusedGAM(params, kind, **options)

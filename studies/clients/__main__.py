@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,6 @@ from studies.clients.training import run_all
 DEFAULTS: list[dict[str, Any]] = [
     {"method": name} for name in ("finite_difference", "accelerated", "exact", "sam", "gradient_penalty", "gsam")
 ]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs share."""
-
-    seeds: int
-    steps: int | None
 
 
 def options_of(text: str) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def main(given: list[str] | None = None) -> None:
     runs = run_all(jobs, options.workers)
     rows = result_rows(runs)
     facts = {"workers": options.workers, "wall_s": round(time.perf_counter() - start, 1)}
-    result = document(runs, rows, Settings(options.seeds, options.steps), **facts)
+    result = document(runs, rows, {"seeds": options.seeds, "steps": options.steps}, **facts)
     result["machine"]["mlxtend"] = metadata.version("mlxtend")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "clients.json").write_text(json.dumps(result, indent=1) + "\n")

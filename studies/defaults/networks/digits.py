@@ -30,7 +30,7 @@ DIGITS = Network(
     epochs=30,
     eigenvalue=True,
     grid="full",
-    report_seeds=8,
+    report_seeds=10,
 )
 
 DIGITS_ADAMW = Network(

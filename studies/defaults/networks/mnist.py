@@ -67,5 +67,5 @@ def _network(name: str, title: str, noise: float, **sizes: Any) -> Network:
     )
 
 
-MNIST = _network("mnist", "MNIST, 20 % wrong labels, small CNN, SGD", NOISE, grid="medium", tuning_seeds=2, report_seeds=6)
+MNIST = _network("mnist", "MNIST, 20 % wrong labels, small CNN, SGD", NOISE, grid="medium", tuning_seeds=2, report_seeds=10)
 MNIST_CLEAN = _network("mnist-clean", "MNIST, true labels, small CNN, SGD", 0.0, tuning_seeds=2)
