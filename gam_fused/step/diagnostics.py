@@ -20,7 +20,8 @@ def diagnose(record: Record, autocast_eps: float) -> dict[str, Tensor]:
 
     - ``loss``: of pass 1 (NaN if the closure returned no number);
     - ``sharpness``: loss at theta1 minus loss at theta, of the part of the batch where there is one (not ``exact``);
-    - ``gradient_norm``: |g0| over perturbed parameters (with `adaptive`, |g0 * |theta||, and likewise below);
+    - ``gradient_norm``: |g0| over perturbed parameters (with `adaptive`, |g0 * |theta||, and likewise below); of the part of
+      the batch, where there is one;
     - ``curvature``: |g1 - g0|/rho', or |f| of ``exact``: an estimate of |grad |grad L||;
     - ``first_order_flatness``: rho |g2|, or rho |g_adv|: rho of the first perturbed group;
     - ``cosine``: of h+ and h- (``accelerated``: of g1 and g3 with g0 and g2; ``gsam``: of g1 with g0); with `max_ratio`, of
