@@ -316,7 +316,8 @@ class FusedGAM(Optimizer):
         return diagnose(self.session.last, self.session.precision.autocast_eps)
 
     def __repr__(self) -> str:
-        hidden = {"rho", "xi", "preserve_rng_state", "flatten"} | ({"oracle"} if self.settings.oracle == "loss" else set())
+        hidden = {"rho", "xi", "preserve_rng_state", "flatten"}
+        hidden |= {name for name, idle in (("oracle", "loss"), ("flatness_fraction", 1.0)) if getattr(self, name) == idle}
         shown = {name: getattr(self.settings, name) for name in _SETTINGS if name not in hidden}
         text = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
         return super().__repr__().replace("(", f"({text}", 1)

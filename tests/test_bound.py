@@ -84,6 +84,23 @@ def test_diagnostics_of_the_bound(method, backend):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_loss_scale_is_no_part_of_the_ratio(method):
+    """xi is added to norms of gradients, not of scaled ones."""
+    models = mlp(torch.float64), mlp(torch.float64)
+    x, y = batch(dtype=torch.float64)
+    for model, scaler in zip(models, (None, torch.amp.GradScaler("cpu", init_scale=1024.0)), strict=True):
+        optimizer = make(
+            model.parameters(), method=method, alpha=INFINITE, max_ratio=0.5, xi=0.1, grad_scaler=scaler, model=model
+        )
+        for _ in range(3):
+            optimizer.step(regression(model, x, y))
+            if scaler:
+                scaler.update()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_without_a_bound_there_is_nothing_to_report(method):
     model = mlp()
     optimizer = make(model.parameters(), method=method, max_ratio=None)
