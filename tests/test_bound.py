@@ -183,3 +183,26 @@ def test_an_infinite_alpha_and_no_curvature_move_nothing_but_the_loss():
         optimizer.step(lambda: p.sum())
         assert torch.equal(p.detach(), before - 0.5)
         assert optimizer.skipped_steps == 0
+
+
+class OwnSGD(torch.optim.SGD):
+    """Not fused: it finds d in `p.grad`, in the memory of the last gradient."""
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "oracle", [{}, {"oracle": "sam"}, {"oracle": "sam", "sam_rho": 0.2}], ids=["loss", "sam", "sam-0.2"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_that_is_not_fused_gets_the_same_direction(method, oracle, fraction, backend):
+    data = batch(16, dtype=torch.float64)
+    for bound in ({"max_ratio": None}, {"max_ratio": 0.05}, {"max_ratio": 0.5, "alpha": INFINITE}):
+        models = mlp(torch.float64), mlp(torch.float64)
+        for model, base in zip(models, (torch.optim.SGD, OwnSGD), strict=True):
+            options = {"lr": 0.1, "momentum": 0.9, "flatness_fraction": fraction, **oracle, **bound}
+            optimizer = make(model.parameters(), base, method, backend=backend, **options)
+            for _ in range(3):
+                optimizer.step(lambda b, m=model: regression(m, *b)(), data)
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)

@@ -42,7 +42,7 @@ def capture_step(
     warmup: int = 3,
     pool: Any = None,
 ) -> CapturedStep:
-    """Capture `optimizer.step(lambda: loss_fn(*inputs))` as one CUDA graph.
+    """Capture `optimizer.step(lambda inputs: loss_fn(*inputs), inputs)` as one CUDA graph.
 
     Args:
         optimizer: a `FusedGAM` with a fused base (torch's SGD, Adam or AdamW), parameters on one CUDA device.
