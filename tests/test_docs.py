@@ -88,23 +88,52 @@ def table(page: str, head: str) -> dict[str, list[str]]:
     return rows
 
 
-def test_the_table_of_readme_is_the_interval_study():
-    document = json.loads((ROOT / "studies" / "results" / "interval.json").read_text())
-    rows = {(row["oracle"], row["ratio"], row["alpha"]): row for row in document["rows"]}
-    keys = {
-        "SGD": ("sgd", 0.0, None),
-        "SAM, rho 0.2": ("sam_wide", 0.0, None),
-        "GAM, rho 0.2": ("sgd", 1.0, 1.0),
-        "GAM on every 10th step, rho 0.2, alpha 4": ("sgd", 0.1, 4.0),
+def rows_of_the_study() -> dict[tuple[str, str], dict]:
+    document = json.loads((ROOT / "studies" / "results" / "defaults.json").read_text())
+    return {(row["network"], row["kind"]): row for row in document["rows"]}
+
+
+def percent(row: dict) -> str:
+    return f"{100 * row['value']:.1f} +- {100 * row['sd']:.1f}"
+
+
+def test_the_table_of_readme_is_the_study_of_defaults():
+    rows = rows_of_the_study()
+    kinds = {
+        "SGD": "given",
+        "SGD, tuned": "base",
+        "SGD, tuned, twice as long": "base_long",
+        "SAM": "sam",
+        "SAM at a small batch": "sam_small_batch",
+        "SAM on a quarter of the batch, every 10th step": "sam_part",
+        "GAM": "gam",
+        "GAM on an eighth of the batch": "gam_part",
     }
-    shown = table("README.md", "largest Hessian eigenvalue")
-    assert set(shown) == set(keys)
-    for label, key in keys.items():
-        row = rows[key]
-        assert row["seeds"] == 10
-        accuracy = f"{100 * row['test']:.1f} +- {100 * row['test_sd']:.1f}"
-        eigenvalue = f"{row['eigenvalue']:.2f} +- {row['eigenvalue_sd']:.2f}"
-        assert shown[label][1:] == [accuracy, eigenvalue, f"{row['cost_over_sgd']['value']:.2f}"]
+    shown = table("README.md", "noisy digits, accuracy")
+    assert set(shown) == set(kinds)
+    for label, kind in kinds.items():
+        digits, mnist = rows["digits", kind], rows["mnist", kind]
+        assert digits["seeds"] == mnist["seeds"] == 10
+        assert digits["cost"] == mnist["cost"]
+        curvatures = [f"{row['eigenvalue']:.1f}" for row in (digits, mnist)]
+        assert shown[label] == [f"{digits['cost']:g}", percent(digits), curvatures[0], percent(mnist), curvatures[1]]
+    assert [rows[network, "gam_part"]["cost"] for network in ("digits", "mnist")] == [1.5, 1.5]
+
+
+def test_the_table_of_defaults_is_the_study():
+    rows = rows_of_the_study()
+    kinds = ("given", "default_finite_difference", "default_exact", "default_accelerated", "default_sam")
+    shown = table("docs/studies.md", "| base, as given |")
+    settings = json.loads((ROOT / "studies" / "results" / "defaults.json").read_text())["settings"]
+    assert list(shown) == [settings[network]["title"] for network in settings]
+    for network, cells in zip(settings, shown.values(), strict=True):
+        found = [rows[network, kind] for kind in kinds]
+        assert cells == [f"{r['value']:.3f} +- {r['sd']:.3f}" if network == "gpt" else percent(r) for r in found]
+        given, careful = found[0], found[1:3]
+        sign = -1 if network == "gpt" else 1
+        for row in careful:  # "no worse than the base beyond the spread of the seeds"
+            assert sign * (row["value"] - given["value"]) > -given["sd"] - row["sd"]
+            assert not row["failed"]
 
 
 def test_the_table_of_the_studies_is_the_digits_run():
@@ -119,6 +148,7 @@ def test_the_table_of_the_studies_is_the_digits_run():
         " + GAM, accelerated": "accelerated",
         " + SAM, rho 0.2": "sam_tuned",
         " + GAM, rho 0.2": "finite_difference_tuned",
+        " + GAM, an eighth of the batch": "finite_difference_part",
     }
     rows = {(row["base"], row["name"]): row for row in document["rows"]}
     shown = table("docs/studies.md", "times the base's cost per step")
