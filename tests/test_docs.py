@@ -136,6 +136,19 @@ def test_the_table_of_defaults_is_the_study():
             assert not row["failed"]
 
 
+def test_the_table_of_clients_is_the_study():
+    rows = json.loads((ROOT / "studies" / "results" / "clients.json").read_text())["rows"]
+    shown = table("docs/studies.md", "physics-informed, Adam")
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if row["options"]:
+            assert list(row["options"]) == ["method"], "the defaults"
+            ratios.setdefault(row["options"]["method"], []).append(row["ratio"])
+    assert {f"`{method}`": [f"{r:.2f}" for r in found] for method, found in ratios.items()} == shown
+    for method in ("finite_difference", "exact", "gradient_penalty"):
+        assert max(ratios[method]) <= 1.10
+
+
 def test_the_table_of_the_studies_is_the_digits_run():
     document = json.loads((ROOT / "benchmarks" / "results" / "digits.json").read_text())
     names = {
