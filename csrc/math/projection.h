@@ -17,8 +17,8 @@ GAM_HOST_DEVICE double projecting_scale(double minus, double plus_plus, double m
   return 1.0 - minus * (plus_plus > 0.0 ? minus_plus / plus_plus : 0.0);
 }
 
-// alpha' = min(alpha, max_ratio |h_loss| / (|h_norm| + xi)), with h- = h_loss and h+ = h_norm. alpha may be infinite; the
-// result is a number that float can hold.
+// alpha' = min(alpha, max_ratio |h_loss| / (|h_norm| + xi)), with h- = h_loss and h+ = h_norm. alpha may be infinite;
+// the result is a number that float can hold.
 GAM_HOST_DEVICE double bounded_scale(const double* row, double plus_plus, double minus_minus, double loss_scale,
                                      double xi) {
   constexpr double BOUND = 1e30;
@@ -30,7 +30,8 @@ GAM_HOST_DEVICE double bounded_scale(const double* row, double plus_plus, double
 
 // `total`: sums over counted and over other tensors of h+ h+, h- h+ and h- h- (rows = 6), or of d^2 (rows = 2). `row`:
 // of the coefficient table, the first.
-GAM_HOST_DEVICE DirectionScale direction_scale(const double* total, int rows, const double* row, const double* control) {
+GAM_HOST_DEVICE DirectionScale direction_scale(const double* total, int rows, const double* row,
+                                               const double* control) {
   double loss_scale = control[Control::LOSS_SCALE], max_norm = control[Control::MAX_NORM];
   double minus = row[Column::DIRECTION_FOLDED];
   double plus_scale = 1.0, squared = total[0] + total[1];
