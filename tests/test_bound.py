@@ -174,11 +174,12 @@ def test_the_method_may_change_to_one_without_a_bound():
     same(list(map(bits, model.parameters())), list(map(bits, twin.parameters())))
 
 
-def test_an_infinite_alpha_and_no_curvature_move_nothing_but_the_loss():
+@pytest.mark.parametrize("backend", backend_params())
+def test_an_infinite_alpha_and_no_curvature_move_nothing_but_the_loss(backend):
     """A linear loss has no h_norm: the weight of it grows to its limit, and 0 stays 0."""
     p = nn.Parameter(torch.ones(3))
     for xi in (1e-12, 0.0):
-        optimizer = FusedGAM([p], lr=0.5, alpha=INFINITE, max_ratio=0.9, xi=xi)
+        optimizer = FusedGAM([p], lr=0.5, alpha=INFINITE, max_ratio=0.9, xi=xi, backend=backend)
         before = p.detach().clone()
         optimizer.step(lambda: p.sum())
         assert torch.equal(p.detach(), before - 0.5)
