@@ -20,6 +20,7 @@ from gam_fused.backends import reference
 from gam_fused.backends.operands import CombinedUpdate, Restore, SquaredNorm
 from gam_fused.backends.tensor_lists import Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
+from gam_fused.methods import TAKES as METHOD_TAKES
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.reason()), reason=cuda_on_cpu.reason() or "can be built")
 NAME = "cuda on cpu"
@@ -172,7 +173,8 @@ def test_whole_steps(monkeypatch, backend, method, base):
     """Steps of all methods, in three groups, follow the independent float64 implementation."""
     monkeypatch.setitem(backends._BACKENDS, NAME, (backend, ("cpu",)))
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, NAME))
-    for options in ({}, {"adaptive": True}, {"max_grad_norm": 0.05}):
+    bounds = ({"max_ratio": 0.02, "max_grad_norm": 0.05}, {"max_ratio": 0.5, "alpha": float("inf"), "xi": 1e-3})
+    for options in ({}, {"adaptive": True}, {"max_grad_norm": 0.05}, *(bounds if METHOD_TAKES[method].bound else ())):
         groups_follow_float64(method, base, options, NAME)
 
 

@@ -113,6 +113,8 @@ METHODS = [
     ("accelerated", torch.optim.SGD, {}, torch.float32),
     ("exact", torch.optim.SGD, {}, torch.float64),
     ("finite_difference", torch.optim.RMSprop, {"lr": 0.01}, torch.float64),
+    ("finite_difference", torch.optim.SGD, {"max_ratio": 0.02, "max_grad_norm": 0.05}, torch.float64),
+    ("gradient_penalty", torch.optim.AdamW, {"max_ratio": 0.5, "alpha": float("inf"), "xi": 1e-3}, torch.float64),
 ]
 
 
