@@ -69,9 +69,9 @@ class FusedGAM(Optimizer):
             None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer, and one with step
             hooks of its own, gets d in `p.grad` and is stepped; it is the one case where the host waits for the device, to
             know whether to skip. Where that step fails half-way, weights and state are as it left them.
-        method: see above. The defaults of the bounded ones (`max_ratio`) train every network that the base trains.
-            ``accelerated``, ``gsam`` and ``sam`` have no bound: at their defaults, networks without batch norm learn more
-            slowly at first; a smaller `rho` helps.
+        method: see above. ``accelerated``, ``gsam`` and ``sam`` have no bound (`max_ratio`): at their defaults, networks
+            without batch norm learn more slowly, and transformers ended clearly worse than with their base. Give them a
+            smaller `rho` there, or take a bounded method, whose defaults trained every network of the studies.
         rho: radius in which the gradient norm is minimised, in the units of the weights; param groups may have their own.
         rho_prime: length of the finite difference's probe. Too short, and it is lost in the rounding of the weights.
         alpha: for ``finite_difference``, ``exact`` and ``gradient_penalty``: weight of the flatness term, alpha of equation

@@ -88,7 +88,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.defaults", description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)} (all, in this order)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, help=f"(all; with --quick: {', '.join(QUICK_NETWORKS)})")
-    parser.add_argument("--seeds", type=int, help="runs per contender on test data (5 to 8, by network)")
+    parser.add_argument("--seeds", type=int, help="runs per contender on test data (5 or 10, by network)")
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at a time, one thread each")
     parser.add_argument(
         "--quick",
