@@ -117,7 +117,7 @@ def others(size: str, small_nets_only: bool) -> list[Contender]:
     tried = []
     if small_nets_only:
         tried += [Contender("accelerated", {"method": "accelerated", "rho": rho}) for rho in (0.1, 0.2, 0.5)]
-        both = {"method": "finite_difference", "oracle": "sam"}
+        both = {"method": "finite_difference", "oracle": "sam", "max_ratio": None}
         tried += [Contender("sam_gam", {**both, "rho": rho}) for rho in (0.1, 0.2)]
         tried += [Contender("sam_gam", {**both, "rho": 0.2, "sam_rho": 0.2})]
     parts = [(1 / 4, 0.1, 0.9), (1 / 8, 0.1, 0.9)]
