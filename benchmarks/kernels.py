@@ -48,9 +48,9 @@ class Operands:
             self.lists[name] = TensorList(parts, lasting=name in self.LASTING)
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.steps = TensorList([torch.zeros((), device=device) for _ in range(tensors)], lasting=True)
-        self.partials = torch.zeros(6, self.layout.chunks, **options)
-        self.sums = torch.zeros(self.layout.chunks, **options)
-        self.finished = torch.ones(6, self.layout.chunks, **options)
+        self.partials = torch.zeros(6, 1, **options)
+        self.sums = torch.zeros(1, **options)
+        self.finished = torch.ones(6, 1, **options)
         control = torch.zeros(len(Control), dtype=torch.float64)
         control[Control.LOSS_SCALE], control[Control.EPS] = 1.0, 1e-12
         row = dict.fromkeys(Column, 0.5) | dict.fromkeys(

@@ -48,7 +48,9 @@ template <class Backend>
 class Arguments {
  public:
   // `table`: int64 [3, T + 1] on the CPU: starts, groups, counted. `map`: the same for a GPU (`Layout.on`), or empty.
-  Arguments(const Tensor& table, const Tensor& map, int64_t chunk, int64_t dtype) : dtype_(dtype), chunk_(chunk) {
+  // `workspace`: `Layout.workspace`.
+  Arguments(const Tensor& table, const Tensor& map, const Tensor& workspace, int64_t chunk, int64_t dtype)
+      : dtype_(dtype), chunk_(chunk) {
     STD_TORCH_CHECK(dtype >= DType::FLOAT32 && dtype <= DType::FLOAT16, "gam_fused: dtype code ", dtype,
                     " is not one of 0 (float32), 1, 2, 3; see gam_fused/backends/operators.py");
     STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.dim() == 2 &&
@@ -59,6 +61,10 @@ class Arguments {
     STD_TORCH_CHECK(tensors_ <= MAX_TENSORS, "gam_fused: layout has ", tensors_, " tensors, more than ", MAX_TENSORS);
     starts_ = static_cast<const int64_t*>(table.const_data_ptr());
     check_table();
+    workspace_ = float64("workspace", workspace);
+    STD_TORCH_CHECK(workspace.is_contiguous() && workspace.numel() >= workspace_size(chunks()),
+                    "gam_fused: workspace must be what Layout.workspace gives, ", workspace_size(chunks()),
+                    " numbers, got ", describe(workspace));
     if (map.numel() == 0) return;
     STD_TORCH_CHECK(
         map.scalar_type() == ScalarType::Long && map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
@@ -75,6 +81,7 @@ class Arguments {
   const int64_t* groups() const { return starts_ + tensors_ + 1; }
   const int64_t* counted() const { return groups() + tensors_ + 1; }
   const int64_t* map() const { return map_; }
+  double* workspace() const { return workspace_; }
   int32_t device() const { return like_ ? like_->get_device_index() : -1; }
   const Tensor& like() const { return *like_; }  // a tensor of the device of the lists; there is one if there are any
 
@@ -111,11 +118,11 @@ class Arguments {
     return data;
   }
 
-  Matrix take_Norm(const char* name, const Tensor& t) { return sums(name, t, chunks(), {2}); }
-  Matrix take_Products(const char* name, const Tensor& t) { return sums(name, t, chunks(), {2, 6}); }
-  Matrix take_Squares(const char* name, const Tensor& t) { return sums(name, t, chunks(), {1}); }
-  Matrix take_NormTotals(const char* name, const Tensor& t) { return sums(name, t, 1, {2}); }
-  Matrix take_ProductTotals(const char* name, const Tensor& t) { return sums(name, t, 1, {2, 6}); }
+  Matrix take_Norm(const char* name, const Tensor& t) { return column(name, t, {2}); }
+  Matrix take_Products(const char* name, const Tensor& t) { return column(name, t, {2, 6}); }
+  Matrix take_Squares(const char* name, const Tensor& t) { return column(name, t, {1}); }
+  Matrix take_NormTotals(const char* name, const Tensor& t) { return sums(name, t, {2}); }
+  Matrix take_ProductTotals(const char* name, const Tensor& t) { return sums(name, t, {2, 6}); }
 
   int take_Ascent(const char* name, int64_t value) {
     STD_TORCH_CHECK(value >= 0 && value <= 2, "gam_fused: ", name, " must be 0, 1 or 2, got ", value);
@@ -187,12 +194,19 @@ class Arguments {
     return static_cast<double*>(t.mutable_data_ptr());
   }
 
-  // float64 partial sums: [rows, columns], or [columns], with unit stride and at least `columns` columns.
-  Matrix sums(const char* name, const Tensor& t, int64_t columns, std::initializer_list<int64_t> rows) {
+  // A single column of sums, to be written.
+  Matrix column(const char* name, const Tensor& t, std::initializer_list<int64_t> rows) {
+    const Matrix matrix = sums(name, t, rows);
+    STD_TORCH_CHECK(matrix.columns == 1, "gam_fused: ", name, " must have one column, got ", describe(t));
+    return matrix;
+  }
+
+  // float64 sums: [rows, columns], or [columns], with unit stride.
+  Matrix sums(const char* name, const Tensor& t, std::initializer_list<int64_t> rows) {
     double* data = float64(name, t);
     const int64_t last = t.dim() - 1;
-    STD_TORCH_CHECK((last == 0 || last == 1) && t.size(last) >= columns && (t.size(last) == 1 || t.stride(last) == 1),
-                    "gam_fused: ", name, " must have at least ", columns, " columns of unit stride, got ", describe(t));
+    STD_TORCH_CHECK((last == 0 || last == 1) && t.size(last) >= 1 && (t.size(last) == 1 || t.stride(last) == 1),
+                    "gam_fused: ", name, " must have columns of unit stride, got ", describe(t));
     const int64_t count = last ? t.size(0) : 1;
     STD_TORCH_CHECK(std::find(rows.begin(), rows.end(), count) != rows.end(), "gam_fused: ", name, " must have ",
                     *rows.begin(), " rows", rows.size() > 1 ? " (or 6)" : "", ", got ", describe(t));
@@ -203,6 +217,7 @@ class Arguments {
 
   int64_t dtype_, chunk_, tensors_ = 0;
   const int64_t *starts_ = nullptr, *map_ = nullptr;
+  double* workspace_ = nullptr;
   const Tensor* like_ = nullptr;
 };
 

@@ -14,6 +14,17 @@ static inline int64_t chunk_count(int64_t elements, int64_t chunk) {
   return elements > 0 ? (elements - 1) / chunk + 1 : 1;  // not (elements + chunk - 1) / chunk, which may overflow
 }
 
+// The memory in which a kernel adds up sums of its chunks, as `Layout.workspace` (gam_fused/backends/tensor_lists.py)
+// makes it: a ticket for each group of chunks and one for all groups, as unsigned int in the memory of a double; then
+// for each row of the result the sums of its chunks, and behind those of all rows the sums of its groups.
+constexpr int GROUP = 64, MAX_ROWS = 6;
+
+static inline int64_t group_count(int64_t chunks) { return (chunks - 1) / GROUP + 1; }
+
+static inline int64_t workspace_size(int64_t chunks) {
+  return group_count(chunks) + 1 + MAX_ROWS * (chunks + group_count(chunks));
+}
+
 // float64 [rows, columns] with unit stride between columns.
 struct Matrix {
   double* data;
@@ -106,11 +117,11 @@ struct Operands {
   // Tables.
   using Coefficients = const double*;  // [groups, COLUMNS]
   using Control = double*;             // [CONTROLS]
-  // Partial sums that the kernel writes, a column per chunk.
+  // Sums over the flat vector, one column, which the kernel writes.
   using Norm = Matrix;      // 2 rows
   using Products = Matrix;  // 6 rows or 2
   using Squares = Matrix;   // 1 row
-  // Partial sums of all blocks, which it adds up.
+  // Sums of all blocks, a column of each, which it adds up.
   using NormTotals = Matrix;
   using ProductTotals = Matrix;
   using Ascent = int;

@@ -41,15 +41,15 @@ struct Passed<bool> {
 
 #define GAM_PARAMETER(Kind, name) , typename Passed<typename Backend::Kind>::type name
 #define GAM_TAKE(Kind, name) v.name = backend.take_##Kind(#name, name);
-#define GAM_OPERATOR(Name, function, operator_, FIELDS)                                          \
-  template <class Backend>                                                                       \
-  void function(Tensor layout, Tensor map, int64_t chunk, int64_t dtype FIELDS(GAM_PARAMETER)) { \
-    Backend backend(layout, map, chunk, dtype);                                                  \
-    typename Backend::Name v;                                                                    \
-    v.layout = backend.layout();                                                                 \
-    FIELDS(GAM_TAKE)                                                                             \
-    check_together(backend, v);                                                                  \
-    backend.run(v);                                                                              \
+#define GAM_OPERATOR(Name, function, operator_, FIELDS)                                                            \
+  template <class Backend>                                                                                         \
+  void function(Tensor layout, Tensor map, Tensor workspace, int64_t chunk, int64_t dtype FIELDS(GAM_PARAMETER)) { \
+    Backend backend(layout, map, workspace, chunk, dtype);                                                         \
+    typename Backend::Name v;                                                                                      \
+    v.layout = backend.layout();                                                                                   \
+    FIELDS(GAM_TAKE)                                                                                               \
+    check_together(backend, v);                                                                                    \
+    backend.run(v);                                                                                                \
   }
 GAM_EACH_KERNEL(GAM_OPERATOR)
 #undef GAM_OPERATOR

@@ -44,7 +44,6 @@ class Control(IntEnum):
     MAX_NORM = 5  # clip |d| to this; 0 for no clipping
     NOISE_SEED = 6  # seed of the stochastic rounding
     NOISE_STEP = 7  # its counter: updates so far
-    TICKET = 8  # an int32 in the slot's memory: blocks done, in backends whose blocks run in parallel; 0 between kernels
 
 
 class Flag(IntFlag):

@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels: no spills, registers within the budget, 16-byte accesses in the loops.
 
-Budget: csrc/cuda/multi_tensor.cuh asks for 8 blocks of 128 threads on a multiprocessor, so that all chunks of a list are
-resident at once: 64 registers. Adam in float64 may take twice as many (4 blocks).
+Budget: csrc/cuda/walk.cuh asks for 8 blocks of 128 threads on a multiprocessor: 64 registers. Adam may take 72 (7
+blocks), in float64 128 (4 blocks).
 """
 
 from __future__ import annotations
@@ -101,9 +101,10 @@ def test_registers_and_spills(compiled, kernel):
         found = kernels(compiled[kernel, architecture][0])
         assert len(found) >= 8, "four dtypes, two sizes of argument block"
         for name, registers, stack, spilled in found:
-            double_adam = kernel == "combined_update" and "IdLi1E" in name  # combined_update<double, 1, ...>
+            adam = re.search(r"combined_updateI(\w+?)Li1E", name)  # combined_update<double, 1, ...>
+            most = 64 if not adam else 128 if adam[1] == "d" else 72
             assert stack == spilled == 0, f"sm_{architecture}: {name} spills"
-            assert registers <= (128 if double_adam else 64), f"sm_{architecture}: {name} takes {registers} registers"
+            assert registers <= most, f"sm_{architecture}: {name} takes {registers} registers"
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither of a CUDA toolkit nor in the triton package")

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cases
 import cuda_on_cpu
 import pytest
@@ -18,7 +20,7 @@ from test_kernels import ADAM, KERNELS, SGD, TWO, check
 from gam_fused import backends
 from gam_fused.backends import reference
 from gam_fused.backends.operands import CombinedUpdate, Restore, SquaredNorm
-from gam_fused.backends.tensor_lists import Layout, TensorList
+from gam_fused.backends.tensor_lists import GROUP, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 from gam_fused.methods import TAKES as METHOD_TAKES
 
@@ -88,7 +90,8 @@ def test_not_finite(backend, algorithm, bad):
     assert_same_bits(result, untouched)
     assert {float(s) for s in result["steps"].tensors} == {3.0}
     assert result["control"][Control.SKIPPED] == result["control"][Control.LAST_SKIPPED] == 1
-    assert result["control"][Control.TICKET] == 0
+    workspace = problem.layout.workspace(torch.device("cpu"))
+    assert not workspace[: -(-problem.layout.chunks // GROUP) + 1].any()  # all tickets are back at 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,7 +118,7 @@ def many(count: int, size: int, dtype: torch.dtype) -> tuple[Layout, list[Tensor
 def test_more_tensors_than_an_argument_block_holds(backend, count):
     """440 words travel in a small block, 4,000 in a large one, and more in several launches."""
     layout, (theta, x, y) = many(count, 3, torch.float32)
-    sums = [torch.zeros(2, layout.chunks, dtype=torch.float64) for _ in range(2)]
+    sums = [torch.zeros(2, 1, dtype=torch.float64) for _ in range(2)]
     for one, partials in zip((backend, reference), sums, strict=True):
         one.squared_norm(SquaredNorm(layout=layout, x=x, y=y, weight=theta, partials=partials))
     torch.testing.assert_close(sums[0].sum(1), sums[1].sum(1), rtol=1e-6, atol=0)
@@ -141,7 +144,7 @@ def test_chunks_of_one_tensor_see_the_same_step(backend):
     gradient, state = TensorList([torch.ones(3 * 4096)]), [TensorList([torch.zeros(3 * 4096)]) for _ in range(2)]
     coefficients = problem.coefficients[:1].clone()
     coefficients[0, Column.WEIGHT_DECAY] = 0.0
-    sums = torch.zeros(layout.chunks, dtype=torch.float64)
+    sums = torch.zeros(1, dtype=torch.float64)
     lists = {"theta": theta, "last": gradient, "state1": state[0], "state2": state[1], "steps": steps}
     tables = {"coefficients": coefficients, "partials": problem.finished(*TWO), "control": problem.control}
     backend.combined_update_(CombinedUpdate(layout=layout, **lists, **tables, direction=sums, algorithm=Algorithm.ADAM))
@@ -152,12 +155,13 @@ def test_chunks_of_one_tensor_see_the_same_step(backend):
 def test_a_removed_barrier_is_seen(backend):
     """That this way of testing can fail: without __syncthreads a block sums what was written for the block before."""
 
-    def sums_of_chunks():
-        problem = Problem("chunk edges", torch.float32, torch.float32)
+    def sums_of_chunks(radii=0.1):
+        problem = Problem("chunk edges", torch.float32, torch.float32, radii=radii)
         cases.run_perturb(backend, problem, ascent=0)
         return problem.sums
 
     right = sums_of_chunks()
+    sums_of_chunks(radii=0.3)  # leaves other numbers in shared memory
     backend.drop_block_barriers(True)
     try:
         wrong = sums_of_chunks()
@@ -202,10 +206,42 @@ def test_sanitizers_see_an_access_out_of_bounds():
     """A layout that promises one element more than the tensor has, which nobody has looked at."""
     done = cuda_on_cpu.run_sanitized(
         "import torch, cuda_on_cpu; from gam_fused.backends import compiled, operands as o\n"
-        "from gam_fused.backends.tensor_lists import Layout, TensorList; compiled.check_lists = lambda *_: None\n"
+        "from gam_fused.backends.tensor_lists import GROUP, Layout, TensorList; compiled.check_lists = lambda *_: None\n"
         "backend = cuda_on_cpu.backend(sanitized=True); layout = Layout([1001], [0], [True])\n"
         "x = TensorList([torch.ones(1000)])\n"
         "backend.squared_norm(o.SquaredNorm(layout=layout, x=x, partials=torch.zeros(2, 1, dtype=torch.float64)))"
     )
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+@dataclass
+class Shifted(Problem):
+    """Operands that lie `by` elements after a 16-byte mark: all, or gradients alone."""
+
+    by: int = 1
+    only_gradients: bool = False
+
+    def values(self, seed: int, *, gradient: bool = False, **options) -> TensorList:
+        lst = super().values(seed, gradient=gradient, **options)
+        if self.only_gradients and not gradient:
+            return lst
+        return TensorList([None if t is None else self._shifted(t) for t in lst.tensors])
+
+    def _shifted(self, t: torch.Tensor) -> torch.Tensor:
+        buffer = torch.empty(t.numel() + 16, dtype=t.dtype)
+        start = -buffer.data_ptr() // t.itemsize % (16 // t.itemsize) + self.by
+        return buffer[start : start + t.numel()].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("only_gradients", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_alignment(backend, dtype, only_gradients):
+    """What lies off the 16-byte marks is read by whole vectors too, and goes to the same threads."""
+    for name, kernel in KERNELS.items():
+        expected = kernel(backend, Problem("chunk edges", dtype, dtype))
+        for by in range(1, 16 // dtype.itemsize):
+            shifted = Shifted("chunk edges", dtype, dtype, by=by, only_gradients=only_gradients)
+            actual = kernel(backend, shifted)
+            for key, wanted in expected.items():
+                assert torch.equal(cases._flat(actual[key]), cases._flat(wanted)), (name, by, key)

@@ -63,8 +63,8 @@ def test_more_elements_than_32_bits_count(backend_name):
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     backend, layout = get_backend(backend_name), Layout([count], [0], [True])
     theta, backup, ones = (torch.full((count,), v, dtype=torch.bfloat16, device=CUDA) for v in (0.0, 7.0, 1.0))
-    partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
-    sums = torch.zeros(layout.chunks, dtype=torch.float64, device=CUDA)
+    partials = torch.zeros(2, 1, dtype=torch.float64, device=CUDA)
+    sums = torch.zeros(1, dtype=torch.float64, device=CUDA)
     control = torch.zeros(len(Control), dtype=torch.float64, device=CUDA)
     control[Control.LOSS_SCALE] = 1.0
     row = torch.zeros(1, len(Column), dtype=torch.float64, device=CUDA)
@@ -94,7 +94,7 @@ def test_kernels_in_a_graph_run_on_what_the_lists_hold_then(backend_name, count)
     layout = Layout(sizes, [0] * count, [True] * count)
     theta = TensorList([torch.zeros(n, device=CUDA) for n in sizes], lasting=True)
     source = [torch.ones(n, device=CUDA) for n in sizes]
-    partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
+    partials = torch.zeros(2, 1, dtype=torch.float64, device=CUDA)
     zeros = [torch.zeros(n, device=CUDA) for n in sizes]
     backend.restore_(Restore(layout=layout, theta=theta, backup=TensorList(source)))
     backend.squared_norm(SquaredNorm(layout=layout, x=TensorList(source), y=TensorList(zeros), partials=partials))

@@ -127,7 +127,7 @@ class TestNotFinite:
             layout = Layout([5000, 4000], [0, 0], [True, False])
             x = TensorList([torch.ones(5000, dtype=dtype), torch.ones(4000, dtype=dtype)])
             x.tensors[0 if poisoned == "counted" else 1][3999] = bad
-            partials = torch.zeros(6, layout.chunks, dtype=torch.float64)
+            partials = torch.zeros(6, 1, dtype=torch.float64)
             coefficients = torch.full((1, len(Column)), 0.5, dtype=torch.float64)
             get_backend(backend_name).squared_norm(SquaredNorm(layout=layout, x=x, partials=partials[:2]))
             assert not partials.sum(1).isfinite().all()
@@ -258,7 +258,7 @@ def test_large_lists_give_the_same_bits_as_small_ones():
         problem = Problem("one element", torch.float32, torch.float32)
         layout = Layout([size], [2], [True])
         theta, backup, gradient = (TensorList([v[:size].clone()]) for v in values)
-        sums = torch.zeros(layout.chunks, dtype=torch.float64)
+        sums = torch.zeros(1, dtype=torch.float64)
         backend = get_backend("cpp")
         shared = {"coefficients": problem.coefficients, "partials": problem.finished(*TWO), "control": problem.control}
         shared |= {"layout": layout, "theta": theta}

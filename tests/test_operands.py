@@ -29,7 +29,7 @@ def strided(t: torch.Tensor) -> torch.Tensor:
 
 # Rows that the samples use: one of no addresses has no strides.
 ROWS = [(name, row) for name, kernel in KERNELS.items() for row in kernel.lists if samples(name)[row].numel()]
-TABLES = [("layout", name) for name in KERNELS] + [
+TABLES = [(table, name) for name in KERNELS for table in ("layout", "workspace")] + [
     (table, name) for name, kernel in KERNELS.items() for table in kernel.rest if schema(kernel)[table].startswith("Tensor")
 ]
 
@@ -45,7 +45,7 @@ def test_rows_of_addresses_with_gaps_are_refused(kernel, name):
 def test_tables_with_gaps_are_refused(name, kernel):
     given = samples(kernel)
     table = strided(given[name])
-    given[name] = table if table.shape[-1] > 1 else table.expand(2, 2)
+    given[name] = table if table.shape[-1] > 1 else table.expand(*table.shape[:-1], 2)
     with pytest.raises(RuntimeError, match=rf"{name} must .*strides"):
         getattr(OPS, kernel)(**given)
 
@@ -55,6 +55,19 @@ def test_rows_of_sums_that_share_memory_are_refused():
     given["partials"] = given["partials"][:1].expand(2, -1)
     with pytest.raises(RuntimeError, match=r"partials must have rows that do not overlap.*strides \[0, 1\]"):
         OPS.squared_norm(**given)
+
+
+def test_sums_fill_one_column():
+    given = samples("squared_norm")
+    given["partials"] = torch.zeros(2, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"partials must have one column, got shape \[2, 2\]"):
+        OPS.squared_norm(**given)
+
+
+def test_a_workspace_for_fewer_chunks_is_refused():
+    given = samples("squared_norm")
+    with pytest.raises(RuntimeError, match=r"workspace must be what Layout.workspace gives, \d+ numbers, got shape"):
+        OPS.squared_norm(**given | {"workspace": given["workspace"][:-1]})
 
 
 @pytest.mark.parametrize("g1", [True, False])
@@ -130,7 +143,7 @@ LAYOUTS = {
     "elements at 2^62": ([[0, 2**62], [0, 0], [1, 0]], "elements, more than memory can hold"),
     "a start near 2^63": ([[0, 2**63 - 1, 2**63 - 1], [0, 0, 0], [1, 1, 0]], "elements, more than memory can hold"),
     "a start at -2^63": ([[0, -(2**63), 8], [0, 0, 0], [1, 1, 0]], "end at -9223372036854775808, before its begin 0"),
-    "many chunks": ([[0, 2**58], [0, 0], [1, 0]], "a chunk of 4096 elements makes 70368744177664 chunks"),
+    "many chunks": ([[0, 2**58], [0, 0], [1, 0]], "a chunk of 1024 elements makes 281474976710656 chunks"),
     "a group near 2^63": ([[0, 1], [2**63 - 1, 0], [1, 0]], "names group 9223372036854775807 for tensor 0"),
     "a group at 2^59": ([[0, 1], [2**59, 0], [1, 0]], "names group 576460752303423488 for tensor 0"),
 }

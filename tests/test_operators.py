@@ -55,7 +55,9 @@ def arguments(name: str, operands: Any = None) -> dict[str, Any]:
     """What the operator is called with. Its addresses are valid as long as the record is."""
     operands, kernel = operands or record(name), KERNELS[name]
     rows = {n: lst.addresses for n, lst in zip(kernel.lists, kernel.lists_of(operands), strict=True)}
-    head = {"layout": operands.layout.table, "map": NO_MAP, "chunk": operands.layout.chunk, "dtype": FLOAT32}
+    layout = operands.layout
+    head = {"layout": layout.table, "map": NO_MAP, "workspace": layout.workspace(torch.device("cpu"))}
+    head |= {"chunk": layout.chunk, "dtype": FLOAT32}
     return head | rows | dict(zip(kernel.rest, kernel.rest_of(operands), strict=True))
 
 
@@ -75,7 +77,7 @@ def test_cpp_has_the_same_operands_in_the_same_order(name):
     wanted = [("Source" if (name, n) == ("restore_", "backup") else kind, n) for n, kind in kinds.items()]
     assert struct == KERNELS[name].record.__name__
     assert found == wanted
-    assert list(schema(KERNELS[name]))[4:] == [n for _, n in found]
+    assert list(schema(KERNELS[name]))[5:] == [n for _, n in found]
 
 
 def test_cpp_and_triton_have_the_same_kernels():

@@ -33,7 +33,7 @@ def ascend(backend_name: str, theta: list, x: list, ascent: int = 0, radius: flo
     """theta <- theta + radius * x, in place."""
     layout = Layout([t.numel() for t in theta], [0] * len(theta), [True] * len(theta))
     coefficients, control = tables(**{f"RADIUS_{ascent}": radius})
-    partials, realised = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.zeros(layout.chunks, dtype=torch.float64)
+    partials, realised = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     tables_ = {"coefficients": coefficients, "partials": partials, "control": control, "realised": realised}
     get_backend(backend_name).perturb_(
         Perturb(layout=layout, theta=TensorList(theta), x=TensorList(x), **tables_, ascent=ascent)
@@ -44,7 +44,7 @@ def combine(backend_name: str, out: torch.Tensor, last: torch.Tensor | None, fol
     """out <- last + folded."""
     layout = Layout([out.numel()], [0], [True])
     coefficients, control = tables(DIRECTION_LAST=1.0, DIRECTION_FOLDED=1.0)
-    sums, partials = torch.zeros(layout.chunks, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    sums, partials = torch.zeros(1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
     lists = {"out": TensorList([out]), "last": TensorList([last]), "folded": TensorList([folded])}
     tables_ = {"coefficients": coefficients, "partials": partials, "control": control, "direction": sums}
     get_backend(backend_name).combine_(Combine(layout=layout, **lists, **tables_))

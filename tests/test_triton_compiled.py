@@ -52,11 +52,11 @@ KERNELS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str, str]] = {
     ),
 }
 # The budget. Registers as the backend allows them: 4, 3 and 2 programs of 256 threads on a multiprocessor (norms in float32
-# keep more loads in flight instead). Bytes of stack per thread that may spill: numbers that a tensor needs once, read
-# from the first-level cache.
+# keep more loads in flight instead), 2 of those that keep many numbers for each element. Bytes of stack per thread that may
+# spill: numbers that a tensor needs once, read from the first-level cache.
 REGISTERS = {torch.float32: 64, torch.bfloat16: 80, torch.float64: 128}
 HEAVY = ("products", "third ascent", "sgd", "adam")
-SPILLED = {torch.float32: 64, torch.bfloat16: 96, torch.float64: 128}
+SPILLED = {torch.float32: 0, torch.bfloat16: 48, torch.float64: 144}
 
 
 @cache
@@ -65,7 +65,7 @@ def compiled(name: str, dtype: torch.dtype, generation: int) -> Any:
     kernel = backend.kernels()[which]
     constants = constants | backend.constants(which, dtype)
     numbers = ("tensors", "chunk", "stride", "columns", "ascent")
-    sums = ("coefficients", "partials", "control", "realised", "sums_of_d")
+    sums = ("workspace", "coefficients", "partials", "control", "realised", "sums_of_d")
     signature, values = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants or argument in unused:
@@ -74,7 +74,7 @@ def compiled(name: str, dtype: torch.dtype, generation: int) -> Any:
             signature[argument] = "i32" if argument in numbers else "*fp64" if argument in sums else "*i64"
     source = triton.compiler.ASTSource(kernel, signature, constexprs=values)
     target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
-    return triton.compile(source, target=target, options=backend.options(which, dtype, "cuda"))
+    return triton.compile(source, target=target, options=backend.options(which, dtype, "cuda", constants.get("ALGORITHM")))
 
 
 def resources(kernel: Any, folder: Path) -> tuple[int, int]:
@@ -94,9 +94,10 @@ def test_registers_and_spills(generation, dtype, tmp_path):
     names = KERNELS if generation == 90 else HEAVY
     used = {name: resources(compiled(name, dtype, generation), tmp_path) for name in names}
     for name, (registers, stack) in used.items():
-        most = max(80, REGISTERS[dtype]) if name.startswith("norm") else REGISTERS[dtype]
+        many = name == "adam" or (dtype == torch.bfloat16 and name in ("sgd", "products"))
+        most = 128 if many else max(80, REGISTERS[dtype]) if name.startswith("norm") else REGISTERS[dtype]
         assert registers <= most, f"{name}: {registers} registers"
-        assert stack <= (SPILLED[dtype] if name in HEAVY else 0), f"{name}: {stack} bytes of stack"
+        assert stack <= max(SPILLED[dtype] if name in HEAVY else 0, 8), f"{name}: {stack} bytes of stack"
 
 
 def bytes_by_kind(ptx: str) -> Counter:
@@ -135,5 +136,5 @@ def test_hardware_rounds_to_nearest_even(generation):
 def test_sums_use_no_float_atomics():
     for name in KERNELS:
         atomics = re.findall(r"\b(?:atom|red)\.\S+", compiled(name, torch.float32, 90).asm["ptx"])
-        allowed = ["atom.global.gpu.acq_rel.add.u32"] if KERNELS[name][0] == "combined_update_" else []
+        allowed = [] if name == "restore" else ["atom.global.gpu.acq_rel.add.u32"] * 2  # tickets of groups, and of all
         assert atomics == allowed, name

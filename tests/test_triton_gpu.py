@@ -45,7 +45,7 @@ def test_a_gradient_list_that_lies_where_the_last_one_lay_is_not_sent_again(monk
     monkeypatch.setattr(triton, "upload", lambda host, device: sent.append(host) or host.to(device))
     layout = Layout([5000], [0], [True])
     gradients = [torch.ones(5000, device=CUDA)]
-    partials = torch.zeros(2, layout.chunks, dtype=torch.float64, device=CUDA)
+    partials = torch.zeros(2, 1, dtype=torch.float64, device=CUDA)
     for _ in range(3):
         backend.squared_norm(SquaredNorm(layout=layout, x=TensorList(gradients), partials=partials))
     assert len(sent) == 1

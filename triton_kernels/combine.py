@@ -8,7 +8,7 @@ import triton.language as tl
 from gam_fused.triton_kernels.math.direction import direction, direction_of
 from gam_fused.triton_kernels.math.numbers import narrow
 from gam_fused.triton_kernels.math.skip import close_of, count_step
-from gam_fused.triton_kernels.sums import row_sums, square
+from gam_fused.triton_kernels.sums import finish_sums, row_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, read, row_of, span_at, store
 
 
@@ -42,12 +42,12 @@ def combine_block(lists, at, out_at, k, block, WHOLE: tl.constexpr, DTYPE: tl.co
 
 @triton.jit(do_not_specialize=RUNTIME)
 def combine_kernel(
-    layout, tensors, chunk, out, g1, last, folded, coefficients, partials, stride, columns, control, sums_of_d,
+    layout, tensors, chunk, workspace, out, g1, last, folded, coefficients, partials, stride, columns, control, sums_of_d,
     ROWS: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     close = close_step(partials, stride, columns, control, coefficients, ROWS)
     lists = g1, last, folded
-    tensor, position, end = chunk_of(layout, tensors, chunk)
+    number, tensor, position, end = chunk_of(layout, tensors, chunk, True)
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
@@ -62,4 +62,4 @@ def combine_kernel(
                 sums += combine_block(lists, at, out_at, k, block_at(span, offset, BLOCK), False, DTYPE, C)
         position = span.end
         tensor += 1
-    tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))
+    finish_sums(workspace, number, (tl.sum(sums, 0),), sums_of_d, 0)

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from gam_fused.triton_kernels.combine import close_step, direction_block
 from gam_fused.triton_kernels.math.adam import adam, adam_of
-from gam_fused.triton_kernels.math.constants import SGD, TICKET
+from gam_fused.triton_kernels.math.constants import SGD
 from gam_fused.triton_kernels.math.direction import direction_of
 from gam_fused.triton_kernels.math.numbers import narrow, widen
 from gam_fused.triton_kernels.math.sgd import sgd, sgd_momentum, sgd_of
 from gam_fused.triton_kernels.restore import restore_span
-from gam_fused.triton_kernels.sums import square
+from gam_fused.triton_kernels.sums import finish_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, row_of, span_at, store
 
 TENSOR_BLOCK = tl.constexpr(256)
@@ -79,20 +79,9 @@ def advance_steps(tensors, g1, last, folded, steps):
         tl.store(counter, tl.load(counter, updated != 0, other=0.0) + 1.0, updated != 0)
 
 
-@triton.jit
-def is_last_program(control):
-    """Whether all other programs have read what only the last may change. Leaves the ticket at 0 for the next kernel."""
-    tl.debug_barrier()  # all threads of this program have read it before it draws
-    ticket = (control + TICKET).to(tl.pointer_type(tl.int32))
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
-    if last:
-        tl.store(ticket, 0)
-    return last
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def combined_update_kernel(
-    layout, tensors, chunk, theta, backup, g1, last, folded, state1, state2, state3, steps,
+    layout, tensors, chunk, workspace, theta, backup, g1, last, folded, state1, state2, state3, steps,
     coefficients, partials, stride, columns, control, sums_of_d,
     ALGORITHM: tl.constexpr, ROWS: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,7 +89,7 @@ def combined_update_kernel(
     close = close_step(partials, stride, columns, control, coefficients, ROWS)
     lists = g1, last, folded
     state = state1, state3
-    tensor, position, end = chunk_of(layout, tensors, chunk)
+    number, tensor, position, end = chunk_of(layout, tensors, chunk, True)
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
@@ -133,6 +122,6 @@ def combined_update_kernel(
                     )
         position = span.end
         tensor += 1
-    tl.store(sums_of_d + tl.program_id(0), tl.sum(sums, 0))
-    if is_last_program(control) & (close.skip == 0):
+    # Programs of one tensor all read its step: the last one counts the steps.
+    if finish_sums(workspace, number, (tl.sum(sums, 0),), sums_of_d, 0) & (close.skip == 0):
         advance_steps(tensors, g1, last, folded, steps)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from gam_fused.triton_kernels.math.direction import direction, direction_of, h_plus
 from gam_fused.triton_kernels.math.projection import DirectionScale
-from gam_fused.triton_kernels.sums import put
+from gam_fused.triton_kernels.sums import finish_sums
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, row_of, span_at
 
 
@@ -25,11 +25,11 @@ def products(lists, at, k, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: t
 
 @triton.jit(do_not_specialize=RUNTIME)
 def direction_products_kernel(
-    layout, tensors, chunk, g1, last, folded, coefficients, partials, stride,
+    layout, tensors, chunk, workspace, g1, last, folded, coefficients, partials, stride,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lists = g1, last, folded
-    tensor, position, end = chunk_of(layout, tensors, chunk)
+    number, tensor, position, end = chunk_of(layout, tensors, chunk)
     zero = tl.full((), 0.0, tl.float64)
     pp, mp, mm = zero, zero, zero  # over counted tensors
     other_pp, other_mp, other_mm = zero, zero, zero
@@ -58,7 +58,7 @@ def direction_products_kernel(
         mm, other_mm = mm + tl.where(counts, c, 0.0), other_mm + tl.where(counts, 0.0, c)
         position = span.end
         tensor += 1
-    put(partials, stride, 0, pp, other_pp)
-    if g1 is not None:
-        put(partials, stride, 2, mp, other_mp)
-        put(partials, stride, 4, mm, other_mm)
+    if g1 is None:
+        finish_sums(workspace, number, (pp, other_pp), partials, stride)
+    else:
+        finish_sums(workspace, number, (pp, other_pp, mp, other_mp, mm, other_mm), partials, stride)

@@ -17,7 +17,7 @@ from gam_fused.triton_kernels.math.constants import (
 from gam_fused.triton_kernels.math.numbers import change_of, widen
 from gam_fused.triton_kernels.math.rounding import noise, noise_key, noise_stream, stochastic_round
 from gam_fused.triton_kernels.math.skip import all_finite, note_found_inf, stays
-from gam_fused.triton_kernels.sums import row_sums, square
+from gam_fused.triton_kernels.sums import finish_sums, row_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_whole, load, read, row_of, span_at, store
 
 
@@ -72,7 +72,7 @@ def perturb_block(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def perturb_kernel(
-    layout, tensors, chunk, theta, base, x, y, folded, backup,
+    layout, tensors, chunk, workspace, theta, base, x, y, folded, backup,
     coefficients, partials, stride, columns, control, realised, ascent, ADAPTIVE: tl.constexpr,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def perturb_kernel(
     loss_scale, eps = tl.load(control + LOSS_SCALE), tl.load(control + XI)
 
     lists = base, x, y, folded, backup
-    tensor, position, end = chunk_of(layout, tensors, chunk)
+    number, tensor, position, end = chunk_of(layout, tensors, chunk, True)
     sums = tl.zeros([BLOCK], tl.float64)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
@@ -115,4 +115,4 @@ def perturb_kernel(
                 )
         position = span.end
         tensor += 1
-    tl.store(realised + tl.program_id(0), tl.sum(sums, 0))
+    finish_sums(workspace, number, (tl.sum(sums, 0),), realised, 0)

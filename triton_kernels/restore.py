@@ -26,7 +26,7 @@ def restore_kernel(
     layout, tensors, chunk, theta, backup,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, position, end = chunk_of(layout, tensors, chunk)
+    _, tensor, position, end = chunk_of(layout, tensors, chunk)
     while position < end:
         span = span_at(layout, tensor, position, end, VECTOR)
         restore_span(address(theta, tensor, span, DTYPE), address(backup, tensor, span, DTYPE), span, DTYPE, BLOCK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from gam_fused.triton_kernels.math.numbers import times
-from gam_fused.triton_kernels.sums import put, square
+from gam_fused.triton_kernels.sums import finish_sums, square
 from gam_fused.triton_kernels.walk import RUNTIME, address, block_at, chunk_of, is_counted, is_whole, read, span_at
 
 
@@ -20,10 +20,10 @@ def squares(lists, at, block, WHOLE: tl.constexpr, DTYPE: tl.constexpr, C: tl.co
 
 @triton.jit(do_not_specialize=RUNTIME)
 def squared_norm_kernel(
-    layout, tensors, chunk, x, y, weight, partials, stride,
+    layout, tensors, chunk, workspace, x, y, weight, partials, stride,
     DTYPE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, position, end = chunk_of(layout, tensors, chunk)
+    number, tensor, position, end = chunk_of(layout, tensors, chunk)
     counted = tl.full((), 0.0, tl.float64)
     others = tl.full((), 0.0, tl.float64)
     while position < end:
@@ -42,4 +42,4 @@ def squared_norm_kernel(
         others += tl.where(counts, 0.0, total)
         position = span.end
         tensor += 1
-    put(partials, stride, 0, counted, others)
+    finish_sums(workspace, number, (counted, others), partials, stride)

@@ -16,7 +16,7 @@ from gam_fused.triton_kernels.math.numbers import widen
 
 # Arguments of kernels that are not compiled in: no new kernel for another alignment, or for a number that is 1 or even.
 RUNTIME = (
-    *("layout", "tensors", "chunk", "coefficients", "partials", "stride", "columns", "control", "ascent"),
+    *("layout", "tensors", "chunk", "workspace", "coefficients", "partials", "stride", "columns", "control", "ascent"),
     *("realised", "sums_of_d", "theta", "base", "backup", "x", "y", "g1", "last", "folded", "weight", "out"),
     *("state1", "state2", "state3", "steps"),
 )
@@ -49,12 +49,16 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def chunk_of(layout, tensors, chunk):
-    """The chunk of this program: the tensor that holds its first element, that element, and the chunk's end."""
+def chunk_of(layout, tensors, chunk, BACKWARDS: tl.constexpr = False):
+    """The chunk of this program: its number, the tensor that holds its first element, that element, and the chunk's end.
+
+    BACKWARDS: for a kernel that reads what the one before it has read; the last chunks are still in the cache.
+    """
     program = tl.program_id(0).to(tl.int64)
-    position = program * chunk
+    number = tl.num_programs(0) - 1 - program if BACKWARDS else program
+    position = number * chunk
     end = tl.minimum(position + chunk, tl.load(layout + tensors))
-    return tl.load(layout + 3 * (tensors + 1) + program), position, end
+    return number, tl.load(layout + 3 * (tensors + 1) + number), position, end
 
 
 @triton.jit

@@ -35,7 +35,7 @@ class CpuBackend : public Arguments<CpuBackend>, public Operands<Layout, Address
   static constexpr bool ON_CPU = true;
   using Arguments<CpuBackend>::Arguments;
 
-  Layout layout() const { return {starts(), groups(), counted(), tensors(), chunk()}; }
+  Layout layout() const { return {starts(), groups(), counted(), tensors(), chunk(), workspace()}; }
   static AddressRow list(const Addresses& addresses) { return addresses.host; }
   static bool used(AddressRow list) { return list != nullptr; }
 

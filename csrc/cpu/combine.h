@@ -47,16 +47,13 @@ double combine_tile(const Combine& v, const Span& tile, const Direction<Compute<
 template <class S>
 void combine(const Combine& v, ParallelFor parallel_for) {
   const Close close = close_step(v.partials, v.control, v.coefficients);
-  clear_unused(v.direction, v.layout);
-  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
-    double squares = 0.0;
+  sum_over_chunks<1>(v.layout, parallel_for, v.direction, [&](int64_t chunk, double* squares) {
     for_each_span(v.layout, chunk, [&](const Span& span) {
       if (!has(v.out, span.tensor)) return;
       const double* row = v.coefficients + v.layout.groups[span.tensor] * COLUMNS;
       const auto k = direction_of<Compute<S>>(row, close.scale);
-      for_each_tile(span, [&](const Span& tile) { squares += combine_tile<S>(v, tile, k); });
+      for_each_tile(span, [&](const Span& tile) { *squares += combine_tile<S>(v, tile, k); });
     });
-    put(v.direction, 0, chunk, squares);
   });
 }
 

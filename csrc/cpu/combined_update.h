@@ -108,9 +108,7 @@ inline bool is_updated(const CombinedUpdate& v, int64_t tensor) {
 template <class S>
 void combined_update(const CombinedUpdate& v, ParallelFor parallel_for) {
   const Close close = close_step(v.partials, v.control, v.coefficients);
-  clear_unused(v.direction, v.layout);
-  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
-    double squares = 0.0;
+  sum_over_chunks<1>(v.layout, parallel_for, v.direction, [&](int64_t chunk, double* squares) {
     Scalars<Compute<S>> scalars;
     for_each_span(v.layout, chunk, [&](const Span& span) {
       if (close.skip || !is_updated(v, span.tensor)) {
@@ -118,9 +116,8 @@ void combined_update(const CombinedUpdate& v, ParallelFor parallel_for) {
         return;
       }
       scalars.prepare(v, span.tensor, close.scale);
-      for_each_tile(span, [&](const Span& tile) { squares += update_tile<S>(v, tile, scalars); });
+      for_each_tile(span, [&](const Span& tile) { *squares += update_tile<S>(v, tile, scalars); });
     });
-    put(v.direction, 0, chunk, squares);
   });
   // Only now: chunks of one tensor all read its step.
   for (int64_t i = 0; !close.skip && i < v.layout.tensors; ++i)

@@ -27,18 +27,20 @@ void add_direction_products(const DirectionProducts& v, const Span& tile, double
   add_three_products(value, minus, tile.count, sums);
 }
 
-template <class S>
-void direction_products(const DirectionProducts& v, ParallelFor parallel_for) {
-  clear_unused(v.partials, v.layout);
-  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
-    double sums[6] = {};
+template <class S, int ROWS>
+void direction_products_in(const DirectionProducts& v, ParallelFor parallel_for) {
+  sum_over_chunks<ROWS>(v.layout, parallel_for, v.partials, [&](int64_t chunk, double* sums) {
     for_each_span(v.layout, chunk, [&](const Span& span) {
       if (!has(v.g1, span.tensor) && !has(v.last, span.tensor) && !has(v.folded, span.tensor)) return;
       double* first = sums + (v.layout.counted[span.tensor] ? 0 : 1);
       for_each_tile(span, [&](const Span& tile) { add_direction_products<S>(v, tile, first); });
     });
-    for (int64_t row = 0; row < v.partials.rows; ++row) put(v.partials, row, chunk, sums[row]);
   });
+}
+
+template <class S>
+void direction_products(const DirectionProducts& v, ParallelFor parallel_for) {
+  v.g1 ? direction_products_in<S, 6>(v, parallel_for) : direction_products_in<S, 2>(v, parallel_for);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ struct Layout {
   const int64_t* groups;   // [T] row of the coefficient table
   const int64_t* counted;  // [T] whether the tensor counts in norms
   int64_t tensors, chunk;
+  double* workspace;
 };
 
 #define GAM_USING(Name, function, operator_, FIELDS) using Name = Operands<Layout, AddressRow>::Name;

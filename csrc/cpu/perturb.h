@@ -81,15 +81,12 @@ void perturb(const Perturb& v, ParallelFor parallel_for) {
   note_found_inf(bad, v.ascent, control);
   const uint32_t key = noise_key(control[Control::NOISE_SEED], control[Control::NOISE_STEP], v.ascent);
   const double loss_scale = control[Control::LOSS_SCALE], eps = control[Control::EPS];
-  clear_unused(v.realised, v.layout);
-  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
-    double realised = 0.0;
+  sum_over_chunks<1>(v.layout, parallel_for, v.realised, [&](int64_t chunk, double* realised) {
     for_each_span(v.layout, chunk, [&](const Span& span) {
       double radius = v.coefficients[v.layout.groups[span.tensor] * COLUMNS + Column::RADIUS_0 + v.ascent];
       double scale = stay ? 0.0 : ascent_scale(radius, total[0], loss_scale, eps);
-      for_each_tile(span, [&](const Span& tile) { realised += perturb_tile<S>(v, tile, scale, key); });
+      for_each_tile(span, [&](const Span& tile) { *realised += perturb_tile<S>(v, tile, scale, key); });
     });
-    put(v.realised, 0, chunk, realised);
   });
 }
 

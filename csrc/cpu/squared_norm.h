@@ -29,15 +29,12 @@ double squared_norm_of(const SquaredNorm& v, const Span& tile) {
 
 template <class S>
 void squared_norm(const SquaredNorm& v, ParallelFor parallel_for) {
-  clear_unused(v.partials, v.layout);
-  for_each_chunk(v.layout, parallel_for, [&](int64_t chunk) {
-    double sums[2] = {};
+  sum_over_chunks<2>(v.layout, parallel_for, v.partials, [&](int64_t chunk, double* sums) {
     for_each_span(v.layout, chunk, [&](const Span& span) {
       if (!has(v.x, span.tensor) && !has(v.y, span.tensor)) return;
       double& sum = sums[v.layout.counted[span.tensor] ? 0 : 1];
       for_each_tile(span, [&](const Span& tile) { sum += squared_norm_of<S>(v, tile); });
     });
-    for (int row = 0; row < 2; ++row) put(v.partials, row, chunk, sums[row]);
   });
 }
 

@@ -100,27 +100,32 @@ void add_three_products(const C* a, const C* b, int64_t count, double* out) {
   out[4] += total_of(bb);
 }
 
-// total[row] = sum over the columns of that row.
+inline double sum(const double* values, int64_t count) {
+  double lanes[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int j = 0; j < 4; ++j) lanes[j] += values[i + j];
+  for (int j = 0; i < count; ++i, ++j) lanes[j] += values[i];
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
+
+// total[row] = the sum over all blocks, a column of each.
 inline void row_sums(const Matrix& partials, double* total) {
-  for (int64_t row = 0; row < partials.rows; ++row) {
-    const double* p = partials.data + row * partials.stride;
-    double lanes[4] = {};
-    int64_t i = 0;
-    for (; i + 4 <= partials.columns; i += 4)
-      for (int j = 0; j < 4; ++j) lanes[j] += p[i + j];
-    for (int j = 0; i < partials.columns; ++i, ++j) lanes[j] += p[i];
-    total[row] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  }
-}
-
-// Columns that no chunk writes.
-inline void clear_unused(const Matrix& partials, const Layout& layout) {
   for (int64_t row = 0; row < partials.rows; ++row)
-    for (int64_t i = chunks_of(layout); i < partials.columns; ++i) partials.data[row * partials.stride + i] = 0.0;
+    total[row] = sum(partials.data + row * partials.stride, partials.columns);
 }
 
-inline void put(const Matrix& partials, int64_t row, int64_t chunk, double value) {
-  partials.data[row * partials.stride + chunk] = value;
+// out[row] = the sum over all chunks of what visit(chunk, sums) adds to sums[row].
+template <int ROWS, class Visit>
+void sum_over_chunks(const Layout& layout, ParallelFor parallel_for, const Matrix& out, Visit visit) {
+  const int64_t chunks = chunks_of(layout);
+  double* workspace = layout.workspace;
+  for_each_chunk(layout, parallel_for, [&](int64_t chunk) {
+    double sums[ROWS] = {};
+    visit(chunk, sums);
+    for (int row = 0; row < ROWS; ++row) workspace[row * chunks + chunk] = sums[row];
+  });
+  for (int row = 0; row < ROWS; ++row) out.data[row * out.stride] = sum(workspace + row * chunks, chunks);
 }
 
 }  // namespace

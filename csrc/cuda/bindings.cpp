@@ -38,7 +38,9 @@ class CudaBackend : public Arguments<CudaBackend>, public Operands<Layout, List>
   using Arguments<CudaBackend>::Arguments;
 
   Layout layout() {
-    Layout result = {map(), -1, static_cast<int32_t>(tensors()), static_cast<int32_t>(chunks()), chunk()};
+    const int32_t groups = static_cast<int32_t>(group_count(chunks()));
+    Layout result = {map(),   -1,         static_cast<int32_t>(tensors()), static_cast<int32_t>(chunks()), groups,
+                     chunk(), workspace()};
     if (result.map) return result;
     result.word = static_cast<int32_t>(words_.size());
     words_.insert(words_.end(), starts(), starts() + 3 * (tensors() + 1));
@@ -57,7 +59,7 @@ class CudaBackend : public Arguments<CudaBackend>, public Operands<Layout, List>
     return {nullptr, word};
   }
 
-  static bool used(const List& list) { return list.table || list.word >= 0; }
+  static bool used(const List& list) { return is_used(list); }
 
   // State that the update will write must be there, as far as the host can see.
   void require_state(const CombinedUpdate& v) const {

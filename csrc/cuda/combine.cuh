@@ -4,16 +4,16 @@
 
 #include "../math/direction.h"
 #include "../math/skip.h"
-#include "multi_tensor.cuh"
+#include "packs.cuh"
+#include "sums.cuh"
 
 namespace gam {
 
 template <int ROWS>
 __device__ __forceinline__ Close close_of_rows(const Matrix& partials, const double* control,
                                                const double* coefficients) {
-  __shared__ WarpSums<ROWS> shared;
   double total[ROWS];
-  row_totals(partials, total, shared);
+  row_totals(partials, total);
   return close_of(total, control, coefficients);
 }
 
@@ -28,32 +28,32 @@ __device__ __forceinline__ Close close_step(const Matrix& partials, double* cont
 template <class S>
 struct CombineSpan {
   using C = Compute<S>;
-  Span span;
   Part<S> out, g1, last;
   Part<C> folded;
   Direction<C> k;
   double squares;
 
   template <int COUNT, int STEPS>
-  __device__ __forceinline__ void tile(int element) {
+  __device__ __forceinline__ void tile(int element, int end, bool aligned) {
     Pack<S, COUNT> a[STEPS], b[STEPS];
     Pack<C, COUNT> c[STEPS];
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
-      load(a[s], g1, e);
-      load(b[s], last, e);
-      load(c[s], folded, e);
+      load(a[s], g1, e, end, aligned);
+      load(b[s], last, e, end, aligned);
+      load(c[s], folded, e, end, aligned);
     }
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
+      C d[COUNT];
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
-        const C d = direction(k, a[s].get(i), b[s].get(i), c[s].get(i));
-        squares = add_product(squares, d, d);
-        a[s].set(i, d);
+        d[i] = direction(k, a[s].get(i), b[s].get(i), c[s].get(i));
+        a[s].set(i, d[i]);
       }
-      store(a[s], out, element + s * WARP * COUNT);
+      squares = add_products<S>(squares, d, d);
+      store(a[s], out, element + s * WARP * COUNT, end, aligned);
     }
   }
 };
@@ -62,17 +62,16 @@ template <class S>
 __device__ __forceinline__ void combine(const Combine& v, const int64_t* words) {
   using C = Compute<S>;
   constexpr int STEPS = 2;
-  __shared__ WarpSums<1> shared;
   __shared__ Slots<4> slots;
   const Close close = close_step(v.partials, v.control, v.coefficients);
   const Map map(v.layout, words);
+  const int chunk = chunk_backwards();
   double squares[1] = {};
   int turn = 0;
-  for_each_span<S>(v.layout, map, [&](const Span& span) {
+  for_each_span<S>(v.layout, map, chunk, [&](const Span& span) {
     if (!address(v.out, words, span.tensor)) return;
     Fetch fetch(slots, words, span);
-    CombineSpan<S> body{span,
-                        fetch.part<S>(v.out),
+    CombineSpan<S> body{fetch.part<S>(v.out),
                         fetch.part<S>(v.g1),
                         fetch.part<S>(v.last),
                         fetch.part<C>(v.folded),
@@ -81,7 +80,7 @@ __device__ __forceinline__ void combine(const Combine& v, const int64_t* words) 
     for_each_element<VECTOR<S>, STEPS>(span, turn, fetch.aligned(), body);
     squares[0] += body.squares;
   });
-  put_sums(v.direction, squares, shared);
+  finish_sums(v.direction, squares, chunk, v.layout);
 }
 
 }  // namespace gam

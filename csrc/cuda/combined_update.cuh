@@ -29,85 +29,117 @@ struct Scalars {
   }
 };
 
-// MAXIMUM: whether any tensor has AMSGRAD's third state.
-template <class S, int ALGORITHM, bool MAXIMUM>
+// Which of the operands are there that not every update has.
+struct UpdateLists {
+  enum : unsigned { BACKUP = 1, G1 = 2, FOLDED = 4, STATE = 8, MAXIMUM = 16, ALL = 31 };
+  static unsigned of(const CombinedUpdate& v) {
+    return BACKUP * is_used(v.backup) | G1 * is_used(v.g1) | FOLDED * is_used(v.folded) | STATE * is_used(v.state1) |
+           MAXIMUM * is_used(v.state3);
+  }
+};
+
+template <class S, int ALGORITHM, unsigned LISTS>
 struct UpdateSpan {
   using C = Compute<S>;
+  using Lists = UpdateLists;
+  static constexpr bool IS_ADAM = ALGORITHM == Algorithm::ADAM;
   template <int COUNT>
   using P = Pack<S, COUNT>;
+  template <unsigned LIST, class T = S>
+  using Maybe = Part<T, (LISTS & LIST) != 0>;
   double& squares;  // sum of d^2
-  Span span;
-  Part<S> theta, from, g1, last, state1, state2, state3;
-  Part<C> folded;
+  Part<S> theta, last;
+  Maybe<Lists::BACKUP> backup;
+  Maybe<Lists::G1> g1;
+  Maybe<Lists::FOLDED, C> folded;
+  Maybe<Lists::STATE> state1;
+  Part<S, IS_ADAM> state2;
+  Part<S, IS_ADAM && (LISTS & Lists::MAXIMUM) != 0> state3;
   const Scalars<C, ALGORITHM>* h;
 
   template <int COUNT, int STEPS>
-  __device__ __forceinline__ void tile(int element) {
+  __device__ __forceinline__ void tile(int element, int end, bool aligned) {
     P<COUNT> a[STEPS], b[STEPS], old[STEPS], state[STEPS][2];
     Pack<C, COUNT> c[STEPS];
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
-      load(a[s], g1, e);
-      load(b[s], last, e);
-      load(c[s], folded, e);
-      load(old[s], from, e);
-      load(state[s][0], state1, e);
-      if (ALGORITHM == Algorithm::ADAM) load(state[s][1], state2, e);
+      load(a[s], g1, e, end, aligned);
+      load(b[s], last, e, end, aligned);
+      load(c[s], folded, e, end, aligned);
+      load_old(old[s], e, end, aligned);
+      load(state[s][0], state1, e, end, aligned);
+      load(state[s][1], state2, e, end, aligned);
     }
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
+      C d[COUNT];
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        const C d = direction(h->k, a[s].get(i), b[s].get(i), c[s].get(i));
-        squares = add_product(squares, d, d);
-        c[s].set(i, d);
-      }
-      if constexpr (ALGORITHM == Algorithm::SGD)
-        sgd_step(c[s], old[s], state[s][0], e);
+      for (int i = 0; i < COUNT; ++i) d[i] = direction(h->k, a[s].get(i), b[s].get(i), c[s].get(i));
+      squares = add_products<S>(squares, d, d);
+      if constexpr (IS_ADAM)
+        adam_step(d, old[s], state[s][0], state[s][1], e, end, aligned);
       else
-        adam_step(c[s], old[s], state[s][0], state[s][1], e);
-      store(old[s], theta, e);
+        sgd_step(d, old[s], state[s][0], e, end, aligned);
+      store(old[s], theta, e, end, aligned);
     }
   }
 
+  // Theta before the step: itself where nothing has moved it.
   template <int COUNT>
-  __device__ __forceinline__ void sgd_step(const Pack<C, COUNT>& d, P<COUNT>& point, P<COUNT>& momentum_buffer, int e) {
+  __device__ __forceinline__ void load_old(P<COUNT>& old, int e, int end, bool aligned) {
+    if constexpr ((LISTS & Lists::BACKUP) != 0) {
+      if (backup) {
+        load(old, backup, e, end, aligned);
+        return;
+      }
+    }
+    load(old, theta, e, end, aligned);
+  }
+
+  template <int COUNT>
+  __device__ __forceinline__ void sgd_step(const C (&d)[COUNT], P<COUNT>& point, P<COUNT>& momentum_buffer, int e,
+                                           int end, bool aligned) {
     const bool momentum = bool(state1);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const C old = point.get(i);
       C moved = momentum_buffer.get(i);
-      point.set(i, momentum ? sgd_momentum(h->sgd, old, d.get(i), moved) : sgd(h->sgd, old, d.get(i)));
+      point.set(i, momentum ? sgd_momentum(h->sgd, old, d[i], moved) : sgd(h->sgd, old, d[i]));
       momentum_buffer.set(i, moved);
     }
-    if (momentum) store(momentum_buffer, state1, e);
+    if constexpr ((LISTS & Lists::STATE) != 0) {
+      if (momentum) store(momentum_buffer, state1, e, end, aligned);
+    }
   }
 
   template <int COUNT>
-  __device__ __forceinline__ void adam_step(const Pack<C, COUNT>& d, P<COUNT>& point, P<COUNT>& exp_avg,
-                                            P<COUNT>& exp_avg_sq, int e) {
-    if (MAXIMUM && state3) {
-      P<COUNT> maximum;
-      load(maximum, state3, e);
-      adam_elements<true>(d, point, exp_avg, exp_avg_sq, maximum);
-      store(maximum, state3, e);
+  __device__ __forceinline__ void adam_step(const C (&d)[COUNT], P<COUNT>& point, P<COUNT>& exp_avg,
+                                            P<COUNT>& exp_avg_sq, int e, int end, bool aligned) {
+    P<COUNT> maximum = {};
+    if constexpr ((LISTS & Lists::MAXIMUM) != 0) {
+      if (state3) {
+        load(maximum, state3, e, end, aligned);
+        adam_elements<true>(d, point, exp_avg, exp_avg_sq, maximum);
+        store(maximum, state3, e, end, aligned);
+      } else {
+        adam_elements<false>(d, point, exp_avg, exp_avg_sq, maximum);
+      }
     } else {
-      P<COUNT> unused = {};
-      adam_elements<false>(d, point, exp_avg, exp_avg_sq, unused);
+      adam_elements<false>(d, point, exp_avg, exp_avg_sq, maximum);
     }
-    store(exp_avg, state1, e);
-    store(exp_avg_sq, state2, e);
+    store(exp_avg, state1, e, end, aligned);
+    store(exp_avg_sq, state2, e, end, aligned);
   }
 
   template <bool AMSGRAD, int COUNT>
-  __device__ __forceinline__ void adam_elements(const Pack<C, COUNT>& d, P<COUNT>& point, P<COUNT>& exp_avg,
+  __device__ __forceinline__ void adam_elements(const C (&d)[COUNT], P<COUNT>& point, P<COUNT>& exp_avg,
                                                 P<COUNT>& exp_avg_sq, P<COUNT>& maximum) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       C m = exp_avg.get(i), v = exp_avg_sq.get(i), w = AMSGRAD ? maximum.get(i) : C(0);
-      point.set(i, adam<AMSGRAD>(h->adam, point.get(i), d.get(i), m, v, w));
+      point.set(i, adam<AMSGRAD>(h->adam, point.get(i), d[i], m, v, w));
       exp_avg.set(i, m);
       exp_avg_sq.set(i, v);
       if (AMSGRAD) maximum.set(i, w);
@@ -123,35 +155,21 @@ __device__ __forceinline__ float* step_of(const CombinedUpdate& v, const int64_t
   return reinterpret_cast<float*>(address(v.steps, words, tensor));
 }
 
-// Chunks of one tensor all read its step: the last block to finish counts the steps.
-__device__ __forceinline__ void count_steps(const CombinedUpdate& v, const int64_t* words) {
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned int* ticket = reinterpret_cast<unsigned int*>(v.control + Control::TICKET);
-    __threadfence();
-    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    if (is_last) *ticket = 0u;
-  }
-  __syncthreads();
-  if (!is_last) return;
-  for (int i = threadIdx.x; i < v.layout.tensors; i += THREADS)
-    if (is_updated(v, words, i)) *step_of(v, words, i) += 1.0f;
-}
-
-template <class S, int ALGORITHM, bool MAXIMUM>
+template <class S, int ALGORITHM, unsigned LISTS>
 __device__ __forceinline__ void combined_update(const CombinedUpdate& v, const int64_t* words) {
   using C = Compute<S>;
+  using Body = UpdateSpan<S, ALGORITHM, LISTS>;
+  using Lists = UpdateLists;
   // Adam keeps more of each element in registers than 16 bytes of the 16-bit types leave room for.
-  constexpr int STEPS = 1, WIDTH = ALGORITHM == Algorithm::ADAM && sizeof(S) == 2 ? 4 : VECTOR<S>;
-  __shared__ WarpSums<1> shared;
+  constexpr int STEPS = 1, WIDTH = Body::IS_ADAM && sizeof(S) == 2 ? 4 : VECTOR<S>;
   __shared__ Slots<8> slots;
   __shared__ Scalars<C, ALGORITHM> scalars[1 + WARPS];  // of the chunk's first tensor; of another one, for each warp
   __shared__ DirectionScale scale;
   const Close close = close_step(v.partials, v.control, v.coefficients);
   const bool skip = close.skip;
   const Map map(v.layout, words);
-  const int first_tensor = int(map.first_tensor(blockIdx.x));
+  const int chunk = chunk_backwards();
+  const int first_tensor = int(map.first_tensor(chunk));
   if (threadIdx.x == 0) scale = close.scale;
   if (threadIdx.x == 0 && first_tensor < v.layout.tensors) {
     const float* step = step_of(v, words, first_tensor);
@@ -161,11 +179,11 @@ __device__ __forceinline__ void combined_update(const CombinedUpdate& v, const i
   const Scalars<C, ALGORITHM>* current = &scalars[0];
   double squares[1] = {};
   int turn = 0;
-  for_each_span<S>(v.layout, map, [&](const Span& span) {
+  for_each_span<S>(v.layout, map, chunk, [&](const Span& span) {
     if (skip || !is_updated(v, words, span.tensor)) {
       if (!address(v.backup, words, span.tensor)) return;
       Fetch fetch(slots, words, span);
-      RestoreSpan<S> body{span, fetch.part<S>(v.theta), fetch.part<S>(v.backup)};
+      RestoreSpan<S> body{fetch.part<S>(v.theta), fetch.part<S>(v.backup)};
       for_each_element<WIDTH, STEPS>(span, turn, fetch.aligned(), body);
       return;
     }
@@ -179,21 +197,23 @@ __device__ __forceinline__ void combined_update(const CombinedUpdate& v, const i
       current = own;
     }
     Fetch fetch(slots, words, span);
-    UpdateSpan<S, ALGORITHM, MAXIMUM> body{squares[0]};
-    body.span = span;
+    Body body{squares[0]};
     body.theta = fetch.part<S>(v.theta);
-    body.from = fetch.part<S>(v.backup, v.theta);
-    body.g1 = fetch.part<S>(v.g1);
     body.last = fetch.part<S>(v.last);
-    body.folded = fetch.part<C>(v.folded);
-    body.state1 = fetch.part<S>(v.state1);
-    body.state2 = fetch.part<S>(v.state2);
-    body.state3 = fetch.part<S>(v.state3);
+    body.backup = fetch.part<S, (LISTS & Lists::BACKUP) != 0>(v.backup);
+    body.g1 = fetch.part<S, (LISTS & Lists::G1) != 0>(v.g1);
+    body.folded = fetch.part<C, (LISTS & Lists::FOLDED) != 0>(v.folded);
+    body.state1 = fetch.part<S, (LISTS & Lists::STATE) != 0>(v.state1);
+    body.state2 = fetch.part<S, Body::IS_ADAM>(v.state2);
+    body.state3 = fetch.part < S, Body::IS_ADAM && (LISTS & Lists::MAXIMUM) != 0 > (v.state3);
     body.h = current;
     for_each_element<WIDTH, STEPS>(span, turn, fetch.aligned(), body);
   });
-  put_sums(v.direction, squares, shared);
-  if (!skip) count_steps(v, words);
+  const bool is_last = finish_sums(v.direction, squares, chunk, v.layout);
+  if (!is_last || skip) return;
+  // Chunks of one tensor all read its step: the last block counts the steps.
+  for (int i = threadIdx.x; i < v.layout.tensors; i += THREADS)
+    if (is_updated(v, words, i)) *step_of(v, words, i) += 1.0f;
 }
 
 }  // namespace gam

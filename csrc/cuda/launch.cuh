@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "multi_tensor.cuh"
+#include "walk.cuh"
 
 namespace gam {
 
@@ -43,6 +43,21 @@ const char* launch(const Record& record, unsigned int blocks, const Words& words
     return launch_with<Record, MANY_WORDS, BODY, BLOCKS>(record, blocks, words, stream);
 #endif
   return launch_with<Record, FEW_WORDS, BODY, BLOCKS>(record, blocks, words, stream);
+}
+
+// A set of operands that are there, by which a kernel is compiled: without branches on those that are not.
+template <unsigned SET>
+struct Set {
+  static constexpr unsigned LISTS = SET;
+};
+
+// pick(Set<...>{}) for `lists`, if it is among these sets, and else for the last of them, which has all lists.
+template <unsigned SET, unsigned... OTHERS, class Pick>
+const char* for_set(unsigned lists, Pick pick) {
+  if constexpr (sizeof...(OTHERS) > 0) {
+    if (lists != SET) return for_set<OTHERS...>(lists, pick);
+  }
+  return pick(Set<SET>{});
 }
 
 // pick(S{}) with the storage type S of `dtype`, a DType.

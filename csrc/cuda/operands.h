@@ -13,8 +13,9 @@ namespace gam {
 struct Layout {
   const int64_t* map;
   int32_t word;
-  int32_t tensors, chunks;
+  int32_t tensors, chunks, groups;
   int64_t chunk;
+  double* workspace;
 };
 
 // Addresses at `table`, or in the words from `word` on; neither (nullptr, -1) where the list is not used.
@@ -22,6 +23,8 @@ struct List {
   const int64_t* table;
   int32_t word;
 };
+
+static inline bool is_used(const List& list) { return list.table || list.word >= 0; }
 
 #define GAM_USING(Name, function, operator_, FIELDS) using Name = Operands<Layout, List>::Name;
 GAM_EACH_KERNEL(GAM_USING)

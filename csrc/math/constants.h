@@ -38,10 +38,9 @@ struct Control {
     MAX_NORM = 5,
     NOISE_SEED = 6,
     NOISE_STEP = 7,
-    TICKET = 8,
   };
 };
-constexpr int CONTROLS = 9;
+constexpr int CONTROLS = 8;
 
 struct Flag {
   enum : int { NESTEROV = 1, MAXIMIZE = 2, AMSGRAD = 4, DECOUPLED = 8 };

@@ -83,7 +83,8 @@ class CompiledBackend(LaunchingBackend):
         else:
             rows = [lst.on(device) if lst.lasting else lst.addresses for lst in lists]
         operator = self._operators.get(kernel.name) or self._find(kernel)
-        operator(layout.table, self.map_of(layout, device), layout.chunk, code, *rows, *kernel.rest_of(operands))
+        tables = layout.table, self.map_of(layout, device), layout.workspace(device)
+        operator(*tables, layout.chunk, code, *rows, *kernel.rest_of(operands))
         if saved and kernel.saved:
             kernel.tell_autograd(operands)
 

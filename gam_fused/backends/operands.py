@@ -7,9 +7,9 @@ in the kernels alone. `backends/reference.py` specifies what the kernels do with
     lists         `TensorList`s of that layout; `EMPTY` where an operand is not used; `None` entries are zero vectors.
     coefficients  float64 [groups, len(Column)], on the block's device.
     control       float64 [len(Control)], on the block's device.
-    partials      float64 [2 * k, P]: row 2*j holds partial sums of the j-th product over counted tensors, row 2*j + 1 over
-                  the others, which are guarded but not counted. A kernel that writes them writes its block's own columns,
-                  one per chunk; one that finishes the reduction adds up those of all blocks, which stand side by side.
+    partials      float64 [2 * k, P]: row 2*j holds sums of the j-th product over counted tensors, row 2*j + 1 over the
+                  others, which are guarded but not counted. A kernel that makes them fills its block's own column; one
+                  that needs them adds up those of all blocks, which stand side by side: a few numbers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class OfNumbers:
 
 @dataclass(frozen=True)
 class OfSums:
-    """float64 partial sums. `rows`: how many there may be. `written`: the kernel's own, else of all blocks, and complete."""
+    """float64 sums. `rows`: how many there may be. `written`: the kernel's own column, else those of all blocks."""
 
     rows: tuple[int, ...]
     written: bool = False
@@ -125,7 +125,7 @@ class Perturb:
         base: the point to start from; `EMPTY` means theta itself.
         x, y: the gradients.
         folded: folded <- FOLD_0 * folded + FOLD_2 * x. backup: backup <- theta before it is perturbed.
-        realised: partial sums of (theta - base)^2 as stored.
+        realised: the sum of (theta - base)^2 as stored.
         ascent: 0, 1 or 2: which radius; 0 also clears control[FOUND_INF] of the step before.
         adaptive: theta <- base + radius * base^2 * (x - y) / norm.
     """
@@ -153,7 +153,7 @@ class CombinedUpdate:
         g1, last, folded: what the direction d is made of.
         state1, state2, state3: SGD's momentum buffer; Adam's exp_avg, exp_avg_sq, max_exp_avg_sq.
         steps: updates so far of each tensor; advanced here.
-        direction: partial sums of d^2.
+        direction: the sum of d^2.
         algorithm: an `Algorithm`.
     """
 
@@ -227,7 +227,7 @@ class Kernel:
         name: of the kernel. stem: of its source files.
         lists: the fields that are lists, in order. rest: those after them. required: lists that may not be `EMPTY`.
         lists_of, rest_of: their values in a record.
-        saved: names of the lists whose change autograd is told of.
+        saved: names of the lists whose change autograd is told of. sums: whether it adds up anything.
     """
 
     def __init__(self, name: str, record: type):
@@ -238,6 +238,7 @@ class Kernel:
         self.rest: dict[str, Any] = {n: k for n, k in kinds.items() if n not in self.lists}
         self.required = {f.name for f in fields(record) if f.name in self.lists and f.default is not EMPTY}
         self.saved = tuple(n for n, kind in self.lists.items() if kind.saved)
+        self.sums = any(isinstance(kind, OfSums) and kind.written for kind in self.rest.values())
         self.lists_of: Callable[[Any], tuple[TensorList, ...]] = _getter(*self.lists)
         self.rest_of: Callable[[Any], tuple[Any, ...]] = _getter(*self.rest)
 

@@ -1,10 +1,11 @@
 """The kernels as torch operators: schemas and fakes, which follow from the records in `operands`.
 
-An operator takes `layout`, which is `Layout.table`; `map`, what `Layout.on` gives for a GPU, or an empty tensor; the chunk's
-size and the code of the dtype of storage; for each list an int64 tensor of addresses (`TensorList.addresses`, or for a GPU
-`TensorList.on`); then the rest of the record. Addresses say nothing of what lies there: `checks.check_lists` has looked, and
-torch.compile, which could not follow them, is kept out by `compiled`. Implementations register themselves for their device
-(`csrc/cpu/bindings.cpp`); `csrc/arguments.h` checks what can be seen there.
+An operator takes `layout`, which is `Layout.table`; `map`, what `Layout.on` gives for a GPU, or an empty tensor;
+`workspace`, what `Layout.workspace` gives; the chunk's size and the code of the dtype of storage; for each list an
+int64 tensor of addresses (`TensorList.addresses`, or for a GPU `TensorList.on`); then the rest of the record. Addresses
+say nothing of what lies there: `checks.check_lists` has looked, and torch.compile, which could not follow them, is kept
+out by `compiled`. Implementations register themselves for their device (`csrc/cpu/bindings.cpp`); `csrc/arguments.h`
+checks what can be seen there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 def schema(kernel: Kernel) -> dict[str, str]:
     """The operator's parameters, name and type."""
-    types = {"layout": "Tensor", "map": "Tensor", "chunk": "int", "dtype": "int", **dict.fromkeys(kernel.lists, "Tensor")}
+    types = {"layout": "Tensor", "map": "Tensor", "workspace": "Tensor(z!)", "chunk": "int", "dtype": "int"}
+    types |= dict.fromkeys(kernel.lists, "Tensor")
     letters = iter("abcdefgh")
     for name, kind in kernel.rest.items():
         types[name] = (

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_CHUNKS = 1024
-MIN_CHUNK = 4096
+MIN_CHUNK = 1024  # elements; chunks are multiples of it
+FULL_CHUNK = 8192  # what fills the GPUs of today in several waves, and of which vectors of many elements have MANY_CHUNKS
+MANY_CHUNKS = 4096
+MAX_CHUNKS = 16384
+GROUP = 64  # chunks whose sums are added up together
 ALIGNMENT = 128  # bytes between the starts of tensors in a flat buffer
 
 
@@ -93,11 +96,11 @@ class Layout:
 
     Attributes:
         table: int64 tensor [3, T + 1] on the CPU: first element of each tensor (and N at the end), param group, counted.
-        chunk: elements per chunk. It follows from N alone, so partial sums are cut at the same elements on every machine.
+        chunk: elements per chunk. It follows from N alone, so sums are cut at the same elements on every machine.
         chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
     """
 
-    __slots__ = ("_tables", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+    __slots__ = ("_tables", "_workspaces", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
         self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
@@ -105,11 +108,11 @@ class Layout:
         for size in self.sizes:
             starts.append(starts[-1] + size)
         self.numel = starts[-1]
-        per_chunk = -(-self.numel // MAX_CHUNKS)
-        self.chunk = max(MIN_CHUNK, -(-per_chunk // MIN_CHUNK) * MIN_CHUNK)
+        self.chunk = chunk_of(self.numel)
         self.chunks = max(1, -(-self.numel // self.chunk))
         self.table = torch.tensor([starts, [*self.groups, 0], [*map(int, self.counted), 0]], dtype=torch.int64, device="cpu")
         self._tables: dict[torch.device, Tensor] = {}
+        self._workspaces: dict[torch.device, Tensor] = {}
         self.checked: set[tuple[Any, ...]] = set()  # which kernels have been launched with which lists (`checks`)
 
     def on(self, device: torch.device) -> Tensor:
@@ -122,6 +125,21 @@ class Layout:
             tensors = torch.searchsorted(self.table[0].contiguous(), firsts, right=True) - 1
             return _keep(self._tables, device, upload(torch.cat([self.table.flatten(), tensors]), device))
         return self._tables[device]
+
+    def workspace(self, device: torch.device) -> Tensor:
+        """float64 memory in which kernels add up sums of chunks; see `csrc/operands.h`. Kernels leave its tickets at 0."""
+        if device not in self._workspaces:
+            groups = -(-self.chunks // GROUP)
+            size = groups + 1 + 6 * (self.chunks + groups)
+            return _keep(self._workspaces, device, torch.zeros(size, dtype=torch.float64, device=device))
+        return self._workspaces[device]
+
+
+def chunk_of(elements: int) -> int:
+    """Elements per chunk of a vector: few for a small one, so that it too has work for a whole GPU."""
+    chunk = -(-elements // (MANY_CHUNKS * MIN_CHUNK)) * MIN_CHUNK
+    least = -(-elements // (MAX_CHUNKS * MIN_CHUNK)) * MIN_CHUNK
+    return max(MIN_CHUNK, min(chunk, FULL_CHUNK), least)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from gam_fused.backends.checks import check_lists
 from gam_fused.backends.operands import KERNELS, Kernel, LaunchingBackend, OfNumbers, OfSums
 from gam_fused.backends.tensor_lists import is_capturing, upload
+from gam_fused.constants import Algorithm
 from gam_fused.torch_private import break_graph
 
 # Triton decides once, when kernels are defined, whether to compile or to interpret them.
@@ -31,9 +32,12 @@ _THREADS = 256
 # Elements per thread and block, or one 16-byte access where that is more: enough loads in flight for kernels with few
 # operands, few enough registers for those with many.
 _ELEMENTS, _ELEMENTS_OF_FEW = 4, {"squared_norm": 16, "restore_": 16}
-# Most registers per thread, by bytes per element: 4, 3 and 2 programs on a multiprocessor of NVIDIA's. What spills are
-# numbers that a tensor needs once (tests/test_triton_compiled.py has the budget).
-_REGISTERS = {4: 64, 2: 80, 8: 128}
+# Most registers per thread, by bytes per element: 4, 3 and 2 programs on a multiprocessor of NVIDIA's; 2 of those that
+# keep many numbers for each element. What little spills are numbers that a tensor needs once (tests/test_triton_compiled.py
+# has the budget).
+_REGISTERS, _REGISTERS_OF_MANY = {4: 64, 2: 80, 8: 128}, 128
+_MANY = {("combined_update_", Algorithm.ADAM, 4), ("combined_update_", Algorithm.ADAM, 2)}
+_MANY |= {("combined_update_", Algorithm.SGD, 2), ("direction_products", None, 2)}
 _KEPT_TABLES = 256
 
 
@@ -102,11 +106,13 @@ def constants(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @cache
-def options(kernel: str, dtype: torch.dtype, device_type: str) -> dict[str, int]:
-    """How `kernel` is compiled."""
+def options(kernel: str, dtype: torch.dtype, device_type: str, algorithm: int | None = None) -> dict[str, int]:
+    """How `kernel` is compiled. `algorithm`: of an update."""
     if device_type != "cuda" or torch.version.hip:
         return {"num_warps": _THREADS // (64 if torch.version.hip else 32)}
     registers = 80 if kernel == "squared_norm" and dtype == torch.float32 else _REGISTERS[dtype.itemsize]
+    if (kernel, algorithm, dtype.itemsize) in _MANY:
+        registers = _REGISTERS_OF_MANY
     return {"num_warps": _THREADS // 32, "maxnreg": registers}
 
 
@@ -128,12 +134,15 @@ class TritonBackend(LaunchingBackend):
         if not tables and like is None:
             return
         compiled_in = constants(kernel.name, dtype)
+        how = options(kernel.name, dtype, device.type, options_.get("ALGORITHM"))
         check_lists(kernel, layout, lists, dtype)
         with _on(device):
             rows = [lst.on(device, _TABLES.send) if len(lst) else None for lst in lists]
             run = kernels()[kernel.name][(layout.chunks,)]
-            shape = (layout.on(device), len(layout.sizes), layout.chunk)
-            run(*shape, *rows, *tables, **options_, **compiled_in, **options(kernel.name, dtype, device.type))
+            shape = [layout.on(device), len(layout.sizes), layout.chunk]
+            if kernel.sums:
+                shape.append(layout.workspace(device))
+            run(*shape, *rows, *tables, **options_, **compiled_in, **how)
         if saved and kernel.saved:
             kernel.tell_autograd(operands)
 

@@ -26,14 +26,14 @@ Table = list[list[float | Tensor]]
 
 
 class Device:
-    """What the blocks of one device share: coefficient tables and the columns of partial sums of all blocks."""
+    """What the blocks of one device share: coefficient tables, and the sums of all blocks, a column for each."""
 
-    def __init__(self, device: torch.device, columns: int):
+    def __init__(self, device: torch.device, blocks: int):
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.device = device
-        self.partials = torch.zeros(SLOTS, 6, columns, **options)
-        self.realised = torch.zeros(SLOTS - 1, columns, **options)
-        self.direction = torch.zeros(columns, **options)
+        self.partials = torch.zeros(SLOTS, 6, blocks, **options)
+        self.realised = torch.zeros(SLOTS - 1, blocks, **options)
+        self.direction = torch.zeros(blocks, **options)
         self.tables: dict[str, Tensor] = {}
         self._values: dict[str, list[list[float]]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
@@ -75,7 +75,7 @@ class Block:
         sharded: whether the parameters are DTensors. reduction_groups: over which ranks its sums are to be added.
         kernels: the backend that serves this block.
         control: its control block. Every block sees the sums of all, so all blocks of an optimizer tell the same.
-        columns: its columns of the shared partial sums.
+        column: its column of the shared sums.
         backed_up: whether `backup` holds this step's theta.
     """
 
@@ -90,7 +90,7 @@ class Block:
         self.layout = Layout([p.numel() for p in locals_], groups, counted)
         self.kernels = backend_for(backend, self.device, dense=self.dense)
         self.control = torch.zeros(len(Control), dtype=torch.float64, device=self.device)
-        self.columns = slice(0, 0)
+        self.column = slice(0, 0)
         self.shared: Device
         self.backed_up = False
         self._parts: dict[tuple[Any, ...], Tensor] = {}
@@ -163,8 +163,8 @@ class Block:
         self.control[slot].fill_(value)
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
-        """This block's columns of what the blocks of its device share; see `Device.part`."""
+        """This block's column of what the blocks of its device share; see `Device.part`."""
         key = (name, slot, rows)
         if key not in self._parts:
-            self._parts[key] = self.shared.part(name, slot, rows, self.columns)
+            self._parts[key] = self.shared.part(name, slot, rows, self.column)
         return self._parts[key]

@@ -35,15 +35,12 @@ class Plan:
             params, groups, counted = map(list, zip(*rows, strict=True))
             self.blocks.append(Block(params, groups, counted, backend))
         self.devices: dict[torch.device, Device] = {}
-        total = sum(block.layout.chunks for block in self.blocks)
-        start = 0
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             device = block.device
             if device not in self.devices:
-                self.devices[device] = Device(device, total)
+                self.devices[device] = Device(device, len(self.blocks))
             block.shared = self.devices[device]
-            block.columns = slice(start, start + block.layout.chunks)
-            start += block.layout.chunks
+            block.column = slice(i, i + 1)
         self.params = [p for block in self.blocks for p in block.params]
         self.frozen = [p for group in param_groups for p in group["params"] if not p.requires_grad]
         self.shards = ShardSums(self.blocks)
@@ -102,7 +99,7 @@ class Plan:
                     p.data = t
 
     def share(self, slot: int, rows: int) -> None:
-        """Add what the ranks with the other shards computed, then give every device the columns of the others.
+        """Add what the ranks with the other shards computed, then give every device the sums of the others.
 
         There is nothing to do with one device and no shards.
         """
@@ -113,7 +110,7 @@ class Plan:
         for block in self.blocks:
             for device in self.devices.values():
                 if device is not block.shared:
-                    device.part("partials", slot, rows, block.columns).copy_(block.part("partials", slot, rows))
+                    device.part("partials", slot, rows, block.column).copy_(block.part("partials", slot, rows))
 
 
 def _flags(param_groups: Groups) -> list[tuple[Any, list[bool]]]:

@@ -131,7 +131,7 @@ def _tf32_is_allowed() -> bool:
 
 def _theta_norm(record: Record) -> Tensor:
     def square(b: Block) -> Tensor:
-        partials = torch.zeros(2, b.layout.chunks, dtype=torch.float64, device=b.shared.device)
+        partials = torch.zeros(2, 1, dtype=torch.float64, device=b.shared.device)
         b.kernels.squared_norm(SquaredNorm(layout=b.layout, x=b.theta, partials=partials))
         return partials[0].sum().reshape(1)
 

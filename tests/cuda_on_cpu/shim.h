@@ -1,5 +1,6 @@
-// CUDA's device language for a host compiler, as far as csrc/cuda uses it: every thread of a block is a fiber, barriers and
-// shuffles hand over to the next one. For tests: it checks addresses, barriers and arithmetic, not concurrency or speed.
+// CUDA's device language for a host compiler, as far as csrc/cuda uses it: every thread of a block is a fiber, barriers
+// and shuffles hand over to the next one. For tests: it checks addresses, barriers and arithmetic, not concurrency or
+// speed.
 #pragma once
 
 #include <math.h>
@@ -52,6 +53,19 @@ T __shfl_xor_sync(unsigned int, T value, int mask) {
   return value;
 }
 
+// The last lanes of a warp keep their own.
+template <class T>
+T __shfl_down_sync(unsigned int, T value, unsigned int distance) {
+  const unsigned int lane = threadIdx.x % 32;
+  shim::exchange(&value, sizeof(T), lane + distance < 32 ? lane + distance : lane);
+  return value;
+}
+
+// The lower word of the two, `high` above `low`, shifted to the right.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift % 32));
+}
+
 inline unsigned int atomicAdd(unsigned int* counter, unsigned int value) {
   const unsigned int old = *counter;
   *counter += value;
@@ -65,6 +79,11 @@ T __ldcg(const T* from) {
 
 template <class T>
 void __stcg(T* to, T value) {
+  *to = value;
+}
+
+template <class T>
+void __stcs(T* to, T value) {
   *to = value;
 }
 
@@ -83,6 +102,5 @@ void cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** p
   gridDim = grid;
   blockDim = block;
   for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x)
-    shim::run_block(
-        block.x, [](void* p) { static_cast<Call*>(p)->kernel(*static_cast<Call*>(p)->arguments); }, &call);
+    shim::run_block(block.x, [](void* p) { static_cast<Call*>(p)->kernel(*static_cast<Call*>(p)->arguments); }, &call);
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton.language as tl
 from triton import knobs
 
+from gam_fused.backends.tensor_lists import GROUP as _GROUP
 from gam_fused.constants import Algorithm, Column, Control, Flag
 
+GROUP = tl.constexpr(_GROUP)
 RADIUS_0 = tl.constexpr(int(Column.RADIUS_0))
 FOLD_0 = tl.constexpr(int(Column.FOLD_0))
 FOLD_2 = tl.constexpr(int(Column.FOLD_2))
@@ -32,7 +34,6 @@ XI = tl.constexpr(int(Control.EPS))  # the paper's name, since EPS is Adam's her
 MAX_NORM = tl.constexpr(int(Control.MAX_NORM))
 NOISE_SEED = tl.constexpr(int(Control.NOISE_SEED))
 NOISE_STEP = tl.constexpr(int(Control.NOISE_STEP))
-TICKET = tl.constexpr(int(Control.TICKET))
 NESTEROV = tl.constexpr(int(Flag.NESTEROV))
 MAXIMIZE = tl.constexpr(int(Flag.MAXIMIZE))
 AMSGRAD = tl.constexpr(int(Flag.AMSGRAD))
