@@ -36,8 +36,12 @@ _ELEMENTS, _ELEMENTS_OF_FEW = 4, {"squared_norm": 16, "restore_": 16}
 # keep many numbers for each element. What little spills are numbers that a tensor needs once (tests/test_triton_compiled.py
 # has the budget).
 _REGISTERS, _REGISTERS_OF_MANY = {4: 64, 2: 80, 8: 128}, 128
-_MANY = {("combined_update_", Algorithm.ADAM, 4), ("combined_update_", Algorithm.ADAM, 2)}
-_MANY |= {("combined_update_", Algorithm.SGD, 2), ("direction_products", None, 2)}
+_MANY: set[tuple[str, int | None, int]] = {
+    ("combined_update_", Algorithm.ADAM, 4),
+    ("combined_update_", Algorithm.ADAM, 2),
+    ("combined_update_", Algorithm.SGD, 2),
+    ("direction_products", None, 2),
+}
 _KEPT_TABLES = 256
 
 
