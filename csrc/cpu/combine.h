@@ -40,7 +40,7 @@ double combine_tile(const Combine& v, const Span& tile, const Direction<Compute<
   alignas(64) C d[TILE];
   direction_tile<S>(v, tile, k, d);
   S* out = at<S>(v.out, tile);
-  for (int64_t i = 0; i < tile.count; ++i) narrow(d[i], out[i]);
+  narrow_all(d, tile.count, out);
   return sum_of_squares(d, tile.count);
 }
 

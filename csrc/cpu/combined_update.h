@@ -37,12 +37,12 @@ void sgd_tile(const CombinedUpdate& v, const Span& tile, const Sgd<Compute<S>>& 
   const C *d = t.d, *old = t.old;
   C* theta = t.theta;
   if (!has(v.state1, tile.tensor)) {
-#pragma GCC ivdep
+    GAM_INDEPENDENT
     for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd(h, old[i], d[i]);
     return;
   }
   C* momentum = t.state(v.state1, tile, 2);
-#pragma GCC ivdep
+  GAM_INDEPENDENT
   for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd_momentum(h, old[i], d[i], momentum[i]);
   Tiles<S>::write(at<S>(v.state1, tile), momentum, tile.count);
 }
@@ -54,12 +54,12 @@ void adam_tile(const CombinedUpdate& v, const Span& tile, const Adam<Compute<S>>
   C *theta = t.theta, *m = t.state(v.state1, tile, 2), *s = t.state(v.state2, tile, 3);
   if (amsgrad) {
     C* maximum = t.state(v.state3, tile, 4);
-#pragma GCC ivdep
+    GAM_INDEPENDENT
     for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<true>(h, old[i], d[i], m[i], s[i], maximum[i]);
     Tiles<S>::write(at<S>(v.state3, tile), maximum, tile.count);
   } else {
     C unused = 0;
-#pragma GCC ivdep
+    GAM_INDEPENDENT
     for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<false>(h, old[i], d[i], m[i], s[i], unused);
   }
   Tiles<S>::write(at<S>(v.state1, tile), m, tile.count);

@@ -15,8 +15,9 @@ template <class S>
 void round_tile(S* theta, Compute<S>* moved, const Span& tile, uint32_t key) {
   if constexpr (!Tiles<S>::direct) {
     const uint32_t stream = noise_stream(key, tile.position), low = uint32_t(tile.position);
-    for (int64_t i = 0; i < tile.count; ++i) stochastic_round(moved[i], noise(stream, low + uint32_t(i)), theta[i]);
-    for (int64_t i = 0; i < tile.count; ++i) moved[i] = widen(theta[i]);
+    for (uint32_t i = 0; i < uint32_t(tile.count); ++i) moved[i] = neighbour(moved[i], noise(stream, low + i), S{});
+    narrow_all(moved, tile.count, theta);
+    widen_all(theta, tile.count, moved);
   }
 }
 
@@ -31,7 +32,7 @@ double ascend_tile(const Perturb& v, const Span& tile, Compute<S> scale, uint32_
   const C* y = Tiles<S>::read(v.y, tile, buffers[2]);
   const bool stream = v.base && streams<S>(v.layout);
   C *moved = Tiles<S>::target(theta, buffers[3], stream), *change = buffers[4];
-#pragma GCC ivdep
+  GAM_INDEPENDENT
   for (int64_t i = 0; i < tile.count; ++i) {
     const C origin = base[i];
     const C value = ADAPTIVE ? ascend_adaptive(origin, scale, x[i], y[i]) : ascend(origin, scale, x[i], y[i]);
@@ -54,7 +55,7 @@ void fold_tile(const Perturb& v, const Span& tile, const double* row) {
   const C c0 = C(row[Column::FOLD_0]), c2 = C(row[Column::FOLD_2]);
   C* folded = at<C>(v.folded, tile);
   const C* x = Tiles<S>::read(v.x, tile, buffer);
-#pragma GCC ivdep
+  GAM_INDEPENDENT
   for (int64_t i = 0; i < tile.count; ++i) folded[i] = fold(c0, folded[i], c2, x[i]);
 }
 

@@ -20,7 +20,7 @@ double squared_norm_of(const SquaredNorm& v, const Span& tile) {
   }
   if (v.weight) {
     const C* weight = Tiles<S>::read(v.weight, tile, buffers[2]);
-#pragma GCC ivdep
+    GAM_INDEPENDENT
     for (int64_t i = 0; i < tile.count; ++i) value[i] = times(x[i], weight[i]);
     x = value;
   }

@@ -8,6 +8,7 @@
 #include "../math/constants.h"
 #include "../math/numbers.h"
 #include "operands.h"
+#include "vectors.h"
 
 namespace gam {
 namespace {
@@ -29,7 +30,7 @@ template <class Visit>
 void for_each_chunk(const Layout& layout, ParallelFor parallel_for, Visit visit) {
   Body body = [](int64_t begin, int64_t end, void* context) {
     for (int64_t chunk = begin; chunk < end; ++chunk) (*static_cast<Visit*>(context))(chunk);
-#ifdef GAM_STREAM
+#ifdef GAM_STREAM_LINE
     _mm_sfence();  // writes past the caches come before the word that this thread is done
 #endif
   };
@@ -87,15 +88,15 @@ inline bool streams(const Layout& layout) {
   return layout.starts[layout.tensors] * int64_t(sizeof(S)) >= STREAM_BYTES;
 }
 
-// memcpy past the caches, where the instruction set can.
+// memcpy past the caches, where the instruction set can. Only whole lines go there: memory takes a part of one at the
+// cost of several.
 inline void stream_copy(void* to, const void* from, int64_t bytes) {
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
-#ifdef GAM_STREAM
-  int64_t head = smaller(bytes, -reinterpret_cast<intptr_t>(target) & 31);
-  memcpy(target, source, head);
-  int64_t i = head;
-  for (; i + 32 <= bytes; i += 32) GAM_STREAM(target + i, source + i);
+#ifdef GAM_STREAM_LINE
+  int64_t i = smaller(bytes, -reinterpret_cast<intptr_t>(target) & 63);
+  memcpy(target, source, i);
+  for (; i + 64 <= bytes; i += 64) GAM_STREAM_LINE(target + i, source + i);
   memcpy(target + i, source + i, bytes - i);
 #else
   memcpy(target, source, bytes);
@@ -109,17 +110,16 @@ inline void copy_tile(void* to, const void* from, int64_t bytes, bool stream) {
 template <class S>
 struct Tiles {
   using C = Compute<S>;
-  alignas(64) static const C zeros[TILE];
+  alignas(64) static constexpr C zeros[TILE] = {};
   static constexpr bool direct = sizeof(S) == sizeof(C);
 
   // The values of a tile; `buffer` has room for TILE elements.
   static const C* read(AddressRow list, const Span& tile, C* buffer) {
     if (!has(list, tile.tensor)) return zeros;
-    const S* source = at<S>(list, tile);
     if constexpr (direct) {
-      return source;
+      return at<S>(list, tile);
     } else {
-      for (int64_t i = 0; i < tile.count; ++i) buffer[i] = widen(source[i]);
+      widen_all(at<S>(list, tile), tile.count, buffer);
       return buffer;
     }
   }
@@ -138,13 +138,10 @@ struct Tiles {
     if constexpr (direct) {
       if (stream) stream_copy(tensor, values, count * sizeof(S));
     } else {
-      for (int64_t i = 0; i < count; ++i) narrow(values[i], tensor[i]);
+      narrow_all(values, count, tensor);
     }
   }
 };
-
-template <class S>
-const Compute<S> Tiles<S>::zeros[TILE] = {};
 
 }  // namespace
 }  // namespace gam

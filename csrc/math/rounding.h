@@ -31,17 +31,23 @@ GAM_HOST_DEVICE float drop_bits(float x, uint32_t noise, uint32_t low) {
   return float_of((bits_of(x) + (noise & low)) & ~low);
 }
 
-GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, BFloat16& out) {
+// The neighbour of x in a storage type that `noise` chooses, as a float; `narrow` takes it there.
+GAM_HOST_DEVICE float neighbour(float x, uint32_t noise, BFloat16) {
   bool between = (bits_of(x) & 0x7FFFFFFFu) < 0x7F7F0000u;
-  narrow(between ? drop_bits(x, noise, 0xFFFFu) : x, out);
+  return between ? drop_bits(x, noise, 0xFFFFu) : x;
 }
 
-GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, Float16& out) {
+GAM_HOST_DEVICE float neighbour(float x, uint32_t noise, Float16) {
   uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
   float fraction = float(int32_t(noise >> 8)) * 0x1p-24f;
   float subnormal = floorf(x * 0x1p24f + fraction) * 0x1p-24f;  // float16 is 2^-24 apart below 2^-14
   float rounded = magnitude < 0x38800000u ? subnormal : drop_bits(x, noise, 0x1FFFu);
-  narrow(magnitude < 0x477FE000u ? rounded : x, out);
+  return magnitude < 0x477FE000u ? rounded : x;
+}
+
+template <class S>
+GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, S& out) {
+  narrow(neighbour(x, noise, S{}), out);
 }
 
 }  // namespace gam
