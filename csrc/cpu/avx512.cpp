@@ -15,6 +15,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 #include "x86.h"
+#define GAM_BFLOAT16_IN_LOOPS
 #define GAM_KERNELS avx512_kernels
 #include "kernels.h"
 #ifdef __clang__

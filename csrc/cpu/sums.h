@@ -10,20 +10,19 @@ namespace {
 constexpr int LANES = 16;  // element i goes to running sum i % LANES, whatever the width of the registers
 constexpr int VECTORS = LANES / WIDTH;
 
-// Running sums of LANES elements at a time.
+// Running sums over numbers of storage type S, LANES at a time.
+template <class S>
 struct Sums {
   Doubles lanes[VECTORS] = {};
 
-  template <class S>
   inline __attribute__((always_inline)) void add_products(const S* a, const S* b) {
-    for (int v = 0; v < VECTORS; ++v) lanes[v] = add_product(lanes[v], load(a + v * WIDTH), load(b + v * WIDTH));
+    for (int v = 0; v < VECTORS; ++v) lanes[v] = add_product(lanes[v], load(a, v), load(b, v));
   }
 
   // (a - b)^2, the difference in compute type.
-  template <class S>
   inline __attribute__((always_inline)) void add_squared_differences(const S* a, const S* b) {
     for (int v = 0; v < VECTORS; ++v) {
-      const auto difference = load(a + v * WIDTH) - load(b + v * WIDTH);
+      const auto difference = load(a, v) - load(b, v);
       lanes[v] = add_product(lanes[v], difference, difference);
     }
   }
@@ -31,7 +30,7 @@ struct Sums {
   double total() const {
     double values[LANES], total = 0.0;
     memcpy(values, lanes, sizeof(values));
-    for (int j = 0; j < LANES; ++j) total += values[j];
+    for (int i = 0; i < LANES; ++i) total += values[place_of<S>(i)];
     return total;
   }
 };
@@ -50,14 +49,14 @@ inline __attribute__((always_inline)) void for_each_lanes(const S* a, const S* b
 
 template <class S>
 double sum_of_squares(const S* a, int64_t count) {
-  Sums sums;
+  Sums<S> sums;
   for_each_lanes(a, a, count, [&](const S* p, const S*) __attribute__((always_inline)) { sums.add_products(p, p); });
   return sums.total();
 }
 
 template <class S>
 double sum_of_squared_differences(const S* a, const S* b, int64_t count) {
-  Sums sums;
+  Sums<S> sums;
   for_each_lanes(a, b, count,
                  [&](const S* p, const S* q) __attribute__((always_inline)) { sums.add_squared_differences(p, q); });
   return sums.total();
@@ -66,7 +65,7 @@ double sum_of_squared_differences(const S* a, const S* b, int64_t count) {
 // out += sums of a a, a b and b b, two places apart: rows of counted and of other tensors alternate.
 template <class S>
 void add_three_products(const S* a, const S* b, int64_t count, double* out) {
-  Sums aa, ab, bb;
+  Sums<S> aa, ab, bb;
   for_each_lanes(a, b, count, [&](const S* p, const S* q) __attribute__((always_inline)) {
     aa.add_products(p, p);
     ab.add_products(p, q);

@@ -1,8 +1,8 @@
 // The walk over the flat vector, written once: chunks in parallel, the tensors inside a chunk, tiles that fit in L1.
 //
-// A tile is read through `read`: a pointer to compute-type values, which is the tensor itself where its dtype is the
-// compute type, a row of zeros where it is missing, and a widened copy otherwise. So formulas are plain loops over
-// arrays, and neither missing operands nor storage types multiply them.
+// A tile is read through `read`: a pointer to the tensor itself where compilers vectorise loops that convert its
+// numbers one by one, to a row of zeros where it is missing, and to a widened copy otherwise. So formulas are plain
+// loops over arrays, and neither missing operands nor storage types multiply them.
 #pragma once
 
 #include "../math/constants.h"
@@ -107,26 +107,36 @@ inline void copy_tile(void* to, const void* from, int64_t bytes, bool stream) {
   stream ? stream_copy(to, from, bytes) : static_cast<void>(memcpy(to, from, bytes));
 }
 
-template <class S>
-struct Tiles {
-  using C = Compute<S>;
-  alignas(64) static constexpr C zeros[TILE] = {};
-  static constexpr bool direct = sizeof(S) == sizeof(C);
+// Asks for what a tile or two further on begins with, up to the second-level cache: processors follow a stream by
+// themselves, but stop at the end of a page. More lines than these would keep others from being asked for.
+inline void fetch_ahead(const void* tile) {
+  for (int64_t byte = 2048; byte < 2048 + 8 * 64; byte += 64) {
+    const intptr_t address = reinterpret_cast<intptr_t>(tile) + byte;  // beyond the tensor's end is no harm
+    __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+  }
+}
 
-  // The values of a tile; `buffer` has room for TILE elements.
-  static const C* read(AddressRow list, const Span& tile, C* buffer) {
-    if (!has(list, tile.tensor)) return zeros;
+// Tiles of storage type S for what takes numbers of type L.
+template <class S, class L = InLoops<S>>
+struct Tiles {
+  static constexpr bool direct = sizeof(S) == sizeof(L);
+  alignas(64) static constexpr S zeros[TILE] = {};
+
+  // The numbers of a tile; `buffer` has room for TILE elements.
+  static const L* read(AddressRow list, const Span& tile, L* buffer) {
+    const S* source = has(list, tile.tensor) ? at<S>(list, tile) : zeros;
+    fetch_ahead(source);
     if constexpr (direct) {
-      return at<S>(list, tile);
+      return source;
     } else {
-      widen_all(at<S>(list, tile), tile.count, buffer);
+      widen_all(source, tile.count, buffer);
       return buffer;
     }
   }
 
-  // Where to compute what `write` will then bring into the tensor. `stream`: past the caches, for a tensor that is only
-  // written, whose lines would otherwise be read first.
-  static C* target(S* tensor, C* buffer, bool stream = false) {
+  // Where a loop writes what `write` will then bring into the tensor. `stream`: past the caches, for a tensor that is
+  // only written, whose lines would otherwise be read first.
+  static L* target(S* tensor, L* buffer, bool stream = false) {
     if constexpr (direct) {
       return stream ? buffer : tensor;
     } else {
@@ -134,7 +144,7 @@ struct Tiles {
     }
   }
 
-  static void write(S* tensor, const C* values, int64_t count, bool stream = false) {
+  static void write(S* tensor, const L* values, int64_t count, bool stream = false) {
     if constexpr (direct) {
       if (stream) stream_copy(tensor, values, count * sizeof(S));
     } else {

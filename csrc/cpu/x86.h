@@ -2,7 +2,6 @@
 // The unit has switched the compiler to its instruction set before.
 #define GAM_VECTOR_BYTES 32
 #define GAM_TO_DOUBLES(v) (Doubles) _mm256_cvtps_pd((__m128)(v))
-#define GAM_LOAD_FLOAT16(p) (Floats) _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))
 #define GAM_MULTIPLY_ADD(a, b, c) (Doubles) _mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c))
 
 namespace gam {
@@ -15,6 +14,8 @@ inline void stream_line(char* to, const char* from) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + half),
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half)));
 }
+
+inline __m128 load_float16(const void* p) { return _mm_cvtph_ps(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
 
 // Eight numbers of float16. The instruction keeps a part of a NaN's bits, `narrow` does not.
 #define GAM_FLOAT16 8
