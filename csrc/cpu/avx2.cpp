@@ -9,15 +9,11 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma,f16c")
 #endif
-#define GAM_VECTOR_BYTES 32
-#define GAM_LOAD_FLOATS(p) (Doubles) _mm256_cvtps_pd(_mm_loadu_ps(p))
-// Stores 32 bytes at an aligned address past the caches; `for_each_chunk` orders them before what follows.
-#define GAM_STREAM(to, from) \
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
+#include "x86.h"
 #define GAM_KERNELS avx2_kernels
 #include "kernels.h"
 #ifdef __clang__

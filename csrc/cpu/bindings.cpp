@@ -15,10 +15,12 @@ const Kernels& kernels() {
     const std::string isa = wish ? wish : "";
     if (isa == "baseline") return baseline_kernels;
     __builtin_cpu_init();
-    if (isa != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return avx512_kernels;
-    if (__builtin_cpu_supports("avx2")) return avx2_kernels;
+    // What the units say after `target`; F16C, which compilers cannot ask for, is older than AVX2.
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx2 && avx512 && isa != "avx2") return avx512_kernels;
+    if (avx2) return avx2_kernels;
 #endif
     return baseline_kernels;
   }();

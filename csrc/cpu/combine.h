@@ -23,24 +23,23 @@ inline Close close_step(const Matrix& partials, double* control, const double* c
 template <class S, class Record>
 void direction_tile(const Record& v, const Span& tile, const Direction<Compute<S>>& k, Compute<S>* d) {
   using C = Compute<S>;
-  alignas(64) C buffers[3][TILE];
-  const C* last = Tiles<S>::read(v.last, tile, buffers[0]);
-  const C* folded = Tiles<C>::read(v.folded, tile, buffers[1]);
+  using L = InLoops<S>;
+  alignas(64) L buffers[2][TILE];
+  const L* last = Tiles<S>::read(v.last, tile, buffers[0]);
+  const C* folded = Tiles<C>::read(v.folded, tile, nullptr);
   if (!has(v.g1, tile.tensor)) {
-    for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, C(0), last[i], folded[i]);
+    for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, C(0), widen(last[i]), folded[i]);
     return;
   }
-  const C* g1 = Tiles<S>::read(v.g1, tile, buffers[2]);
-  for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, g1[i], last[i], folded[i]);
+  const L* g1 = Tiles<S>::read(v.g1, tile, buffers[1]);
+  for (int64_t i = 0; i < tile.count; ++i) d[i] = direction(k, widen(g1[i]), widen(last[i]), folded[i]);
 }
 
 template <class S>
 double combine_tile(const Combine& v, const Span& tile, const Direction<Compute<S>>& k) {
-  using C = Compute<S>;
-  alignas(64) C d[TILE];
+  alignas(64) Compute<S> d[TILE];
   direction_tile<S>(v, tile, k, d);
-  S* out = at<S>(v.out, tile);
-  for (int64_t i = 0; i < tile.count; ++i) narrow(d[i], out[i]);
+  narrow_all(d, tile.count, at<S>(v.out, tile));
   return sum_of_squares(d, tile.count);
 }
 

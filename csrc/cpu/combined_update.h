@@ -9,61 +9,83 @@
 namespace gam {
 namespace {
 
-// A tile being updated: values in compute type, and the tensors they go back to.
+// A tile being updated: d, and the tensors that the update reads and writes.
 template <class S>
 struct Updated {
   using C = Compute<S>;
-  alignas(64) C buffers[5][TILE];
-  C* d = buffers[0];
-  const C* old;
-  C* theta;
+  using L = InLoops<S>;
+  alignas(64) C d[TILE];
+  alignas(64) L buffers[4][TILE];
+  const L* old;
+  L* theta;
   bool stream;
 
   Updated(const CombinedUpdate& v, const Span& tile) {
     stream = v.backup && streams<S>(v.layout);
-    old = Tiles<S>::read(v.backup ? v.backup : v.theta, tile, buffers[1]);
-    theta = Tiles<S>::target(at<S>(v.theta, tile), buffers[1], stream);
+    old = Tiles<S>::read(v.backup ? v.backup : v.theta, tile, buffers[0]);
+    theta = Tiles<S>::target(at<S>(v.theta, tile), buffers[0], stream);
   }
 
   // A state tensor, to be changed in place and then written.
-  C* state(AddressRow list, const Span& tile, int buffer) {
-    return const_cast<C*>(Tiles<S>::read(list, tile, buffers[buffer]));
+  L* state(AddressRow list, const Span& tile, int buffer) {
+    return const_cast<L*>(Tiles<S>::read(list, tile, buffers[buffer]));
   }
 };
 
-template <class S>
-void sgd_tile(const CombinedUpdate& v, const Span& tile, const Sgd<Compute<S>>& h, Updated<S>& t) {
+// What is the same for all elements is decided before the loop; compilers do not always move it there.
+template <class S, bool FIRST, bool NESTEROV>
+void momentum_tile(const CombinedUpdate& v, const Span& tile, Sgd<Compute<S>> h, Updated<S>& t) {
   using C = Compute<S>;
-  const C *d = t.d, *old = t.old;
-  C* theta = t.theta;
-  if (!has(v.state1, tile.tensor)) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd(h, old[i], d[i]);
-    return;
+  using L = InLoops<S>;
+  h.first = FIRST;
+  h.nesterov = NESTEROV;
+  const C* d = t.d;
+  const L* old = t.old;
+  L *theta = t.theta, *momentum = t.state(v.state1, tile, 1);
+  GAM_INDEPENDENT
+  for (int64_t i = 0; i < tile.count; ++i) {
+    C moved = widen(momentum[i]);
+    narrow(sgd_momentum(h, widen(old[i]), d[i], moved), theta[i]);
+    narrow(moved, momentum[i]);
   }
-  C* momentum = t.state(v.state1, tile, 2);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < tile.count; ++i) theta[i] = sgd_momentum(h, old[i], d[i], momentum[i]);
   Tiles<S>::write(at<S>(v.state1, tile), momentum, tile.count);
 }
 
 template <class S>
-void adam_tile(const CombinedUpdate& v, const Span& tile, const Adam<Compute<S>>& h, bool amsgrad, Updated<S>& t) {
+void sgd_tile(const CombinedUpdate& v, const Span& tile, const Sgd<Compute<S>>& h, Updated<S>& t) {
+  if (has(v.state1, tile.tensor)) {
+    if (h.first)
+      h.nesterov ? momentum_tile<S, true, true>(v, tile, h, t) : momentum_tile<S, true, false>(v, tile, h, t);
+    else
+      h.nesterov ? momentum_tile<S, false, true>(v, tile, h, t) : momentum_tile<S, false, false>(v, tile, h, t);
+    return;
+  }
+  const Compute<S>* d = t.d;
+  const InLoops<S>* old = t.old;
+  InLoops<S>* theta = t.theta;
+  GAM_INDEPENDENT
+  for (int64_t i = 0; i < tile.count; ++i) narrow(sgd(h, widen(old[i]), d[i]), theta[i]);
+}
+
+template <class S, bool AMSGRAD>
+void adam_tile(const CombinedUpdate& v, const Span& tile, const Adam<Compute<S>>& h, Updated<S>& t) {
   using C = Compute<S>;
-  const C *d = t.d, *old = t.old;
-  C *theta = t.theta, *m = t.state(v.state1, tile, 2), *s = t.state(v.state2, tile, 3);
-  if (amsgrad) {
-    C* maximum = t.state(v.state3, tile, 4);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<true>(h, old[i], d[i], m[i], s[i], maximum[i]);
-    Tiles<S>::write(at<S>(v.state3, tile), maximum, tile.count);
-  } else {
-    C unused = 0;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < tile.count; ++i) theta[i] = adam<false>(h, old[i], d[i], m[i], s[i], unused);
+  using L = InLoops<S>;
+  const C* d = t.d;
+  const L* old = t.old;
+  L *theta = t.theta, *m = t.state(v.state1, tile, 1), *s = t.state(v.state2, tile, 2);
+  L* maximum = AMSGRAD ? t.state(v.state3, tile, 3) : nullptr;
+  GAM_INDEPENDENT
+  for (int64_t i = 0; i < tile.count; ++i) {
+    C exp_avg = widen(m[i]), exp_avg_sq = widen(s[i]), largest = AMSGRAD ? widen(maximum[i]) : C(0);
+    narrow(adam<AMSGRAD>(h, widen(old[i]), d[i], exp_avg, exp_avg_sq, largest), theta[i]);
+    narrow(exp_avg, m[i]);
+    narrow(exp_avg_sq, s[i]);
+    if (AMSGRAD) narrow(largest, maximum[i]);
   }
   Tiles<S>::write(at<S>(v.state1, tile), m, tile.count);
   Tiles<S>::write(at<S>(v.state2, tile), s, tile.count);
+  if (AMSGRAD) Tiles<S>::write(at<S>(v.state3, tile), maximum, tile.count);
 }
 
 // The base optimizer's scalars of one tensor. Neighbours mostly share group and step, so they are kept between tensors.
@@ -95,8 +117,10 @@ double update_tile(const CombinedUpdate& v, const Span& tile, const Scalars<Comp
   direction_tile<S>(v, tile, h.k, t.d);
   if (v.algorithm == Algorithm::SGD)
     sgd_tile<S>(v, tile, h.sgd, t);
+  else if (h.amsgrad)
+    adam_tile<S, true>(v, tile, h.adam, t);
   else
-    adam_tile<S>(v, tile, h.adam, h.amsgrad, t);
+    adam_tile<S, false>(v, tile, h.adam, t);
   Tiles<S>::write(at<S>(v.theta, tile), t.theta, tile.count, t.stream);
   return sum_of_squares(t.d, tile.count);
 }

@@ -10,20 +10,21 @@ namespace {
 template <class S>
 void add_direction_products(const DirectionProducts& v, const Span& tile, double* sums) {
   using C = Compute<S>;
-  alignas(64) C buffers[3][TILE];
+  using L = InLoops<S>;
+  alignas(64) L buffers[2][TILE];
+  alignas(64) C value[TILE];
   const double* row = v.coefficients + v.layout.groups[tile.tensor] * COLUMNS;
-  const C* g1 = Tiles<S>::read(v.g1, tile, buffers[0]);
-  const C* last = Tiles<S>::read(v.last, tile, buffers[1]);
-  const C* minus = Tiles<C>::read(v.folded, tile, buffers[2]);
+  const L* last = Tiles<S>::read(v.last, tile, buffers[0]);
+  const C* minus = Tiles<C>::read(v.folded, tile, nullptr);
   // With g1 the projection is not known yet: h+ stands alone, h- is folded. Without, d is complete.
   const Direction<C> k = direction_of<C>(row, {1.0, 1.0});
-  C* value = buffers[0];
   if (!v.g1) {
-    for (int64_t i = 0; i < tile.count; ++i) value[i] = direction(k, C(0), last[i], minus[i]);
+    for (int64_t i = 0; i < tile.count; ++i) value[i] = direction(k, C(0), widen(last[i]), minus[i]);
     sums[0] += sum_of_squares(value, tile.count);
     return;
   }
-  for (int64_t i = 0; i < tile.count; ++i) value[i] = h_plus(k, g1[i], last[i]);
+  const L* g1 = Tiles<S>::read(v.g1, tile, buffers[1]);
+  for (int64_t i = 0; i < tile.count; ++i) value[i] = h_plus(k, widen(g1[i]), widen(last[i]));
   add_three_products(value, minus, tile.count, sums);
 }
 

@@ -10,13 +10,14 @@
 namespace gam {
 namespace {
 
-// Low-precision weights are rounded stochastically, or a perturbation below their spacing would be lost.
+// The value that theta will hold for `value`. Low-precision weights are rounded stochastically, or a perturbation below
+// their spacing would be lost.
 template <class S>
-void round_tile(S* theta, Compute<S>* moved, const Span& tile, uint32_t key) {
-  if constexpr (!Tiles<S>::direct) {
-    const uint32_t stream = noise_stream(key, tile.position), low = uint32_t(tile.position);
-    for (int64_t i = 0; i < tile.count; ++i) stochastic_round(moved[i], noise(stream, low + uint32_t(i)), theta[i]);
-    for (int64_t i = 0; i < tile.count; ++i) moved[i] = widen(theta[i]);
+inline __attribute__((always_inline)) Compute<S> rounded(Compute<S> value, uint32_t noise) {
+  if constexpr (sizeof(S) == sizeof(value)) {
+    return value;
+  } else {
+    return stochastic(value, noise, S{});
   }
 }
 
@@ -24,38 +25,38 @@ void round_tile(S* theta, Compute<S>* moved, const Span& tile, uint32_t key) {
 template <class S, bool ADAPTIVE>
 double ascend_tile(const Perturb& v, const Span& tile, Compute<S> scale, uint32_t key) {
   using C = Compute<S>;
-  alignas(64) C buffers[5][TILE];
+  using L = InLoops<S>;
+  alignas(64) L buffers[4][TILE];
+  alignas(64) C change[TILE];
   S* theta = at<S>(v.theta, tile);
-  const C* base = Tiles<S>::read(v.base ? v.base : v.theta, tile, buffers[0]);
-  const C* x = Tiles<S>::read(v.x, tile, buffers[1]);
-  const C* y = Tiles<S>::read(v.y, tile, buffers[2]);
+  const L* base = Tiles<S>::read(v.base ? v.base : v.theta, tile, buffers[0]);
+  const L* x = Tiles<S>::read(v.x, tile, buffers[1]);
+  const L* y = Tiles<S>::read(v.y, tile, buffers[2]);
   const bool stream = v.base && streams<S>(v.layout);
-  C *moved = Tiles<S>::target(theta, buffers[3], stream), *change = buffers[4];
-#pragma GCC ivdep
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const C origin = base[i];
-    const C value = ADAPTIVE ? ascend_adaptive(origin, scale, x[i], y[i]) : ascend(origin, scale, x[i], y[i]);
-    change[i] = change_of(value, origin);
-    moved[i] = value;
+  L* moved = Tiles<S>::target(theta, buffers[3], stream);
+  const uint32_t stream_of_noise = noise_stream(key, tile.position), low = uint32_t(tile.position);
+  const int count = int(tile.count);
+  GAM_INDEPENDENT
+  for (int i = 0; i < count; ++i) {
+    const C origin = widen(base[i]), dx = widen(x[i]), dy = widen(y[i]);
+    const C value = ADAPTIVE ? ascend_adaptive(origin, scale, dx, dy) : ascend(origin, scale, dx, dy);
+    const C stored = rounded<S>(value, noise(stream_of_noise, low + uint32_t(i)));
+    narrow_exact(stored, moved[i]);
+    change[i] = change_of(stored, origin);
   }
-  if constexpr (!Tiles<S>::direct) {
-    round_tile<S>(theta, moved, tile, key);
-    for (int64_t i = 0; i < tile.count; ++i) change[i] = change_of(moved[i], base[i]);
-  } else {
-    Tiles<S>::write(theta, moved, tile.count, stream);
-  }
+  Tiles<S>::write(theta, moved, tile.count, stream);
   return sum_of_squares(change, tile.count);
 }
 
 template <class S>
 void fold_tile(const Perturb& v, const Span& tile, const double* row) {
   using C = Compute<S>;
-  alignas(64) C buffer[TILE];
+  alignas(64) InLoops<S> buffer[TILE];
   const C c0 = C(row[Column::FOLD_0]), c2 = C(row[Column::FOLD_2]);
   C* folded = at<C>(v.folded, tile);
-  const C* x = Tiles<S>::read(v.x, tile, buffer);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < tile.count; ++i) folded[i] = fold(c0, folded[i], c2, x[i]);
+  const InLoops<S>* x = Tiles<S>::read(v.x, tile, buffer);
+  GAM_INDEPENDENT
+  for (int64_t i = 0; i < tile.count; ++i) folded[i] = fold(c0, folded[i], c2, widen(x[i]));
 }
 
 template <class S>

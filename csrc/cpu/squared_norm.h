@@ -9,22 +9,21 @@ namespace {
 template <class S>
 double squared_norm_of(const SquaredNorm& v, const Span& tile) {
   using C = Compute<S>;
-  alignas(64) C buffers[3][TILE];
-  const C* x = Tiles<S>::read(v.x, tile, buffers[0]);
-  C* value = buffers[0];
-  if (has(v.y, tile.tensor)) {
-    const C* y = Tiles<S>::read(v.y, tile, buffers[1]);
-    if (!v.weight) return sum_of_squared_differences(x, y, tile.count);
-    for (int64_t i = 0; i < tile.count; ++i) value[i] = x[i] - y[i];
-    x = value;
+  using L = InLoops<S>;
+  if (!v.weight) {
+    using R = InSums<S>;
+    alignas(64) R buffers[2][TILE];
+    const R* x = Tiles<S, R>::read(v.x, tile, buffers[0]);
+    if (!has(v.y, tile.tensor)) return sum_of_squares(x, tile.count);
+    return sum_of_squared_differences(x, Tiles<S, R>::read(v.y, tile, buffers[1]), tile.count);
   }
-  if (v.weight) {
-    const C* weight = Tiles<S>::read(v.weight, tile, buffers[2]);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < tile.count; ++i) value[i] = times(x[i], weight[i]);
-    x = value;
-  }
-  return sum_of_squares(x, tile.count);
+  alignas(64) L buffers[3][TILE];
+  alignas(64) C value[TILE];
+  const L* x = Tiles<S>::read(v.x, tile, buffers[0]);
+  const L* y = Tiles<S>::read(v.y, tile, buffers[1]);
+  const L* weight = Tiles<S>::read(v.weight, tile, buffers[2]);
+  for (int64_t i = 0; i < tile.count; ++i) value[i] = times(widen(x[i]) - widen(y[i]), widen(weight[i]));
+  return sum_of_squares(value, tile.count);
 }
 
 template <class S>

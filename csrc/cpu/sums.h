@@ -1,103 +1,79 @@
 // Sums in double, in an order that depends on element positions only: not on threads, alignment or instruction set.
 #pragma once
 
-#include <string.h>
-
+#include "vectors.h"
 #include "walk.h"
-
-// Bytes of a vector register; each instruction set's unit sets its own.
-#ifndef GAM_VECTOR_BYTES
-#define GAM_VECTOR_BYTES 16
-#endif
 
 namespace gam {
 namespace {
 
 constexpr int LANES = 16;  // element i goes to running sum i % LANES, whatever the width of the registers
-constexpr int WIDTH = GAM_VECTOR_BYTES / sizeof(double);
 constexpr int VECTORS = LANES / WIDTH;
 
-typedef double Doubles __attribute__((vector_size(GAM_VECTOR_BYTES)));
-typedef float Floats __attribute__((vector_size(GAM_VECTOR_BYTES / 2)));
+// Running sums over numbers of storage type S, LANES at a time.
+template <class S>
+struct Sums {
+  Doubles lanes[VECTORS] = {};
 
-inline __attribute__((always_inline)) Doubles load(const double* p) {
-  Doubles v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
+  inline __attribute__((always_inline)) void add_products(const S* a, const S* b) {
+    for (int v = 0; v < VECTORS; ++v) lanes[v] = add_product(lanes[v], load(a, v), load(b, v));
+  }
 
-inline __attribute__((always_inline)) Doubles load(const float* p) {
-#ifdef GAM_LOAD_FLOATS
-  return GAM_LOAD_FLOATS(p);  // compilers take several instructions for what is one
-#else
-  Floats v;
-  memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(v, Doubles);
-#endif
-}
+  // (a - b)^2, the difference in compute type.
+  inline __attribute__((always_inline)) void add_squared_differences(const S* a, const S* b) {
+    for (int v = 0; v < VECTORS; ++v) {
+      const auto difference = load(a, v) - load(b, v);
+      lanes[v] = add_product(lanes[v], difference, difference);
+    }
+  }
 
-// sums += a * b, for LANES elements.
-template <class C>
-inline __attribute__((always_inline)) void add_products(Doubles (&sums)[VECTORS], const C* a, const C* b) {
-  for (int v = 0; v < VECTORS; ++v) sums[v] += load(a + v * WIDTH) * load(b + v * WIDTH);
-}
-
-inline double total_of(const Doubles (&sums)[VECTORS]) {
-  double lanes[LANES], total = 0.0;
-  memcpy(lanes, sums, sizeof(lanes));
-  for (int j = 0; j < LANES; ++j) total += lanes[j];
-  return total;
-}
-
-// The last, incomplete LANES elements, filled up with zeros.
-template <class C>
-struct Tail {
-  C values[LANES] = {};
-  Tail(const C* a, int64_t count) { memcpy(values, a, count * sizeof(C)); }
+  double total() const {
+    double values[LANES], total = 0.0;
+    memcpy(values, lanes, sizeof(values));
+    for (int i = 0; i < LANES; ++i) total += values[place_of<S>(i)];
+    return total;
+  }
 };
 
-template <class C>
-double sum_of_squares(const C* a, int64_t count) {
-  Doubles sums[VECTORS] = {};
+// add(a, b) for LANES elements of both at a time; the last, incomplete ones are filled up with zeros.
+template <class S, class Add>
+inline __attribute__((always_inline)) void for_each_lanes(const S* a, const S* b, int64_t count, Add add) {
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) add_products(sums, a + i, a + i);
-  const Tail<C> tail(a + i, count - i);
-  add_products(sums, tail.values, tail.values);
-  return total_of(sums);
+  for (; i + LANES <= count; i += LANES) add(a + i, b + i);
+  if (i == count) return;
+  S last_a[LANES] = {}, last_b[LANES] = {};
+  memcpy(last_a, a + i, (count - i) * sizeof(S));
+  memcpy(last_b, b + i, (count - i) * sizeof(S));
+  add(last_a, last_b);
 }
 
-// Sum of (a - b)^2, the difference in compute type.
-template <class C>
-double sum_of_squared_differences(const C* a, const C* b, int64_t count) {
-  Doubles sums[VECTORS] = {};
-  C difference[LANES];
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    for (int j = 0; j < LANES; ++j) difference[j] = a[i + j] - b[i + j];
-    add_products(sums, difference, difference);
-  }
-  const Tail<C> tail_a(a + i, count - i), tail_b(b + i, count - i);
-  for (int j = 0; j < LANES; ++j) difference[j] = tail_a.values[j] - tail_b.values[j];
-  add_products(sums, difference, difference);
-  return total_of(sums);
+template <class S>
+double sum_of_squares(const S* a, int64_t count) {
+  Sums<S> sums;
+  for_each_lanes(a, a, count, [&](const S* p, const S*) __attribute__((always_inline)) { sums.add_products(p, p); });
+  return sums.total();
+}
+
+template <class S>
+double sum_of_squared_differences(const S* a, const S* b, int64_t count) {
+  Sums<S> sums;
+  for_each_lanes(a, b, count,
+                 [&](const S* p, const S* q) __attribute__((always_inline)) { sums.add_squared_differences(p, q); });
+  return sums.total();
 }
 
 // out += sums of a a, a b and b b, two places apart: rows of counted and of other tensors alternate.
-template <class C>
-void add_three_products(const C* a, const C* b, int64_t count, double* out) {
-  Doubles aa[VECTORS] = {}, ab[VECTORS] = {}, bb[VECTORS] = {};
-  auto add = [&](const C* p, const C* q) __attribute__((always_inline)) {
-    add_products(aa, p, p);
-    add_products(ab, p, q);
-    add_products(bb, q, q);
-  };
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) add(a + i, b + i);
-  const Tail<C> tail_a(a + i, count - i), tail_b(b + i, count - i);
-  add(tail_a.values, tail_b.values);
-  out[0] += total_of(aa);
-  out[2] += total_of(ab);
-  out[4] += total_of(bb);
+template <class S>
+void add_three_products(const S* a, const S* b, int64_t count, double* out) {
+  Sums<S> aa, ab, bb;
+  for_each_lanes(a, b, count, [&](const S* p, const S* q) __attribute__((always_inline)) {
+    aa.add_products(p, p);
+    ab.add_products(p, q);
+    bb.add_products(q, q);
+  });
+  out[0] += aa.total();
+  out[2] += ab.total();
+  out[4] += bb.total();
 }
 
 inline double sum(const double* values, int64_t count) {

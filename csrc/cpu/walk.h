@@ -1,13 +1,14 @@
 // The walk over the flat vector, written once: chunks in parallel, the tensors inside a chunk, tiles that fit in L1.
 //
-// A tile is read through `read`: a pointer to compute-type values, which is the tensor itself where its dtype is the
-// compute type, a row of zeros where it is missing, and a widened copy otherwise. So formulas are plain loops over
-// arrays, and neither missing operands nor storage types multiply them.
+// A tile is read through `read`: a pointer to the tensor itself where compilers vectorise loops that convert its
+// numbers one by one, to a row of zeros where it is missing, and to a widened copy otherwise. So formulas are plain
+// loops over arrays, and neither missing operands nor storage types multiply them.
 #pragma once
 
 #include "../math/constants.h"
 #include "../math/numbers.h"
 #include "operands.h"
+#include "vectors.h"
 
 namespace gam {
 namespace {
@@ -29,7 +30,7 @@ template <class Visit>
 void for_each_chunk(const Layout& layout, ParallelFor parallel_for, Visit visit) {
   Body body = [](int64_t begin, int64_t end, void* context) {
     for (int64_t chunk = begin; chunk < end; ++chunk) (*static_cast<Visit*>(context))(chunk);
-#ifdef GAM_STREAM
+#ifdef GAM_STREAM_LINE
     _mm_sfence();  // writes past the caches come before the word that this thread is done
 #endif
   };
@@ -87,15 +88,15 @@ inline bool streams(const Layout& layout) {
   return layout.starts[layout.tensors] * int64_t(sizeof(S)) >= STREAM_BYTES;
 }
 
-// memcpy past the caches, where the instruction set can.
+// memcpy past the caches, where the instruction set can. Only whole lines go there: memory takes a part of one at the
+// cost of several.
 inline void stream_copy(void* to, const void* from, int64_t bytes) {
   char* target = static_cast<char*>(to);
   const char* source = static_cast<const char*>(from);
-#ifdef GAM_STREAM
-  int64_t head = smaller(bytes, -reinterpret_cast<intptr_t>(target) & 31);
-  memcpy(target, source, head);
-  int64_t i = head;
-  for (; i + 32 <= bytes; i += 32) GAM_STREAM(target + i, source + i);
+#ifdef GAM_STREAM_LINE
+  int64_t i = smaller(bytes, -reinterpret_cast<intptr_t>(target) & 63);
+  memcpy(target, source, i);
+  for (; i + 64 <= bytes; i += 64) GAM_STREAM_LINE(target + i, source + i);
   memcpy(target + i, source + i, bytes - i);
 #else
   memcpy(target, source, bytes);
@@ -106,27 +107,36 @@ inline void copy_tile(void* to, const void* from, int64_t bytes, bool stream) {
   stream ? stream_copy(to, from, bytes) : static_cast<void>(memcpy(to, from, bytes));
 }
 
-template <class S>
-struct Tiles {
-  using C = Compute<S>;
-  alignas(64) static const C zeros[TILE];
-  static constexpr bool direct = sizeof(S) == sizeof(C);
+// Asks for what a tile or two further on begins with, up to the second-level cache: processors follow a stream by
+// themselves, but stop at the end of a page. More lines than these would keep others from being asked for.
+inline void fetch_ahead(const void* tile) {
+  for (int64_t byte = 2048; byte < 2048 + 8 * 64; byte += 64) {
+    const intptr_t address = reinterpret_cast<intptr_t>(tile) + byte;  // beyond the tensor's end is no harm
+    __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+  }
+}
 
-  // The values of a tile; `buffer` has room for TILE elements.
-  static const C* read(AddressRow list, const Span& tile, C* buffer) {
-    if (!has(list, tile.tensor)) return zeros;
-    const S* source = at<S>(list, tile);
+// Tiles of storage type S for what takes numbers of type L.
+template <class S, class L = InLoops<S>>
+struct Tiles {
+  static constexpr bool direct = sizeof(S) == sizeof(L);
+  alignas(64) static constexpr S zeros[TILE] = {};
+
+  // The numbers of a tile; `buffer` has room for TILE elements.
+  static const L* read(AddressRow list, const Span& tile, L* buffer) {
+    const S* source = has(list, tile.tensor) ? at<S>(list, tile) : zeros;
+    fetch_ahead(source);
     if constexpr (direct) {
       return source;
     } else {
-      for (int64_t i = 0; i < tile.count; ++i) buffer[i] = widen(source[i]);
+      widen_all(source, tile.count, buffer);
       return buffer;
     }
   }
 
-  // Where to compute what `write` will then bring into the tensor. `stream`: past the caches, for a tensor that is only
-  // written, whose lines would otherwise be read first.
-  static C* target(S* tensor, C* buffer, bool stream = false) {
+  // Where a loop writes what `write` will then bring into the tensor. `stream`: past the caches, for a tensor that is
+  // only written, whose lines would otherwise be read first.
+  static L* target(S* tensor, L* buffer, bool stream = false) {
     if constexpr (direct) {
       return stream ? buffer : tensor;
     } else {
@@ -134,17 +144,14 @@ struct Tiles {
     }
   }
 
-  static void write(S* tensor, const C* values, int64_t count, bool stream = false) {
+  static void write(S* tensor, const L* values, int64_t count, bool stream = false) {
     if constexpr (direct) {
       if (stream) stream_copy(tensor, values, count * sizeof(S));
     } else {
-      for (int64_t i = 0; i < count; ++i) narrow(values[i], tensor[i]);
+      narrow_all(values, count, tensor);
     }
   }
 };
-
-template <class S>
-const Compute<S> Tiles<S>::zeros[TILE] = {};
 
 }  // namespace
 }  // namespace gam

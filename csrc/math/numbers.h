@@ -77,6 +77,11 @@ GAM_HOST_DEVICE float widen(Float16 x) {
 
 // Compute type to storage, to nearest, ties to even; NaN stays NaN.
 
+// Added to bits of which the lower `dropped` go, it makes cutting them off round to nearest even.
+GAM_HOST_DEVICE uint32_t half_up_to_even(uint32_t bits, int dropped) {
+  return (1u << (dropped - 1)) - 1u + ((bits >> dropped) & 1u);
+}
+
 GAM_HOST_DEVICE void narrow(float x, float& out) { out = x; }
 GAM_HOST_DEVICE void narrow(double x, double& out) { out = x; }
 
@@ -85,7 +90,7 @@ GAM_HOST_DEVICE void narrow(float x, BFloat16& out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
 #else
   uint32_t bits = bits_of(x);
-  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  uint32_t rounded = (bits + half_up_to_even(bits, 16)) >> 16;
   out.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 #endif
 }
@@ -97,13 +102,20 @@ GAM_HOST_DEVICE void narrow(float x, Float16& out) {
   uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
   // Floats in [0.5, 1) are 2^-24 apart, as float16's subnormals are: the sum rounds as they do.
   uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-  uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t normal = (magnitude - (112u << 23) + half_up_to_even(magnitude, 13)) >> 13;
   uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;  // 2^-14
   rounded = magnitude >= 0x477FF000u ? 0x7C00u : rounded;           // 65520 and more
   rounded = magnitude > 0x7F800000u ? 0x7E00u : rounded;
   out.bits = uint16_t(sign | rounded);
 #endif
 }
+
+// The same for a number that storage holds as it is; a NaN has only its uppermost bits.
+template <class C, class S>
+GAM_HOST_DEVICE void narrow_exact(C x, S& out) {
+  narrow(x, out);
+}
+GAM_HOST_DEVICE void narrow_exact(float x, BFloat16& out) { out.bits = uint16_t(bits_of(x) >> 16); }
 
 // float and double versions of what differs by name in C.
 GAM_HOST_DEVICE float square_root(float x) { return sqrtf(x); }

@@ -27,21 +27,28 @@ GAM_HOST_DEVICE uint32_t noise_stream(uint32_t key, int64_t position) { return m
 // The noise of one element: `low` is the lower half of its position.
 GAM_HOST_DEVICE uint32_t noise(uint32_t stream, uint32_t low) { return mix32(stream + low); }
 
-GAM_HOST_DEVICE float drop_bits(float x, uint32_t noise, uint32_t low) {
-  return float_of((bits_of(x) + (noise & low)) & ~low);
+// The bfloat16 that x becomes, as a float. The largest number is odd: a tie beyond it goes up.
+GAM_HOST_DEVICE float stochastic(float x, uint32_t noise, BFloat16) {
+  uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
+  uint32_t up = magnitude < 0x7F7F0000u ? noise & 0xFFFFu : 0x8000u;
+  return float_of(magnitude > 0x7F800000u ? 0x7FC00000u : (bits + up) & ~0xFFFFu);
 }
 
-GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, BFloat16& out) {
-  bool between = (bits_of(x) & 0x7FFFFFFFu) < 0x7F7F0000u;
-  narrow(between ? drop_bits(x, noise, 0xFFFFu) : x, out);
-}
-
-GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, Float16& out) {
-  uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
+// The float16 that x becomes, as a float.
+GAM_HOST_DEVICE float stochastic(float x, uint32_t noise, Float16) {
+  uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
   float fraction = float(int32_t(noise >> 8)) * 0x1p-24f;
   float subnormal = floorf(x * 0x1p24f + fraction) * 0x1p-24f;  // float16 is 2^-24 apart below 2^-14
-  float rounded = magnitude < 0x38800000u ? subnormal : drop_bits(x, noise, 0x1FFFu);
-  narrow(magnitude < 0x477FE000u ? rounded : x, out);
+  uint32_t up = magnitude < 0x477FE000u ? noise & 0x1FFFu : 0x1000u;
+  float normal = float_of((bits + up) & ~0x1FFFu);
+  float rounded = magnitude < 0x38800000u ? subnormal : normal;
+  rounded = rounded * 0x1p112f * 0x1p-112f;  // 65536 and more become infinite
+  return x == x ? rounded : x;
+}
+
+template <class S>
+GAM_HOST_DEVICE void stochastic_round(float x, uint32_t noise, S& out) {
+  narrow_exact(stochastic(x, noise, S{}), out);
 }
 
 }  // namespace gam
