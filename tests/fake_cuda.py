@@ -119,8 +119,12 @@ def line_of_package() -> str:
 
 def launches(func: Any, args: Any, kwargs: Any) -> int:
     """How many kernels: none for views; one per tensor for a foreach operator that cannot take its fast route."""
-    name = func._schema.name.split("::")[1]
-    if name in ALLOCATIONS or any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+    namespace, name = func._schema.name.split("::")
+    if (
+        namespace == "prim"
+        or name in ALLOCATIONS
+        or any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    ):
         return 0
     if not name.startswith("_foreach_"):
         return 1

@@ -92,16 +92,17 @@ class Layout:
         counted: whether each tensor is perturbed and counted in the norms.
 
     Attributes:
-        table: int64 tensor [3, T + 1] on the CPU: first element of each tensor (and N at the end), param group, counted.
+        starts: first element of each tensor, and N at the end.
+        table: int64 tensor [3, T + 1] on the CPU: `starts`, param group, counted.
         chunk: elements per chunk. It follows from N alone, so partial sums are cut at the same elements on every machine.
         chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
     """
 
-    __slots__ = ("_tables", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+    __slots__ = ("_tables", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "starts", "table")
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
         self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
-        starts = [0]
+        self.starts = starts = [0]
         for size in self.sizes:
             starts.append(starts[-1] + size)
         self.numel = starts[-1]

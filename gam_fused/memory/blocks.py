@@ -114,9 +114,8 @@ class Block:
         if self._accumulator is None:
             self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1], lasting=True)
         targets = [t if g is not None else None for t, g in zip(self._accumulator.tensors, gradients.tensors, strict=True)]
-        for target, source in zip(targets, gradients.tensors, strict=True):
-            if target is not None:
-                target.copy_(source)
+        if there := [g for g in gradients.tensors if g is not None]:
+            torch._foreach_copy_([t for t in targets if t is not None], there)
         return self._accumulator if all(t is not None for t in targets) else TensorList(targets)
 
     @property
