@@ -91,7 +91,9 @@ class Watch(TorchDispatchMode):
         hosts = [t for t in tensors if t.device.type == "cpu"]
         if any(t.dim() > 0 for t in hosts) or (hosts and name in INDEXED):
             return f"takes a tensor from the CPU, of shape {[tuple(t.shape) for t in hosts]}"
-        if name in INDEXED and any(t.dtype is torch.bool for t in tensors):
+        if name.startswith(("index_put", "_index_put")) or name == "index":
+            tensors = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
+        if name in INDEXED - {"index_select"} and any(t.dtype is torch.bool for t in tensors):
             return "counts what a mask selects"
         return ""
 

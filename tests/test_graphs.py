@@ -31,7 +31,6 @@ FIRST_ORDER = [m for m in METHODS if m != "exact"]
     [
         ({"base": torch.optim.NAdam}, "NAdam waits for the host"),
         ({"method": "exact"}, "method='exact'"),
-        ({"interval": 2}, "interval=2"),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler"),
         ({"backend": "reference"}, "reference"),
     ],
@@ -212,7 +211,7 @@ def pair(steps=4, spoil=None, **options):
 class TestOnGPU:
     pytestmark = gpu
 
-    @pytest.mark.parametrize("backend", ["auto", "torch"])
+    @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
     @pytest.mark.parametrize("base", BASES)
     @pytest.mark.parametrize("method", FIRST_ORDER)
     def test_equals_the_eager_step(self, method, base, backend):
@@ -223,7 +222,14 @@ class TestOnGPU:
 
     @pytest.mark.parametrize(
         "options",
-        [{"max_grad_norm": 0.05}, {"adaptive": True}, {"oracle": "sam", "sam_rho": 0.3}, {"flatten": True}],
+        [
+            {"max_grad_norm": 0.05},
+            {"adaptive": True},
+            {"oracle": "sam", "sam_rho": 0.3},
+            {"flatten": True},
+            {"interval": 2},
+            {"interval": 3, "oracle": "sam"},
+        ],
         ids=str,
     )
     def test_with_options(self, options):

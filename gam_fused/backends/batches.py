@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gam_fused.backends.math import lists
 from gam_fused.backends.math.lists import Scalar, Tensors
-from gam_fused.backends.tensor_lists import Layout, TensorList, is_dense, upload
+from gam_fused.backends.tensor_lists import Layout, TensorList, is_dense
+from gam_fused.backends.uploads import upload
 
 BATCH = 1 << 18  # elements on the CPU
 VECTORS = 1 << 24  # elements elsewhere: enough for launches not to count, few enough for temporaries to stay small

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gam_fused.backends import backend_for
 from gam_fused.backends.operands import Restore
-from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, upload
+from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense
+from gam_fused.backends.uploads import upload
 from gam_fused.checks import Groups, describe
 from gam_fused.constants import GUARD, Column, Control
 from gam_fused.memory.gradients import Strides
