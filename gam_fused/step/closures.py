@@ -59,10 +59,10 @@ def loss_in(result: Any) -> Any:
 
 
 def number_in(result: Any) -> Any:
-    """The loss in `result` where it is one number: a float, or a tensor of one element; otherwise None."""
+    """The loss in `result` where it is one number: a float, or a detached tensor of one element; otherwise None."""
     loss = loss_in(result)
     if isinstance(loss, Tensor):
-        return loss if loss.numel() == 1 else None
+        return loss.detach() if loss.numel() == 1 else None
     return loss if isinstance(loss, (int, float)) else None
 
 
