@@ -35,12 +35,14 @@ class Watch(TorchDispatchMode):
     Attributes:
         waits: "step/passes.py:228: aten.copy_.default ...", one for each wait.
         launches: launches of each line of the package and operator.
+        devices: of everything that was computed, by the line that did.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.launches: Counter[str] = Counter()
+        self.devices: dict[torch.device, str] = {}
         self._pinned: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +63,11 @@ class Watch(TorchDispatchMode):
             return {True: 1.0, False: 1}[args[0].is_floating_point()]
         if func is aten.equal.default:
             return True
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, FakeTensor) and t.device not in self.devices:
+                self.devices[t.device] = line_of_package()
+        return result
 
     def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.is_pinned.default:

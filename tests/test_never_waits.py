@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.distributed as dist
-from fake_cuda import Event, fake_cuda
+from fake_cuda import Device, Event, fake_cuda
 from gam_helpers import METHODS, make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,9 +38,9 @@ class Operators:
 def check_operands(table, map_, chunk, dtype, *rest):
     assert table.device.type == "cpu"
     assert map_.device.type == "cuda" or not map_.numel()  # it then goes along with the launch
-    for t in rest:
-        if isinstance(t, torch.Tensor) and t.dtype is not torch.int64:
-            assert t.device.type == "cuda", "tables and sums are on the device"
+    tables = [t for t in rest if isinstance(t, torch.Tensor) and t.dtype is not torch.int64]
+    assert all(t.device.type == "cuda" for t in tables), "tables and sums are on the device"
+    assert len({t.device for t in (map_, *tables) if t.device.type == "cuda"}) <= 1
 
 
 class Kernel:
@@ -50,7 +50,8 @@ class Kernel:
         return self
 
     def __call__(self, *arguments, **constants):
-        assert all(t.device.type == "cuda" for t in arguments if isinstance(t, torch.Tensor))
+        devices = {t.device for t in arguments if isinstance(t, torch.Tensor)}
+        assert devices == {torch.device("cuda", Device.current)}, "Triton launches on the current device"
 
 
 @pytest.fixture
@@ -280,6 +281,20 @@ def test_two_devices(watched, backend):
     for method in FIRST_ORDER:
         optimizer = make([*parameters(), *parameters(device="cuda:1")], method=method, backend=backend)
         steps(optimizer, closure_for(optimizer), watched)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_made_on_the_current_device_where_that_is_another(watched, backend, method):
+    assert Device.current == 0
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to("cuda:1")
+    options = {"max_grad_norm": 1.0, "interval": 2, "oracle": "sam" if method in WITH_ORACLE else "loss"}
+    optimizer = make(model.parameters(), AdamW, method, backend=backend, model=model, **options)
+    watched.devices.clear(), watched.waits.clear()
+    steps(optimizer, closure_for(optimizer, model=model), watched)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(closure_for(optimizer, model=model))
+    assert {d for d in watched.devices if d.type == "cuda"} == {torch.device("cuda:1")}, watched.devices
 
 
 def test_the_estimate_of_noise_is_awaited_where_it_is_computed(watched):
