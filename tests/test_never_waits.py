@@ -22,6 +22,7 @@ from gam_fused.backends.compiled import CompiledBackend
 from gam_fused.backends.operands import KERNELS
 from gam_fused.graphs import capture, recording
 from gam_fused.integrations import BatchClosure
+from gam_fused.methods import TAKES
 
 BACKENDS = ["torch", "cuda", "triton"]
 SHAPES = [(4, 3), (4,), ()]
@@ -134,6 +135,8 @@ OPTIONS = {
     "bound, oracle": {"max_ratio": 0.5, "alpha": float("inf"), "oracle": "sam"},
     "part": {"flatness_fraction": 0.25, "momentum": 0.9},
     "oracle, extra pass": {"oracle": "sam", "sam_rho": 0.2, "interval": 2},
+    "part, adaptive, clipped": {"flatness_fraction": 0.25, "adaptive": True, "max_grad_norm": 1.0, "interval": 2},
+    "part, bound, oracle": {"flatness_fraction": 0.25, "max_ratio": 0.5, "oracle": "sam", "base": AdamW, "adaptive": True},
 }
 
 
@@ -170,14 +173,18 @@ def test_a_schedule_that_changes_everything_in_every_step(watched, backend, meth
         for group in optimizer.param_groups:
             group["lr"], group["rho"] = 0.1 / (1 + i), 0.1 + i
         optimizer.xi, optimizer.max_grad_norm = 1e-12 * (1 + i), 1.0 + i
+        for name in {"alpha", "max_ratio", "rho_prime"} & TAKES[method].names:
+            setattr(optimizer, name, 0.1 * (1 + i))
+        optimizer.flatness_fraction = 1 / (1 + i)
 
     steps(optimizer, closure_for(optimizer), watched, between=schedule)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("base", [SGD, AdamW], ids=lambda b: b.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_learning_rate_on_the_device(watched, backend, base):
-    lr = torch.full((), 0.1, device="cuda:0")
+def test_a_learning_rate_that_is_a_tensor(watched, backend, base, device):
+    lr = torch.full((), 0.1, device=device)
     extra = {"capturable": True, "foreach": True} if base is AdamW else {}
     optimizer = make(parameters(), base, backend=backend, **extra)
     optimizer.param_groups[0]["lr"] = lr  # torch's constructors read it
@@ -193,6 +200,7 @@ def test_loss_scaling(watched, backend, method, stepped_by):
     closure = closure_for(optimizer)
     for _ in range(3):
         optimizer.step(closure) if stepped_by == "optimizer" else scaler.step(optimizer, closure)
+        optimizer.interval = 2
         optimizer.diagnostics()
         scaler.update()
     optimizer.grad_scaler = None
@@ -262,10 +270,12 @@ class Replicated(DistributedDataParallel):
         yield
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_local_perturbations(watched, monkeypatch, backend, method):
-    options = {} if method == "exact" else {"perturb_sync": "local"}
+def test_local_perturbations(watched, monkeypatch, backend, method, fraction):
+    options = {} if method == "exact" else {"perturb_sync": "local", "max_grad_norm": 1.0}
+    options["flatness_fraction"] = fraction
     monkeypatch.setattr(dist, "all_reduce", lambda t, group: None)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     module = nn.Module()
