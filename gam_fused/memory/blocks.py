@@ -30,11 +30,10 @@ class Device:
     """What the blocks of one device share: coefficient tables and the columns of partial sums of all blocks."""
 
     def __init__(self, device: torch.device, columns: int):
-        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.device = device
-        self.partials = torch.zeros(SLOTS, 6, columns, **options)
-        self.realised = torch.zeros(SLOTS - 1, columns, **options)
-        self.direction = torch.zeros(columns, **options)
+        self.partials = torch.zeros(SLOTS, 6, columns, dtype=torch.float64, device=device)
+        self.realised = torch.zeros(SLOTS - 1, columns, dtype=torch.float64, device=device)
+        self.direction = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tables: dict[str, Tensor] = {}
         self._values: dict[str, list[list[float]]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
