@@ -235,3 +235,17 @@ def test_a_checkpoint_is_no_reason_to_capture_anew(rehearsed):
     optimizer.state_dict()
     step(*batch())
     assert [graph.replays for graph, _ in rehearsed] == [2]
+
+
+def test_after_a_capture_that_failed_the_next_call_captures(rehearsed, monkeypatch):
+    _, _, optimizer, step = train(True, 1, steps=1)
+    before, works = snapshot(optimizer), capture.record
+    monkeypatch.setattr(capture, "record", lambda *a: 1 / 0)
+    optimizer.adaptive = True
+    with pytest.raises(ZeroDivisionError):
+        step(*batch())
+    same(snapshot(optimizer), before)
+    monkeypatch.setattr(capture, "record", works)
+    optimizer.adaptive = False
+    step(*batch())
+    assert [graph.replays for graph, _ in rehearsed] == [1, 1]

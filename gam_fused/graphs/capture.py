@@ -152,7 +152,8 @@ class CapturedStep:
         """Whether the graphs still are of this optimizer's memory and settings; `optimizer.prepare` has run."""
         session = self.optimizer.session
         return (
-            self._plan is session.plan
+            bool(self._graphs)  # there are none after a capture that failed
+            and self._plan is session.plan
             and self._made_for == self._decides(settings)
             and all(b.state.is_current(self._plan.state_keys, session.state) for b in self._plan.blocks)
         )
