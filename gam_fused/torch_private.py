@@ -5,6 +5,7 @@ What can do without a name does (`getattr` with a default); the rest is torch.op
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,19 @@ def forward_dtypes(fsdp: Iterable[Any]) -> set[torch.dtype]:
 def is_of_fsdp1(p: Tensor) -> bool:
     """Whether `p` is a flat parameter of FSDP1, or one that its use_orig_params=True leaves."""
     return any(getattr(p, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened"))
+
+
+def runs_cuda_graphs(device: torch.device) -> bool:
+    """Whether torch.compile runs CUDA graphs on `device`, as with mode="reduce-overhead".
+
+    What such a graph gives, gradients too, lies in memory that is taken back as soon as it runs again, without a reference
+    that would tell. Which tensors are theirs is not asked: the answer differs while graphs are still being recorded.
+    """
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees") if device.type == "cuda" else None
+    if trees is None:
+        return False
+    find = getattr(trees, "get_manager", None)
+    return find is None or find(device.index, create_if_none_exists=False) is not None
 
 
 def break_graph() -> None:

@@ -35,12 +35,14 @@ class Watch(TorchDispatchMode):
     Attributes:
         waits: "step/passes.py:228: aten.copy_.default ...", one for each wait.
         launches: launches of each line of the package and operator.
+        devices: of everything that was computed, by the line that did.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.launches: Counter[str] = Counter()
+        self.devices: dict[torch.device, str] = {}
         self._pinned: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +63,11 @@ class Watch(TorchDispatchMode):
             return {True: 1.0, False: 1}[args[0].is_floating_point()]
         if func is aten.equal.default:
             return True
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, FakeTensor) and t.device not in self.devices:
+                self.devices[t.device] = line_of_package()
+        return result
 
     def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.is_pinned.default:
@@ -91,7 +97,9 @@ class Watch(TorchDispatchMode):
         hosts = [t for t in tensors if t.device.type == "cpu"]
         if any(t.dim() > 0 for t in hosts) or (hosts and name in INDEXED):
             return f"takes a tensor from the CPU, of shape {[tuple(t.shape) for t in hosts]}"
-        if name in INDEXED and any(t.dtype is torch.bool for t in tensors):
+        if name.startswith(("index_put", "_index_put")) or name == "index":
+            tensors = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
+        if name in INDEXED - {"index_select"} and any(t.dtype is torch.bool for t in tensors):
             return "counts what a mask selects"
         return ""
 
@@ -119,8 +127,12 @@ def line_of_package() -> str:
 
 def launches(func: Any, args: Any, kwargs: Any) -> int:
     """How many kernels: none for views; one per tensor for a foreach operator that cannot take its fast route."""
-    name = func._schema.name.split("::")[1]
-    if name in ALLOCATIONS or any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+    namespace, name = func._schema.name.split("::")
+    if (
+        namespace == "prim"
+        or name in ALLOCATIONS
+        or any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    ):
         return 0
     if not name.startswith("_foreach_"):
         return 1

@@ -17,13 +17,13 @@ from torch.utils._device import _device_constructors
 from gam_fused.backends.tensor_lists import EMPTY, TensorList
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*(ROOT / "gam_fused" / "backends").rglob("*.py")]
+SOURCES = [*(ROOT / "gam_fused").rglob("*.py")]
 SOURCES += (ROOT / "triton_kernels").glob("*.py")
 # What torch.utils._device makes on the default device where no device is named.
 MAKERS = {f.__name__ for f in _device_constructors()}
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_new_tensor_names_its_device(source):
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS:

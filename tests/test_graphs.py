@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from gam_fused.graphs.preserve import Preserved
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 FIRST_ORDER = [m for m in METHODS if m != "exact"]
+NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+TRITON = pytest.param("triton", marks=NO_TRITON)
 
 
 # What it refuses.
@@ -31,7 +34,6 @@ FIRST_ORDER = [m for m in METHODS if m != "exact"]
     [
         ({"base": torch.optim.NAdam}, "NAdam waits for the host"),
         ({"method": "exact"}, "method='exact'"),
-        ({"interval": 2}, "interval=2"),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler"),
         ({"backend": "reference"}, "reference"),
     ],
@@ -212,7 +214,7 @@ def pair(steps=4, spoil=None, **options):
 class TestOnGPU:
     pytestmark = gpu
 
-    @pytest.mark.parametrize("backend", ["auto", "torch"])
+    @pytest.mark.parametrize("backend", ["auto", "torch", TRITON])
     @pytest.mark.parametrize("base", BASES)
     @pytest.mark.parametrize("method", FIRST_ORDER)
     def test_equals_the_eager_step(self, method, base, backend):
@@ -223,7 +225,14 @@ class TestOnGPU:
 
     @pytest.mark.parametrize(
         "options",
-        [{"max_grad_norm": 0.05}, {"adaptive": True}, {"oracle": "sam", "sam_rho": 0.3}, {"flatten": True}],
+        [
+            {"max_grad_norm": 0.05},
+            {"adaptive": True},
+            {"oracle": "sam", "sam_rho": 0.3},
+            {"flatten": True},
+            {"interval": 2},
+            {"interval": 3, "oracle": "sam"},
+        ],
         ids=str,
     )
     def test_with_options(self, options):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from gam_helpers import batch, make, mlp
+from gam_helpers import METHODS as NAMES
+from gam_helpers import batch, make, mixed_net, mlp, same, snapshot
+from torch.optim import SGD, AdamW
 
 from gam_fused.constants import Column
-from gam_fused.graphs import capture
+from gam_fused.graphs import capture, capture_step
 from gam_fused.graphs.capture import CapturedStep
+from gam_fused.graphs.recording import Recording
+from gam_fused.methods import METHODS, plain
+
+FIRST_ORDER = [m for m in NAMES if m != "exact"]
 
 
 class Graph:
@@ -37,7 +44,9 @@ def captured(monkeypatch):
         if not hasattr(self, "_step"):
             self.optimizer.step(lambda inputs: self.loss_fn(*inputs), tuple(self.inputs))  # makes the optimizer state
             self._step = SimpleNamespace(record=session.last, loss=torch.zeros(()))
-        self._random, self._graph = None, Graph(self.optimizer)
+        self._graph = Graph(self.optimizer)
+        recording, method = Recording(self._graph, self._step, None, None), METHODS[settings.method]
+        self._graphs = dict.fromkeys((method.passes, plain.passes), recording)
         self._plan, self._made_for = session.plan, self._decides(settings)
 
     monkeypatch.setattr(CapturedStep, "_capture", fake)
@@ -80,6 +89,7 @@ def test_inputs_are_copied_into_the_graphs_own(captured):
         ("max_grad_norm", 1.0),
         ("max_ratio", 0.5),
         ("flatness_fraction", 0.5),
+        ("interval", 2),
         ("preserve_rng_state", False),
     ],
 )
@@ -132,3 +142,110 @@ def test_diagnostics_tell_of_the_replayed_step(captured):
     assert captured.optimizer.session.last.rho == 0.75
     assert captured.optimizer.session.last.settings.rho_prime == 0.5
     assert captured.optimizer.session.steps_taken == 3
+
+
+class Rehearsal:
+    """Stands for a CUDA graph: a replay makes the step that was captured once more, into the same tensors."""
+
+    def __init__(self, take):
+        self.take, self.step = take, take(None)
+        self.replays = 0
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        self.replays += 1
+        again = self.take(None)
+        self.step.loss.copy_(again.loss)
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Captures are made and replayed on the CPU. Gives the recordings with their pools, in order."""
+    for name in ("Stream", "stream", "current_stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(capture, "_check_optimizer", lambda optimizer: torch.device("cpu"))
+    made = []
+
+    def record(take, settings, device, stream, pool):
+        graph = Rehearsal(take)
+        made.append((graph, pool))
+        return Recording(graph, graph.step, None, None)
+
+    monkeypatch.setattr(capture, "record", record)
+    return made
+
+
+def train(captured, interval, method="finite_difference", base=SGD, steps=6, oracle="loss"):
+    model = mixed_net()
+    options = {"oracle": oracle} if oracle == "sam" else {}
+    optimizer = make(model.parameters(), base, method, model=model, interval=interval, **options)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+    x, y = batch()
+    loss = lambda x, y: (model(x) - y).square().mean()  # noqa: E731
+    torch.manual_seed(3)
+    step = capture_step(optimizer, loss, (x, y)) if captured else lambda *b: optimizer.step(lambda: loss(*b))
+    torch.manual_seed(3)
+    losses = []
+    for i in range(steps):
+        losses.append(step(x + i, y).clone())
+        schedule.step()
+    return losses, snapshot(optimizer, model), optimizer, step
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("method", FIRST_ORDER)
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_a_graph_for_each_kind_of_step(rehearsed, interval, method, base):
+    """With an interval, the steps between are plain ones; by the count of steps, as in eager steps."""
+    losses, after, optimizer, _ = train(True, interval, method, base)
+    eager_losses, eager_after, *_ = train(False, interval, method, base)
+    same(losses, eager_losses)
+    same(after, eager_after)
+    assert optimizer.session.steps_taken == 6
+    replays = [6] if interval == 1 else [6 // interval, 6 - 6 // interval]
+    assert [graph.replays for graph, _ in rehearsed] == replays
+    assert [pool for _, pool in rehearsed] == [None, "pool"][: len(replays)]
+
+
+def test_steps_between_with_an_oracle(rehearsed):
+    losses, after, *_ = train(True, 2, oracle="sam")
+    eager_losses, eager_after, *_ = train(False, 2, oracle="sam")
+    same(losses, eager_losses)
+    same(after, eager_after)
+
+
+def test_an_interval_that_changes_is_a_number(rehearsed):
+    _, _, optimizer, step = train(True, 2, steps=1)
+    optimizer.interval = 4
+    for _ in range(4):
+        step(*batch())
+    assert [graph.replays for graph, _ in rehearsed] == [2, 3]
+
+
+def test_diagnostics_of_a_step_between(rehearsed):
+    _, _, optimizer, _ = train(True, 3, steps=2)
+    assert "gradient_norm" in optimizer.diagnostics()
+    assert "perturbation_0" not in optimizer.diagnostics()
+
+
+def test_a_checkpoint_is_no_reason_to_capture_anew(rehearsed):
+    _, _, optimizer, step = train(True, 1, steps=1)
+    optimizer.state_dict()
+    step(*batch())
+    assert [graph.replays for graph, _ in rehearsed] == [2]
+
+
+def test_after_a_capture_that_failed_the_next_call_captures(rehearsed, monkeypatch):
+    _, _, optimizer, step = train(True, 1, steps=1)
+    before, works = snapshot(optimizer), capture.record
+    monkeypatch.setattr(capture, "record", lambda *a: 1 / 0)
+    optimizer.adaptive = True
+    with pytest.raises(ZeroDivisionError):
+        step(*batch())
+    same(snapshot(optimizer), before)
+    monkeypatch.setattr(capture, "record", works)
+    optimizer.adaptive = False
+    step(*batch())
+    assert [graph.replays for graph, _ in rehearsed] == [1, 1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -63,6 +65,8 @@ def test_measures_of_flatness_under_another_default_device(default_device):
     flatness.first_order_flatness(loss, params, 0.1, steps=2)
     flatness.hessian_eigenvalues(loss, params, k=1)
     flatness.hessian_trace(loss, params, samples=2)
+    flatness.loss_landscape(loss, params, radius=0.1, points=3)
+    flatness.local_minima_density(loss, params, directions=2, step=0.05)
 
 
 @pytest.mark.parametrize("kind", ["tuple", "list", "dict", "loss"])
@@ -186,3 +190,28 @@ def test_either_way_of_setting_tf32(switches, settings, eps):
     record = copy.copy(optimizer.session.last)
     record.blocks = [SimpleNamespace(dtype=torch.float32, shared=SimpleNamespace(device=torch.device("cuda")))]
     assert precision._forward_eps(record, 0.0) == eps
+
+
+def test_no_combination_of_switches_makes_reading_them_raise():
+    """Old and new ones, one after the other, in a process of its own: torch cannot undo a mix of them."""
+    code = """
+import itertools, torch
+from gam_fused.step import precision
+b = torch.backends
+old = [lambda v: setattr(b.cuda.matmul, "allow_tf32", v), lambda v: setattr(b.cudnn, "allow_tf32", v),
+       lambda v: torch.set_float32_matmul_precision("high" if v else "highest")]
+new = [b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn]
+sets = [(lambda f=f, v=v: f(v)) for f in old for v in (True, False)]
+sets += [(lambda s=s, v=v: setattr(s, "fp32_precision", v)) for s in new for v in ("ieee", "tf32", "none")]
+raised = 0
+for some in itertools.permutations(sets, 2):
+    for change in some:
+        change()
+    precision._tf32_is_allowed()
+    try:
+        b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32
+    except RuntimeError:
+        raised += 1
+assert raised, "this torch does not mind a mix: nothing to test"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gam_fused.backends.uploads import is_capturing, upload
+
 MIN_CHUNK = 1024  # elements; chunks are multiples of it
 FULL_CHUNK = 8192  # what fills the GPUs of today in several waves, and of which vectors of many elements have MANY_CHUNKS
 MANY_CHUNKS = 4096
@@ -95,16 +97,19 @@ class Layout:
         counted: whether each tensor is perturbed and counted in the norms.
 
     Attributes:
-        table: int64 tensor [3, T + 1] on the CPU: first element of each tensor (and N at the end), param group, counted.
+        starts: first element of each tensor, and N at the end.
+        table: int64 tensor [3, T + 1] on the CPU: `starts`, param group, counted.
         chunk: elements per chunk. It follows from N alone, so sums are cut at the same elements on every machine.
         chunks: number of chunks, at least 1 and at most `MAX_CHUNKS`.
     """
 
-    __slots__ = ("_tables", "_workspaces", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "table")
+    __slots__ = (
+        *("_tables", "_workspaces", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "starts", "table"),
+    )
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
         self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]
-        starts = [0]
+        self.starts = starts = [0]
         for size in self.sizes:
             starts.append(starts[-1] + size)
         self.numel = starts[-1]
@@ -142,41 +147,11 @@ def chunk_of(elements: int) -> int:
     return max(MIN_CHUNK, min(chunk, FULL_CHUNK), least)
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether work on `device` is being recorded into a graph instead of being done."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _keep(tables: dict[torch.device, Tensor], device: torch.device, sent: Tensor) -> Tensor:
-    """`sent`, kept for the next time; a copy recorded into a graph is filled when that runs, so it is for the graph only."""
+    """`sent`, kept for the next time; but what is sent while a graph is captured is for the graph only."""
     if not is_capturing(device):
         tables[device] = sent
     return sent
-
-
-# Both ends of copies recorded into graphs, which run them again and again; nothing tells when a graph is dropped.
-_captured: list[tuple[Tensor, Tensor]] = []
-
-
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on `device`, without waiting for it; the tensor itself where that is the CPU.
-
-    Under CUDA-graph capture the copy is recorded, so both its ends are kept. It is then one from pageable memory, since
-    pinning asks for events that torch before 2.11 must not ask for while it captures.
-    """
-    if device.type == "cpu":
-        return host
-    if is_capturing(device):
-        _captured.append((host, host.to(device, non_blocking=True)))
-        return _captured[-1][1]
-    return host.pin_memory().to(device, non_blocking=True)
-
-
-def moved(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`t` on `device`. Waits only for copies to the host, whose memory would else be read before it is written."""
-    if t.device.type == "cpu":
-        return upload(t if dtype is None else t.to(dtype), device)
-    return t.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
 def flat_views(like: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gam_fused.backends.checks import check_lists
 from gam_fused.backends.operands import KERNELS, Kernel, LaunchingBackend, OfNumbers, OfSums
-from gam_fused.backends.tensor_lists import is_capturing, upload
+from gam_fused.backends.uploads import is_capturing, upload
 from gam_fused.constants import Algorithm
 from gam_fused.torch_private import break_graph
 
@@ -196,7 +196,7 @@ class _Tables:
         """int64 addresses on `device`, without waiting for it."""
         if device.type == "cpu":
             return addresses
-        if is_capturing(device):  # the copy is made when the graph runs, so the table is the graph's alone
+        if is_capturing(device):  # the table is the graph's alone
             return upload(addresses, device)
         stream = torch.accelerator.current_stream(device)
         key = (stream.stream_id, device, *addresses.tolist())

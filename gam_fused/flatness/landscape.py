@@ -69,7 +69,7 @@ def loss_landscape(
         if [d.shape for d in axis] != [p.shape for p in weights]:
             got, wanted = [tuple(d.shape) for d in axis], [tuple(p.shape) for p in weights]
             raise ValueError(f"a direction must be shaped like params, {wanted}, got {got}")
-    ticks = torch.linspace(-radius, radius, points, dtype=torch.float64).tolist()
+    ticks = torch.linspace(-radius, radius, points, dtype=torch.float64, device="cpu").tolist()
     grid = [[a] for a in ticks] if len(axes) == 1 else [[a, b] for a in ticks for b in ticks]
     with weights_restored(weights) as centre:
         losses = [_loss_along(loss_fn, weights, centre, list(zip(place, axes, strict=True))) for place in grid]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch.optim import Optimizer
 
 from gam_fused.checks import describe, one_of, whole
 from gam_fused.graphs.preserve import Preserved
-from gam_fused.graphs.random import GraphRandom
-from gam_fused.methods import METHODS
+from gam_fused.graphs.recording import Recording, record
+from gam_fused.methods import METHODS, plain
 from gam_fused.optimizer import FusedGAM
 from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.settings import SCHEDULED, Settings
@@ -33,6 +34,8 @@ from gam_fused.torch_private import has_step_hooks, note_step_of_base
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.randomness import Generators
 
+Passes = Callable[[Step], None]  # what runs one kind of step
+
 
 def capture_step(
     optimizer: FusedGAM,
@@ -42,7 +45,7 @@ def capture_step(
     warmup: int = 3,
     pool: Any = None,
 ) -> CapturedStep:
-    """Capture `optimizer.step(lambda inputs: loss_fn(*inputs), inputs)` as one CUDA graph.
+    """Capture `optimizer.step(lambda inputs: loss_fn(*inputs), inputs)` as one CUDA graph; with an `interval`, as two.
 
     Args:
         optimizer: a `FusedGAM` with a fused base (torch's SGD, Adam or AdamW), parameters on one CUDA device.
@@ -59,8 +62,8 @@ def capture_step(
 
     Raises:
         TypeError, ValueError: what cannot be in a graph, named: a base optimizer that is not fused (it must ask the host),
-            ``method="exact"``, ``interval`` > 1 (two kinds of steps), a `grad_scaler` (use bf16), ``backend="reference"``,
-            ``perturb_sync="local"``, sharded parameters, parameters on the CPU or on several devices.
+            ``method="exact"``, a `grad_scaler` (use bf16), ``backend="reference"``, ``perturb_sync="local"``, sharded
+            parameters, parameters on the CPU or on several devices.
         RuntimeError: no CUDA device.
     """
     return CapturedStep(optimizer, loss_fn, example_inputs, warmup, pool)
@@ -100,53 +103,57 @@ class CapturedStep:
         return _replay(self.optimizer, self, inputs)
 
     def _capture(self) -> None:
+        """A graph of the step of the method, and with an `interval` one of the plain step between such."""
         optimizer = self.optimizer
-        self._graph: Any = None  # gives the memory of the one before back
+        self._graphs: dict[Passes, Recording] = {}  # gives the memory of those before back
         with torch.no_grad(), torch.cuda.device(self.device):
             settings = optimizer.prepare()
-            preserved = Preserved(optimizer.session, settings)
+            session, method = optimizer.session, METHODS[settings.method]
+            kinds = [method.passes, plain.passes] if settings.interval > 1 else [method.passes]
+            preserved = Preserved(session, settings)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream):
-                    for _ in range(self.warmup):
-                        random = Generators({self.device}).begin() if settings.preserve_rng_state else None
-                        self._run(settings, random)
+                    for passes in kinds:
+                        for _ in range(self.warmup):
+                            random = Generators({self.device}).begin() if settings.preserve_rng_state else None
+                            self._run(passes, settings, random)
             finally:
                 torch.cuda.current_stream().wait_stream(stream)
                 preserved.put_back()
-            graph = torch.cuda.CUDAGraph()
-            self._random = GraphRandom(self.device, graph) if settings.preserve_rng_state else None
-            try:
-                # "thread_local": calls that cannot be captured, such as allocations, are errors in this thread only; a
-                # thread that pins batches or fetches them ahead goes on.
-                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                    self._step = self._run(settings, self._random)
-            finally:
-                preserved.put_back()  # nothing ran on the device, but the host's generator did
-        self._graph, self._plan, self._made_for = graph, optimizer.session.plan, self._decides(settings)
+            graphs: dict[Passes, Recording] = {}
+            pool = self.pool
+            for passes in kinds:
+                try:
+                    graphs[passes] = record(partial(self._run, passes, settings), settings, self.device, stream, pool)
+                finally:
+                    preserved.put_back()  # nothing ran on the device, but the host's generator did
+                pool = pool or graphs[passes].graph.pool()
+        self._graphs, self._plan, self._made_for = graphs, session.plan, self._decides(settings)
 
-    def _run(self, settings: Settings, random: Any) -> Step:
+    def _run(self, passes: Passes, settings: Settings, random: Any) -> Step:
         """The passes of one step, without what `FusedGAM.step` keeps on the host."""
         method, session = METHODS[settings.method], self.optimizer.session
         closure = BatchClosure(lambda inputs: self.loss_fn(*inputs), tuple(self.inputs))
         with Interrupts() as interrupts:
-            return run.take(session, settings, method, method.passes, closure, interrupts, random)
+            return run.take(session, settings, method, passes, closure, interrupts, random)
 
     def _decides(self, settings: Settings) -> tuple[Any, ...]:
-        """What a graph is made for, apart from memory: all settings but the numbers that are read from the device."""
+        """What the graphs are made for, apart from memory: all settings but the numbers that are read from the device."""
         numbers: dict[str, Any] = dict.fromkeys((*SCHEDULED, "rho", "xi", "sam_rho"))
         switches: dict[str, Any] = {
             name: 1.0 if getattr(settings, name) is not None else None for name in ("max_grad_norm", "max_ratio")
         }
-        fixed = replace(settings, **numbers, **switches)
+        fixed = replace(settings, **numbers, **switches, interval=min(settings.interval, 2))
         return fixed, settings.oracle_is_off_the_probe, self.optimizer.base_optimizer, list(self.optimizer.session.modules)
 
     def is_current(self, settings: Settings) -> bool:
-        """Whether the graph still is of this optimizer's memory and settings; `optimizer.prepare` has run."""
+        """Whether the graphs still are of this optimizer's memory and settings; `optimizer.prepare` has run."""
         session = self.optimizer.session
         return (
-            self._plan is session.plan
+            bool(self._graphs)  # there are none after a capture that failed
+            and self._plan is session.plan
             and self._made_for == self._decides(settings)
             and all(b.state.is_current(self._plan.state_keys, session.state) for b in self._plan.blocks)
         )
@@ -162,12 +169,12 @@ class CapturedStep:
                 self._capture()
             for static, t in zip(self.inputs, inputs, strict=True):
                 static.copy_(t, non_blocking=True)
-            if self._random:
-                self._random.align()
-            self._graph.replay()
+            between = session.steps_taken % settings.interval
+            recorded = self._graphs[plain.passes if between else METHODS[settings.method].passes]
+            recorded.replay()
             note_step_of_base(self.optimizer)
-            run.count(session, replace(self._step.record, settings=settings, rhos=run.radii(session)))
-            loss: Tensor = self._step.loss.clone()
+            run.count(session, replace(recorded.step.record, settings=settings, rhos=run.radii(session)))
+            loss: Tensor = recorded.step.loss.clone()
             return loss
 
 
@@ -187,7 +194,6 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
         "step hooks of the base optimizer": has_step_hooks(optimizer.base_optimizer),
         "generators=": bool(optimizer.generators),
         f"method={optimizer.method!r}": METHODS[optimizer.method].twice,
-        f"interval={optimizer.interval}": optimizer.interval != 1,
         "a grad_scaler": optimizer.grad_scaler is not None,
         "backend='reference'": optimizer.backend == "reference",
         "perturb_sync='local'": optimizer.perturb_sync == "local",

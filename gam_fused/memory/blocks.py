@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gam_fused.backends import backend_for
 from gam_fused.backends.operands import Restore
-from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, upload
+from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense
+from gam_fused.backends.uploads import upload
 from gam_fused.checks import Groups, describe
 from gam_fused.constants import GUARD, Column, Control
 from gam_fused.memory.gradients import Strides
@@ -29,11 +30,10 @@ class Device:
     """What the blocks of one device share: coefficient tables, and the sums of all blocks, a column for each."""
 
     def __init__(self, device: torch.device, blocks: int):
-        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.device = device
-        self.partials = torch.zeros(SLOTS, 6, blocks, **options)
-        self.realised = torch.zeros(SLOTS - 1, blocks, **options)
-        self.direction = torch.zeros(blocks, **options)
+        self.partials = torch.zeros(SLOTS, 6, blocks, dtype=torch.float64, device=device)
+        self.realised = torch.zeros(SLOTS - 1, blocks, dtype=torch.float64, device=device)
+        self.direction = torch.zeros(blocks, dtype=torch.float64, device=device)
         self.tables: dict[str, Tensor] = {}
         self._values: dict[str, list[list[float]]] = {}
         self._parts: dict[tuple[Any, ...], Tensor] = {}
@@ -114,9 +114,8 @@ class Block:
         if self._accumulator is None:
             self._accumulator = TensorList(flat_views(self.theta.tensors, torch.float32)[1], lasting=True)
         targets = [t if g is not None else None for t, g in zip(self._accumulator.tensors, gradients.tensors, strict=True)]
-        for target, source in zip(targets, gradients.tensors, strict=True):
-            if target is not None:
-                target.copy_(source)
+        if there := [g for g in gradients.tensors if g is not None]:
+            torch._foreach_copy_([t for t in targets if t is not None], there)
         return self._accumulator if all(t is not None for t in targets) else TensorList(targets)
 
     @property

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gam_fused.backends.tensor_lists import TensorList
 from gam_fused.checks import Groups, describe
-from gam_fused.torch_private import is_view, storage_address, storage_use_count
+from gam_fused.torch_private import is_view, runs_cuda_graphs, storage_address, storage_use_count
 
 
 def clear(params: Sequence[Tensor]) -> None:
@@ -48,6 +48,7 @@ def take(
         groups: the param groups, for errors.
         keep: whether the gradients will be written to, or read after the next pass. Then one that somebody else still
             holds, itself or its memory, is copied: the next pass would overwrite it, or it would change under its owner.
+            So are all where torch.compile runs CUDA graphs, which take the memory back unseen.
         known: whether the pass before has found all of them there and of this dtype, so that their bytes tell enough.
 
     Raises:
@@ -56,7 +57,8 @@ def take(
     gradients: list[Any] = [p.grad for p in params]
     for p in params:
         p.grad = None
-    if _all_fit(gradients, strides, None if known else dtype) and not (keep and _any_is_held(gradients)):
+    lent = keep and runs_cuda_graphs(strides.device)
+    if not lent and _all_fit(gradients, strides, None if known else dtype) and not (keep and _any_is_held(gradients)):
         return TensorList(gradients, complete=True)
     for i, (p, stride) in enumerate(zip(params, strides, strict=True)):
         gradient, gradients[i] = gradients[i], None
@@ -67,7 +69,7 @@ def take(
             fits = gradient.dtype is dtype and gradient.stride() == stride
         except RuntimeError:  # a sparse tensor has no strides
             fits = False
-        if not fits or (keep and (sys.getrefcount(gradient) > _OWN_REFERENCES or _is_shared(gradient))):
+        if not fits or lent or (keep and (sys.getrefcount(gradient) > _OWN_REFERENCES or is_shared(gradient))):
             gradient = _own_copy(gradient, p, stride, dtype, groups)
         gradients[i] = gradient
     return TensorList(gradients)
@@ -115,7 +117,7 @@ def _any_is_held(gradients: list[Any]) -> bool:
     if max(map(sys.getrefcount, gradients)) > _LISTED_REFERENCES:
         return True
     if storage_use_count is None or storage_address is None:
-        return any(map(_is_shared, gradients))
+        return any(map(is_shared, gradients))
     return bool(max(map(storage_use_count, map(storage_address, gradients))) > 1)
 
 
@@ -144,11 +146,14 @@ def _own_copy(gradient: Tensor, p: Tensor, stride: tuple[int, ...], dtype: torch
     return torch.empty_strided(p.shape, stride, dtype=dtype, device=p.device).copy_(gradient)
 
 
-def _is_shared(gradient: Tensor) -> bool:
-    """Whether any other tensor lies in the gradient's memory."""
+def is_shared(t: Tensor) -> bool:
+    """Whether any other tensor lies in the memory of `t`, as far as it tells: a sparse tensor does not."""
     if storage_use_count is None or storage_address is None:
-        return is_view(gradient)
-    return bool(storage_use_count(storage_address(gradient)) > 1)
+        return is_view(t)
+    try:
+        return bool(storage_use_count(storage_address(t)) > 1)
+    except RuntimeError:
+        return False
 
 
 def _own_references() -> int:

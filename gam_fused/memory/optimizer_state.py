@@ -104,11 +104,12 @@ class BlockState:
             p = self._block.params[i]
             if counts[i] != 0 or states.get(p) is not entry:
                 continue
+            self._listed = None
             for key in [key for owner, key, _ in self._refs if owner is entry]:
                 entry.pop(key, None)
             if not entry:
                 del states[p]
-        self._unstarted, self._listed = {}, None
+        self._unstarted = {}
 
     def _list(
         self,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gam_fused.backends.tensor_lists import TensorList, flat_views, upload
+from gam_fused.backends.tensor_lists import TensorList, flat_views
+from gam_fused.backends.uploads import upload
 from gam_fused.checks import Groups, describe
 from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.parallel.fsdp import refuse_fsdp1

@@ -18,9 +18,9 @@ def average(replicas: Replicas, blocks: list[Block], lists: Lists) -> Lists:
     averaged = []
     for b, lst in zip(blocks, lists, strict=True):
         exchange = Exchange(b.theta.tensors, dense=b.dense)
-        for view, t in zip(exchange.views.tensors, lst.tensors, strict=True):
-            if t is not None:
-                view.copy_(t)
+        pairs = [(view, t) for view, t in zip(exchange.views.tensors, lst.tensors, strict=True) if t is not None]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [t for _, t in pairs])
         exchange.all_reduce(replicas.group, [t is not None for t in lst.tensors])
         averaged.append(exchange.present())
     return averaged

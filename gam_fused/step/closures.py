@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gam_fused.memory.gradients import is_shared
 from gam_fused.step.batches import part_of
-from gam_fused.torch_private import tree_map_only
+from gam_fused.torch_private import runs_cuda_graphs, tree_map_only
 
 
 class BatchClosure:
@@ -86,10 +87,18 @@ def differentiable_in(result: Any) -> Tensor:
     return loss
 
 
-def detached(result: Any) -> Any:
-    """`result` with every tensor in it detached: its graph belongs to weights that have changed since."""
+def kept(result: Any) -> Any:
+    """`result` with every tensor in it detached, since its graph belongs to weights that have changed since.
+
+    In memory of its own where later passes write to it: CUDA graphs give what they compute in the same memory every time.
+    """
     if isinstance(result, Tensor):
-        return result.detach()
+        return _kept(result)
     if result is None or isinstance(result, (int, float)):  # walking through nests takes a while
         return result
-    return tree_map_only(Tensor, Tensor.detach, result)
+    return tree_map_only(Tensor, _kept, result)
+
+
+def _kept(t: Tensor) -> Tensor:
+    lent = runs_cuda_graphs(t.device) or (t.numel() == 1 and is_shared(t))
+    return t.detach().clone() if lent else t.detach()

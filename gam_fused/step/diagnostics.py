@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused.backends.tensor_lists import moved
+from gam_fused.backends.uploads import moved
 from gam_fused.constants import GUARD, Control
 from gam_fused.memory.blocks import Block
 from gam_fused.step.precision import noise_ratio

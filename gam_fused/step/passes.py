@@ -130,8 +130,10 @@ class Passes:
         watched = self._model.first_pass() if first and self._model else nullcontext()
         with torch.enable_grad(), watched:
             result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate, part)
-        self.record.losses[point] = closures.number_in(result)
+        kept = closures.kept(result if first else closures.loss_in(result))
+        self.record.losses[point] = closures.number_in(kept)
         if first:
+            self.loss = kept
             self._first_pass_done(result)
 
     def _call(self, differentiate: Callable[[Any], None], part: bool) -> Any:
@@ -143,7 +145,6 @@ class Passes:
     def _first_pass_done(self, result: Any) -> None:
         self.session.loss_scaling.publish(self.blocks)
         self.session.precision.see(closures.loss_in(result))
-        self.loss = closures.detached(result)
         for part in (self._random, self._model):
             if part:
                 part.first_pass_done()

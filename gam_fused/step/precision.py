@@ -125,8 +125,8 @@ def _forward_eps(record: Record, autocast_eps: float) -> float:
 
 def _tf32_is_allowed() -> bool:
     """By these switches, which show what the older `allow_tf32` was set to as well; the other way round torch raises."""
-    cudnn: Any = torch.backends.cudnn
-    return any(kind.fp32_precision == "tf32" for kind in (torch.backends.cuda.matmul, cudnn.conv))
+    kinds = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None))
+    return any(getattr(kind, "fp32_precision", None) == "tf32" for kind in kinds)
 
 
 def _theta_norm(record: Record) -> Tensor:

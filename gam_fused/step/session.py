@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gam_fused import torch_private
 from gam_fused.backends import check_backend
 from gam_fused.backends.base_optimizers import fused_base
-from gam_fused.backends.tensor_lists import upload
+from gam_fused.backends.uploads import upload
 from gam_fused.checks import are_constants
 from gam_fused.constants import Control
 from gam_fused.memory import flattening

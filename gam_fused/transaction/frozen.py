@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gam_fused.backends.tensor_lists import is_capturing
+from gam_fused.backends.uploads import is_capturing
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.transaction.module_tree import same_objects
 from gam_fused.transaction.snapshots import AFTER, BEFORE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gam_fused.backends.tensor_lists import moved
+from gam_fused.backends.uploads import moved
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.transaction.frozen import FrozenParameters
 from gam_fused.transaction.late_buffers import LateBuffers

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gam_fused.backends import copying_backend
 from gam_fused.backends.operands import Restore
-from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense, moved
+from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense
+from gam_fused.backends.uploads import moved
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.torch_private import values_of
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gam_fused.backends.math.lists import Scalar, Tensors, add_scalar_, add_scaled_, scalars, scale_
+from gam_fused.backends.math.lists import Scalar, Tensors, add_scalar_, add_scaled_, scale_
 from gam_fused.backends.math.update import advance_, advance_lists_, decay_lists_, switch
 from gam_fused.constants import Column, Flag
 
@@ -38,8 +38,14 @@ def adam(c: list[float], theta: Tensor, d: Tensor, state: Sequence[Any], step: f
     advance_(theta, old, size, size * m / denominator)
 
 
-def adam_lists_(c: Scalar, theta: Tensors, d: Tensors, state: Sequence[Tensors], step: Tensor) -> None:
-    """The same of lists, in place. `d` is spent. step: float32 [len(theta)], this one counted."""
+def adam_lists_(
+    c: Scalar, theta: Tensors, d: Tensors, state: Sequence[Tensors], step: Tensor, each: Callable[[Tensor], list[Scalar]]
+) -> None:
+    """The same of lists, in place. `d` is spent.
+
+    Args:
+        step: float32, one for each tensor, this one counted. each: `Batch.each`.
+    """
     exp_avg, exp_avg_sq, maximum = state
     decoupled, lr, decay = switch(c, Flag.DECOUPLED), c[Column.LR], c[Column.WEIGHT_DECAY]
     beta1, beta2 = c[Column.BETA1], c[Column.BETA2]
@@ -53,15 +59,10 @@ def adam_lists_(c: Scalar, theta: Tensors, d: Tensors, state: Sequence[Tensors],
     if maximum:
         torch._foreach_maximum_(maximum, exp_avg_sq)
     count = step.double()
-    roots, sizes = (_each(values) for values in ((1 - beta2**count).sqrt(), lr / (1 - beta1**count)))
+    roots, sizes = (each(values.to(d[0].dtype)) for values in ((1 - beta2**count).sqrt(), lr / (1 - beta1**count)))
     denominator = torch._foreach_sqrt(maximum or exp_avg_sq)
     torch._foreach_div_(denominator, roots)
     add_scalar_(denominator, c[Column.EPS])
     change = torch._foreach_mul(exp_avg, sizes)
     torch._foreach_div_(change, denominator)
     advance_lists_(theta, change, lr)
-
-
-def _each(values: Tensor) -> list[Scalar]:
-    """One scalar for each tensor of a list."""
-    return list(scalars(values))

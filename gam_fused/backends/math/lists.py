@@ -1,24 +1,17 @@
-"""Pieces of the torch backend: lists of tensors in compute precision (float32 for storage up to 32 bits, else float64).
+"""Arithmetic of the torch backend: lists of tensors in compute precision (float32 for storage up to 32 bits, else float64).
 
-On the CPU a kernel reads its scalars once and walks its lists in batches that fit in the caches: temporaries as large as the
-model cost more than the arithmetic, since each is mapped, faulted in and unmapped again. Elsewhere scalars stay 0-d tensors,
-so that the host waits for nothing, and all tensors make one batch, so that launches are few.
+On the CPU a kernel reads its scalars once. Elsewhere they stay 0-d tensors, so that the host waits for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gam_fused.backends.tensor_lists import Layout, TensorList, is_dense
-
 Tensors = Any  # a list or tuple of tensors: torch._foreach_* take either and return one or the other
 Scalar = Any  # a float on the CPU, a 0-d tensor elsewhere
-BATCH = 1 << 18  # elements
 
 
 def on_host(t: Tensor) -> bool:
@@ -29,76 +22,6 @@ def on_host(t: Tensor) -> bool:
 def scalars(t: Tensor) -> Any:
     """`t` to be indexed down to scalars."""
     return t.tolist() if on_host(t) else t
-
-
-@dataclass
-class Batch:
-    """Tensors of one param group, or a stretch of one tensor.
-
-    Attributes:
-        rows: their positions in the layout.
-        offset: where the stretch begins in its tensor; 0 where tensors are whole.
-        lists: the kernel's lists at these rows, without entries where a list is not used; a missing tensor is `None`.
-    """
-
-    rows: list[int]
-    offset: int
-    lists: list[list[Any]]
-
-
-def presence(*lists: TensorList) -> list[bool]:
-    """For each row, whether any of the lists has a tensor there."""
-    used = [lst.tensors for lst in lists if len(lst)]
-    for tensors in used:
-        if all(t is not None for t in tensors):
-            return [True] * len(tensors)
-    return [any(t is not None for t in column) for column in zip(*used, strict=True)]
-
-
-def by_group(layout: Layout, rows: Sequence[int]) -> list[tuple[int, list[int]]]:
-    groups: dict[int, list[int]] = {}
-    for i in rows:
-        groups.setdefault(layout.groups[i], []).append(i)
-    return list(groups.items())
-
-
-def batches(layout: Layout, rows: list[int], *lists: TensorList) -> Iterator[Batch]:
-    """`rows` of the lists, in batches."""
-    if not rows:
-        return
-    used = [lst.tensors for lst in lists if len(lst)]
-    if not all(on_host(t) for t in (next((t for t in tensors if t is not None), None) for tensors in used) if t is not None):
-        yield Batch(rows, 0, [raw(lst, rows) for lst in lists])
-        return
-    some: list[int] = []
-    total = 0
-    for i in rows:
-        size = layout.sizes[i]
-        if size > BATCH and (cut := _cut([lst.tensors[i] if len(lst) else None for lst in lists], size)):
-            for number, pieces in enumerate(cut):
-                yield Batch([i], number * BATCH, [[p] if len(lst) else [] for p, lst in zip(pieces, lists, strict=True)])
-            continue
-        if total + size > BATCH and some:
-            yield Batch(some, 0, [raw(lst, some) for lst in lists])
-            some, total = [], 0
-        some.append(i)
-        total += size
-    if some:
-        yield Batch(some, 0, [raw(lst, some) for lst in lists])
-
-
-def _cut(tensors: list[Any], size: int) -> list[tuple[Any, ...]]:
-    """Stretches of tensors of `size` elements that lie in memory alike and without gaps; nothing where they do not."""
-    there = [t for t in tensors if t is not None]
-    if not is_dense(there[0]) or any(t.stride() != there[0].stride() for t in there):
-        return []
-    count = -(-size // BATCH)
-    columns = [[None] * count if t is None else t.as_strided((size,), (1,)).split(BATCH) for t in tensors]
-    return list(zip(*columns, strict=True))
-
-
-def raw(lst: TensorList, rows: Sequence[int]) -> list[Any]:
-    return [lst.tensors[i] for i in rows] if len(lst) else []
 
 
 def is_compute(t: Tensor) -> bool:
@@ -169,7 +92,7 @@ def sum_of_squares(values: Tensors) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(_flat(values))
         return norm.square()
     norms = torch._foreach_norm([v for v in values if v.numel()] or [values[0].new_zeros(1)], dtype=torch.float64)
-    return torch.stack(norms).double().square().sum()
+    return torch.stack(norms).square().sum()
 
 
 def dot(left: Tensors, right: Tensors) -> Tensor:
@@ -186,21 +109,10 @@ def _flat(values: Tensors) -> Tensor:
 
 
 def workspace(targets: Tensors) -> Tensors:
-    """What to compute new values of `targets` in, in compute precision, for `commit_`: themselves where that is safe.
+    """What to compute new values of `targets` in, in compute precision, for `commit`: themselves where that is safe.
 
     On the CPU nothing that is to be skipped gets as far as computing; elsewhere only the device knows.
     """
     if on_host(targets[0]):
         return up(targets)
     return up(targets) if not is_compute(targets[0]) else torch._foreach_mul(targets, 1)
-
-
-def commit_(targets: Tensors, values: Tensors, skip: Scalar) -> None:
-    """targets <- values unless `skip`, which selects element by element where the host cannot read it."""
-    if not isinstance(skip, bool):
-        values = [torch.where(skip, old, new.to(old.dtype)) for old, new in zip(targets, values, strict=True)]
-    elif skip:
-        return
-    changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v]
-    if changed:
-        torch._foreach_copy_([t for t, _ in changed], [v for _, v in changed])

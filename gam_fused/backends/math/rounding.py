@@ -39,11 +39,10 @@ def key_on_device(control: Tensor, ascent: int) -> Tensor:
     return mixed
 
 
-def noise(shape: torch.Size, key_: int | Tensor, start: int, device: torch.device) -> Tensor:
-    """int64 in [0, 2^32): the hash of each element's position in the flat vector, which begins at `start`."""
-    position = torch.arange(start, start + shape.numel(), dtype=torch.int64, device=device)
+def noise(position: Tensor, key_: int | Tensor) -> Tensor:
+    """int64 in [0, 2^32): the hash of each element's position in the flat vector."""
     mixed: Tensor = mix32((mix32((position >> 32) ^ key_) + position) & _MASK)
-    return mixed.view(shape)
+    return mixed
 
 
 def stochastic_round(value: Tensor, dtype: torch.dtype, noise_: Tensor) -> Tensor:
@@ -79,4 +78,5 @@ def store_(target: Tensor, value: Tensor, key_: int | Tensor, start: int) -> Non
         return
     order = sorted(range(target.dim()), key=lambda d: target.stride()[d], reverse=True)  # storage order of a dense tensor
     ordered, source = target.permute(order), value.to(torch.float32).permute(order)
-    ordered.copy_(stochastic_round(source, target.dtype, noise(source.shape, key_, start, target.device)))
+    position = torch.arange(start, start + target.numel(), dtype=torch.int64, device=target.device)
+    ordered.copy_(stochastic_round(source, target.dtype, noise(position, key_).view(source.shape)))

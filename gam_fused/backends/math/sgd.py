@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from gam_fused.backends.math.lists import Scalar, Tensors, add_scaled_, scalars, scale_, select
+from gam_fused.backends.math.lists import Scalar, Tensors, add_scaled_, scale_, select
 from gam_fused.backends.math.update import advance_, advance_lists_, decay_lists_, switch
 from gam_fused.constants import Column, Flag
 
@@ -30,8 +30,14 @@ def sgd(c: list[float], theta: Tensor, d: Tensor, state: Sequence[Tensor | None]
     advance_(theta, old, -c[Column.LR], -c[Column.LR] * d)
 
 
-def sgd_lists_(c: Scalar, theta: Tensors, d: Tensors, state: Sequence[Tensors], step: Tensor) -> None:
-    """The same of lists, in place. `d` is spent. step: float32 [len(theta)], this one counted."""
+def sgd_lists_(
+    c: Scalar, theta: Tensors, d: Tensors, state: Sequence[Tensors], step: Tensor, each: Callable[[Tensor], list[Scalar]]
+) -> None:
+    """The same of lists, in place. `d` is spent.
+
+    Args:
+        step: float32, one for each tensor, this one counted. each: `Batch.each`.
+    """
     momentum_buffer = state[0]
     scale_(d, 1 - 2 * switch(c, Flag.MAXIMIZE))
     decay_lists_(d, theta, c[Column.WEIGHT_DECAY])
@@ -39,9 +45,9 @@ def sgd_lists_(c: Scalar, theta: Tensors, d: Tensors, state: Sequence[Tensors], 
         momentum = c[Column.MOMENTUM]
         scale_(momentum_buffer, momentum)
         add_scaled_(momentum_buffer, d, 1 - c[Column.DAMPENING])
-        first = scalars(step == 1)
-        if not isinstance(first, list) or any(first):
-            started = select(list(first), d, momentum_buffer)
+        first = each(step == 1)
+        if any(f is not False for f in first):
+            started = select(first, d, momentum_buffer)
             torch._foreach_copy_(momentum_buffer, started)
         nesterov = switch(c, Flag.NESTEROV) == 1
         if nesterov is False:
