@@ -5,6 +5,7 @@
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
 # make compare  which figures of two runs of make bench moved beyond the noise: OLD=before.json NEW=after.json
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
+#               ARGS="--only kernels": one of its stages, for as long; ARGS=--help lists them
 # make profile  where a step's time goes: Python functions and operators (ARGS="--shapes resnet50 --callgrind ...")
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
 # make clients  FusedGAM in the place of the base optimizer of real small clients: the loss after as many steps
