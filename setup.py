@@ -80,7 +80,8 @@ class PurePython(build_py):
 
     def run(self) -> None:
         super().run()
-        write_reasons(ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE), self.reasons)
+        in_place = getattr(self, "editable_mode", False)
+        write_reasons(ROOT / PACKAGE if in_place else Path(self.build_lib, PACKAGE), self.reasons)
 
 
 def compiled() -> dict:
@@ -106,7 +107,8 @@ def compiled() -> dict:
         def run(self) -> None:
             self.reasons = {"cpu": "", "cuda": ""}
             super().run()
-            folders = [Path(self.build_lib, PACKAGE), *([ROOT / PACKAGE] if self.inplace or self.editable_mode else [])]
+            in_place = self.inplace or getattr(self, "editable_mode", False)  # older setuptools know no such mode
+            folders = [Path(self.build_lib, PACKAGE), *([ROOT / PACKAGE] if in_place else [])]
             for folder in folders:
                 if folder.exists():
                     write_reasons(folder, self.reasons)
@@ -128,9 +130,8 @@ def compiled() -> dict:
         def build_cuda(self) -> None:
             forced = os.environ.get("FORCE_CUDA") == "1"
             if not torch.version.cuda and not forced:
-                self.reasons["cuda"] = (
-                    f"torch was {torch.__version__} then, without CUDA; with this one: {toolchain.INSTALL}"
-                )
+                why = f"torch was {torch.__version__} then, without CUDA; with this one: {toolchain.INSTALL}"
+                self.reasons["cuda"] = why
                 return
             if why := toolchain.cuda_missing():
                 self.reasons["cuda"] = give_up("cuda", why)
