@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -148,7 +148,12 @@ def build_cuda(target: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True, exist_ok=True)
     commands = compile_commands(cpp_extension.include_paths(), temporary)
     with ThreadPoolExecutor(jobs()) as pool:
-        list(pool.map(run, commands.values()))
+        running = [pool.submit(run, command) for command in commands.values()]
+        try:
+            for each in as_completed(running):
+                each.result()
+        finally:  # after a failure nothing further begins
+            pool.shutdown(cancel_futures=True)
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     link = [nvcc()[0], "-shared", "-cudart", "static", *map(str, commands), *libraries, "-Xlinker", "--no-as-needed"]
     target.parent.mkdir(parents=True, exist_ok=True)
