@@ -33,25 +33,27 @@ from benchmarks.machine import machine, slug
 from benchmarks.report import write
 
 ROOT = Path(__file__).parents[2]
+REHEARSAL = 60  # minutes: no more than a few are used, but on a busy machine
 
 
 def main(given: Sequence[str] | None = None) -> int:
     summary, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of the whole run")
+    parser.add_argument("--minutes", type=float, help=f"of the whole run ({MINUTES:g}; of a rehearsal {REHEARSAL})")
     parser.add_argument("--only", nargs="+", choices=LIMITS, metavar="NAME", help="only these stages, after the build")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
     arguments = parser.parse_args(given)
     if not arguments.rehearse and not torch.cuda.is_available():
         print(f"{NO_DEVICE}: torch {torch.__version__} sees none. What a CPU can run of this: make gpu ARGS=--rehearse")
         return 1
+    minutes = arguments.minutes or (REHEARSAL if arguments.rehearse else MINUTES)
     device = "cpu" if arguments.rehearse else "cuda"
     about = machine(torch.device(device))
     name = "rehearsal" if arguments.rehearse else slug(about)
-    record = Record(arguments.out.resolve() / f"{name}.json", about, 60 * arguments.minutes)
+    record = Record(arguments.out.resolve() / f"{name}.json", about, 60 * minutes)
     os.chdir(ROOT)  # stages run modules of the repository
-    seconds = limits([n for n in LIMITS if n in (*ALWAYS, *(arguments.only or LIMITS))], arguments.minutes)
+    seconds = limits([n for n in LIMITS if n in (*ALWAYS, *(arguments.only or LIMITS))], minutes)
     with tempfile.TemporaryDirectory() as folder:
         chosen = stages(device, slug(about), Path(folder), seconds)
         for number, stage in enumerate(chosen):

@@ -13,20 +13,20 @@ from benchmarks.machine import tool
 NO_DEVICE = "no CUDA device"
 LIMITS = {  # seconds in a run of all
     "build": 80,
-    "self-check": 45,  # Triton compiles
-    "tests": 100,
+    "self-check": 40,  # Triton compiles
+    "tests": 95,
     "memcheck": 35,
     "racecheck": 35,
     "kernels": 50,
     "steps": 70,
-    "optimizer": 30,
+    "optimizer": 40,
     "triton": 65,
     "cosine": 20,
     "training": 40,
 }
 ALWAYS = ("build",)  # also where others are asked for: they need it
 MINUTES = sum(LIMITS.values()) / 60
-START = 6  # seconds in which Python and torch have started
+START, WRITE = 6, 2  # seconds in which Python and torch have started, in which figures are written
 
 
 def limits(names: Sequence[str], minutes: float) -> dict[str, float]:
@@ -70,14 +70,22 @@ def stages(device: str, machine: str, folder: Path, seconds: dict[str, float]) -
 def _figures(name: str, device: str, file: Path, seconds: float) -> tuple[list[str], Callable[[], str], Path]:
     """The command of a stage that measures, and where it leaves what it has measured."""
     options = ["--device", device, "--out", str(file.parent), *(["--rehearse"] if device == "cpu" else [])]
-    time = max(seconds - START, 1)  # after which nothing further begins
+    module = [sys.executable, "-m"]
     if name in ("cosine", "training"):
-        return [sys.executable, "-m", f"benchmarks.gpu.{name}", *options, "--seconds", f"{time:.0f}"], str, file
-    # A case that has begun when its time is up has a fifth of it to end, or is killed: the figures before it are kept.
-    suite = "training" if name == "steps" else name
-    command = [sys.executable, "-m", "benchmarks", "--suites", suite, *options, "--minutes", f"{0.8 * time / 60:.3f}"]
-    command += ["--grace", f"{0.15 * time:.0f}"]
-    return command, str, file
+        return [*module, f"benchmarks.gpu.{name}", *options, "--seconds", f"{max(seconds - START, 1):.0f}"], str, file
+    # A suite is a process of its own. A case that has begun when its time is up has an eighth of it to end, or is killed:
+    # the figures before it are kept.
+    grace = START + seconds / 8
+    time = max(seconds - START - grace - WRITE, 1)
+    suites = [
+        "--suites",
+        "training" if name == "steps" else name,
+        "--minutes",
+        f"{time / 60:.3f}",
+        "--grace",
+        f"{grace:.0f}",
+    ]
+    return [*module, "benchmarks", *suites, *options], str, file
 
 
 def _sanitizer(name: str) -> list[str]:
