@@ -5,11 +5,14 @@
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
 # make compare  which figures of two runs of make bench moved beyond the noise: OLD=before.json NEW=after.json
 # make gpu      on a machine with a GPU: build, tests, benchmarks and sanitizers in ten minutes, one JSON (OUT=folder)
+#               ARGS="--only kernels": one of its stages, for as long; ARGS=--help lists them
 # make profile  where a step's time goes: Python functions and operators (ARGS="--shapes resnet50 --callgrind ...")
 # make sweep    the sweep behind the default hyperparameters        make probe   the evidence for rho_prime
 # make clients  FusedGAM in the place of the base optimizer of real small clients: the loss after as many steps
 # make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
+# make torch    the package under one version of torch, in a fresh environment that is removed: VERSION=2.11.0 (KEEP=1 ARGS=...)
+# make headers  compiles csrc/ against the headers of the oldest and the newest torch (VERSIONS="2.10.0 2.14.1")
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
 # Each target installs what it needs and is missing, once. If `python` (or `python3`) has torch, as in an active environment,
@@ -17,7 +20,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check docs bench compare profile gpu sweep interval clients study probe wheel clean
+.PHONY: train test check docs torch headers bench compare profile gpu sweep interval clients study probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -27,7 +30,7 @@ INSTALL := $(PYTHON) -m pip install --quiet $(if $(ACTIVE),,--constraint require
 
 # One folder of stamps per environment: setting up another one does not count for this one.
 STAMPS := build/setup-$(shell echo "$(PYTHON)" | cksum | cut -d' ' -f1)
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f -name '*.[ch]*')
+SOURCES := setup.py pyproject.toml csrc/toolchain.py $(shell find csrc -type f -name '*.[ch]*')
 CLANG_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 train: $(STAMPS)/train
@@ -79,12 +82,21 @@ study: $(STAMPS)/study
 probe: $(STAMPS)/train
 	$(PYTHON) -m studies.probe_cosine $(ARGS)
 
+torch:
+	.ci/torch "$(VERSION)" $(ARGS)
+
+# The oldest torch that is supported, and the newest that is known to work.
+VERSIONS := 2.10.0 2.14.1
+headers: $(STAMPS)/environment
+	$(INSTALL) 'fsspec[http]'
+	$(PYTHON) .ci/headers.py $(VERSIONS)
+
 wheel: $(STAMPS)/environment
-	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 clean:
-	rm -rf build dist out site *.egg-info gam_fused/*.so .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist out site *.egg-info gam_fused/*.so gam_fused/_*_not_built.txt .pytest_cache .ruff_cache .mypy_cache .benchmarks
 
 $(STAMPS)/environment: requirements-dev.txt
 ifeq ($(ACTIVE),)

@@ -32,6 +32,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing further begins (8)")
     parser.add_argument("--suites", nargs="+", choices=SHARES, default=list(SHARES), help="(all)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON, Markdown and pictures (out/)")
+    parser.add_argument("--grace", type=float, default=120.0, help="seconds after which a case that is late is killed (120)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(a GPU if there is one)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     options = parser.parse_args(given)
@@ -48,7 +49,7 @@ def main(given: Sequence[str] | None = None) -> int:
             network, worlds = ("digits", (1, 2)) if options.rehearse else ("resnet18_cifar", (1, 2, 4))
             record[name] = communication.measure(network, worlds, limit=max(share * left, 60))
         else:
-            run = {"device": options.device, "rehearse": options.rehearse}
+            run = {"device": options.device, "rehearse": options.rehearse, "grace": options.grace}
             record["suites"][name] = run_suite(name, seconds=share * left, **run)
         left -= time.monotonic() - start
         path.write_text(json.dumps(record, indent=1) + "\n")  # at once: a run that is stopped leaves what it has measured

@@ -1,6 +1,6 @@
 """Whole steps of an optimizer alone, gradients prepared: torch's own, the baselines, and FusedGAM in every backend.
 
-A step is timed until its work is done. From a million elements on the last-level cache is overwritten before each; smaller
+A step is timed until its work is done. From a million elements on the last-level cache is flushed before each; smaller
 ones run warm. On a GPU host time is told beside it.
 """
 
@@ -26,7 +26,8 @@ LATER = ("vit_b_32, SGD", "transformer_1b, SGD", "tiny, AdamW", "vit_b_32, AdamW
 def cases(plan: Plan) -> list[Case]:
     """The important cells first, and of those the ones that are soon measured."""
     backends = backends_on(plan.device)
-    main, later = ({cell: [*main_methods(cell.split(", ")[1], backends)] for cell in cells} for cells in (MAIN, LATER))
+    first = sorted(MAIN, key=lambda cell: cell.startswith("tiny") and plan.device.type == "cuda")
+    main, later = ({cell: [*main_methods(cell.split(", ")[1], backends)] for cell in cells} for cells in (first, LATER))
     both = [Implementation("SGD", method, backends[0], flatten) for method in METHODS for flatten in (False, True)]
     every = [Implementation("SGD", method, backend) for backend in backends for method in METHODS]
     groups = main | {f"{network}, SGD, flatten": both for network in ("tiny", "resnet50")}

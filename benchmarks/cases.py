@@ -41,8 +41,8 @@ class Plan(NamedTuple):
         return 1 if self.rehearse else 3
 
 
-def blocks_of(cell: str, contestants: dict[str, Any], plan: Plan) -> list[Case]:
-    """A cell's cases: block by block, all contestants in each, every block beginning with another."""
+def blocks_of(cell: str, contestants: dict[str, Any], plan: Plan, blocks: int | None = None) -> list[Case]:
+    """A cell's cases: block by block (`plan` says how many), all contestants in each, every block beginning with another."""
     entries = list(contestants.items())
-    turns = [entries[(k := block % len(entries)) :] + entries[:k] for block in range(plan.blocks)]
+    turns = [entries[(k := block % len(entries)) :] + entries[:k] for block in range(blocks or plan.blocks)]
     return [Case(cell, name, block, what) for block, turn in enumerate(turns) for name, what in turn]

@@ -51,11 +51,14 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
-        self._flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+        self._flush = torch.ones(
+            FLUSHED // 4, device=device
+        )  # of pages that are there: untouched ones are one page of zeros
+        self._sum = torch.zeros((), device=device)
 
     def flush_caches(self) -> None:
-        """Overwrites the last-level cache, so that nothing of what is measured next is in it."""
-        self._flush.zero_()
+        """Fills the last-level cache with something else, by reading: lines written to would have to be evicted next."""
+        torch.sum(self._flush, dim=0, out=self._sum)
 
     def cold(self) -> None:
         """Flushed caches, and on a GPU a head start for the host."""

@@ -26,6 +26,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     p = torch.cuda.get_device_properties(device)
     facts |= {"gpu": p.name, "gpus": torch.cuda.device_count(), "compute_capability": f"{p.major}.{p.minor}"}
     facts |= {"memory_GiB": round(p.total_memory / 2**30, 1), "multiprocessors": p.multi_processor_count}
+    facts["L2_MiB"] = round(p.L2_cache_size / 2**20, 1)
     facts["driver"] = host.printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
     facts["nvcc"] = "".join(re.findall(r"release ([\d.]+)", host.printed(tool("nvcc"), "--version")))
     return facts

@@ -72,17 +72,27 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 IMAGES = {"digits": (1, 8), "resnet18_cifar": (3, 32)}  # channels, height and width; (3, 224) otherwise
 
 
-@lru_cache
-def shapes(name: str) -> Shapes:
-    """Shapes of the parameters of a network; "tiny" is 161 tensors of 64 elements, where only host time is left.
+def built(name: str) -> nn.Module:
+    """A network of `BUILDERS`.
 
     Raises:
-        ImportError: `transformers` is not there (`pip install transformers`).
+        ImportError: `transformers` is not there.
     """
+    try:
+        return BUILDERS[name]()
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is built by transformers, which is missing: pip install transformers ({error})"
+        ) from error
+
+
+@lru_cache
+def shapes(name: str) -> Shapes:
+    """Shapes of the parameters of a network; "tiny" is 161 tensors of 64 elements, where only host time is left."""
     if name == "tiny":
         return ((64,),) * 161
     with torch.device("meta"):
-        return tuple(tuple(p.shape) for p in BUILDERS[name]().parameters())
+        return tuple(tuple(p.shape) for p in built(name).parameters())
 
 
 class Logits(nn.Module):
@@ -102,7 +112,7 @@ def classifier(name: str, device: torch.device) -> nn.Module:
         return conv_net(seed=0).to(device)
     torch.manual_seed(0)
     with device:
-        return Logits(BUILDERS[name]()).train()
+        return Logits(built(name)).train()
 
 
 def batch(name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import textwrap
 
 import torch
 
@@ -25,7 +26,7 @@ def main() -> int:
     failed = False
     for name, why in gam_fused.available_backends().items():
         if why:
-            print(f"  {name:<10} not available: {why}")
+            print(f"  {name:<10} not available: {textwrap.indent(why, ' ' * 13).strip()}")
             continue
         for device in devices:
             result = compare_with_reference(name, torch.device(device))

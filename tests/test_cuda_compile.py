@@ -6,7 +6,6 @@ blocks), in float64 128 (4 blocks).
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import toolchain
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100")
@@ -25,14 +25,6 @@ KERNELS = ("squared_norm", "direction_products", "perturb", "combine", "restore"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")]
-
-
-def flags() -> list[str]:
-    """NVCC_FLAGS of setup.py."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "NVCC_FLAGS":
-            return ast.literal_eval(node.value)
-    raise AssertionError("setup.py has no NVCC_FLAGS")
 
 
 def cuobjdump() -> str | None:
@@ -54,7 +46,7 @@ def kept(path: Path, make: Callable[[], str]) -> str:
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, str], tuple[str, str]]:
     """(kernel, architecture) -> what ptxas printed, and the machine code; kept in build/ until a source changes."""
-    options = [*flags(), "-DGAM_MANY_WORDS", "-Xptxas", "-v"]
+    options = [*toolchain.NVCC_FLAGS, "-DGAM_MANY_WORDS", "-Xptxas", "-v"]
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     inputs = [*sorted((ROOT / "csrc").glob("*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.*"))]
     key = hashlib.sha256(repr((options, version)).encode() + b"".join(p.read_bytes() for p in inputs))

@@ -104,13 +104,17 @@ def test_kernels_per_step_of_two_dtypes(backend_name):
 
 
 @gpu_backends("cuda", "triton")
-@pytest.mark.parametrize(("method", "scratch"), [("sam", 1), ("finite_difference", 2), ("accelerated", 3)])
-def test_scratch_is_what_the_design_says(backend_name, method, scratch):
+@pytest.mark.parametrize(
+    ("method", "max_ratio", "scratch"),
+    [("sam", None, 1), ("finite_difference", None, 2), ("finite_difference", 0.1, 3), ("accelerated", None, 3)],
+)
+def test_scratch_is_what_the_design_says(backend_name, method, max_ratio, scratch):
     """The largest allocation of a first step beyond plain SGD-momentum's gradient and momentum, in copies of the model."""
     count = 1 << 23
     parameter = torch.nn.Parameter(torch.randn(count, device=CUDA))
     factor = torch.rand(count, device=CUDA)
-    optimizer = FusedGAM([parameter], torch.optim.SGD, lr=0.1, momentum=0.9, method=method, backend=backend_name)
+    options = {"method": method, "max_ratio": max_ratio, "backend": backend_name}
+    optimizer = FusedGAM([parameter], torch.optim.SGD, lr=0.1, momentum=0.9, **options)
 
     def closure() -> float:
         parameter.grad = factor * parameter.detach()

@@ -58,7 +58,7 @@ class Kernel:
 @pytest.fixture
 def watched(monkeypatch):
     """The `Watch`. Launches of `cuda` and `triton` go to stubs; all that surrounds them is what runs on a GPU."""
-    compiled = CompiledBackend("CUDA", "_cuda", "", lambda: "", Operators())
+    compiled = CompiledBackend("CUDA", "_cuda", lambda: "", Operators())
     compiled._reason = ""
     monkeypatch.setitem(backends._BACKENDS, "cuda", (compiled, ("cuda",)))
     monkeypatch.setitem(backends._BACKENDS, "triton", (triton.backend, ("cuda",)))

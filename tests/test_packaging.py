@@ -100,14 +100,77 @@ def test_pure_package_without_a_compiler(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     code = "import gam_fused; b = gam_fused.available_backends(); print(b['torch'] == '', b['cpp'])"
     done = python(code, unpack(wheel))
-    assert done.stdout.startswith("True the compiled CPU extension was not built; reinstall"), done.stderr
+    why = "True the compiled CPU extension was not built: no C++ compiler (/nonexistent); install one or set CXX"
+    assert done.stdout.startswith(why), done.stderr
 
 
-def test_pure_package_where_it_does_not_compile(tmp_path):
-    wheel, printed = build_wheel(tmp_path, CC="false", CXX="false", GAM_FUSED_REQUIRE_CPP="0")
+def compiler(folder: Path, *, fails: bool, version: str = "") -> str:
+    """A compiler that makes empty files, or prints an error as nvcc and g++ do."""
+    failure = "echo 'csrc/operators.h:7:1: error: a number too many'; echo 'compilation terminated.'; exit 1"
+    success = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done'
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("nvcc" if version else "c++")
+    path.write_text(f"""#!/bin/sh
+case "$1" in -dumpfullversion) echo 14.0.0; exit;; --version) echo 'c++ {version}'; exit;; esac
+{failure if fails else success}
+""")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_cpu_backend_that_does_not_compile_says_why_in_the_compilers_words(tmp_path):
+    wheel, printed = build_wheel(tmp_path, CXX=compiler(tmp_path, fails=True), GAM_FUSED_REQUIRE_CPP="0")
     assert "it does not compile" in printed
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
-    assert python("import gam_fused", unpack(wheel)).returncode == 0
+    code = "import gam_fused; print(gam_fused.available_backends()['cpp'])"
+    done = python(code, unpack(wheel))
+    first, second, *_, last = done.stdout.splitlines()
+    assert first == "the compiled CPU extension was not built: it does not compile:"
+    assert second == "csrc/operators.h:7:1: error: a number too many"
+    assert last == "once that is mended: pip install --no-build-isolation ."
+    report = python("import runpy; runpy.run_module('gam_fused', run_name='__main__')", unpack(wheel))
+    assert "error: a number too many" in report.stdout
+
+
+SEES_A_GPU = "import torch; torch.version.cuda = '13.0'; torch.cuda.is_available = lambda: True; "
+
+
+def test_a_cuda_backend_that_does_not_compile_leaves_the_other_and_says_why(tmp_path):
+    """Torch has CUDA, as far as the build can see, and nvcc fails; the CPU backend's compiler makes an empty file."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text("import torch; torch.version.cuda = '13.0'\n")
+    compiler(tmp_path / "toolkit" / "bin", fails=True, version="release 13.0")
+    wheel, printed = build_wheel(
+        tmp_path,
+        CXX=compiler(tmp_path, fails=False),
+        CUDA_HOME=str(tmp_path / "toolkit"),
+        PYTHONPATH=str(tmp_path / "path"),
+        GAM_FUSED_REQUIRE_CPP="1",
+        FORCE_CUDA="0",
+    )
+    assert "the compiled CUDA backend is left out" in printed
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == ["gam_fused/_cpu.abi3.so"]
+    code = SEES_A_GPU + "import gam_fused; print(gam_fused.available_backends()['cuda'])"
+    done = python(code, unpack(wheel))
+    assert "the compiled CUDA extension was not built: it does not compile:\ncsrc/operators.h:7:1: error:" in done.stdout
+
+
+def test_the_reason_and_the_backend_of_an_earlier_build_go(tmp_path):
+    """Built in place, thrice: it compiles, it does not, it does."""
+    for name in ("csrc", "gam_fused", "setup.py", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for stale in (tmp_path / "gam_fused").glob("_c*.*"):
+        stale.unlink()
+    found = []
+    for fails in (False, True, False):
+        environment = os.environ | {"CXX": compiler(tmp_path, fails=fails), "GAM_FUSED_REQUIRE_CPP": "0", "FORCE_CUDA": "0"}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(sorted(path.name for path in (tmp_path / "gam_fused").glob("_cpu*")))
+    assert found == [["_cpu.abi3.so"], ["_cpu_not_built.txt"], ["_cpu.abi3.so"]]
 
 
 def test_requiring_the_backend_is_an_error_without_a_compiler(tmp_path):
@@ -152,11 +215,8 @@ def test_toolkits_that_do_not_do_are_named_in_one_line(tmp_path, nvcc, line):
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 def test_unknown_architectures_are_named(tmp_path):
     """The CPU backend is built before: by a compiler that only makes empty files."""
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
-    compiler.chmod(0o755)
     with pytest.raises(AssertionError, match="TORCH_CUDA_ARCH_LIST holds 'volta'"):
-        build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;volta", CXX=str(compiler))
+        build_wheel(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;volta", CXX=compiler(tmp_path / "bin", fails=False))
 
 
 def test_triton_kernels_only_under_its_full_name():

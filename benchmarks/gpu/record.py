@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ class Stage:
     Attributes:
         name: its key in the record.
         command: what to run; a nonzero exit status fails the stage.
-        limit: seconds after which it and its children are killed; less where the whole run's time ends before.
+        limit: seconds after which it and its children are killed; more where earlier stages have left some of theirs, less
+            where the whole run's time ends before.
         figures: a JSON file that the command leaves, also when it was cut; its entries go into the record.
         environment: added to this process's own.
-        skip: why it does not run, or "".
+        skip: says why it does not run, or "", when its turn has come.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Stage:
     limit: float
     figures: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    skip: str = ""
+    skip: Callable[[], str] = str
 
 
 class Record:
@@ -41,23 +43,23 @@ class Record:
 
     def __init__(self, path: Path, machine: dict[str, Any], budget: float):
         self.path, self.stages = path, dict[str, dict[str, Any]]()
-        self.content: dict[str, Any] = {"machine": machine, "stages": self.stages}
+        self.content: dict[str, Any] = {"machine": machine, "stages": self.stages, "suites": {}}
         self.end = time.monotonic() + budget
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 
-    def run(self, stage: Stage) -> None:
-        """Run a stage and write down how it went."""
+    def run(self, stage: Stage, later: float = math.inf) -> None:
+        """Run a stage and write down how it went; of the time, all but `later` seconds may be used, or else its limit."""
         left = self.end - time.monotonic()
-        if stage.skip:
-            entry: dict[str, Any] = {"status": f"skipped: {stage.skip}", "seconds": 0.0}
+        if why := stage.skip():
+            entry: dict[str, Any] = {"status": f"skipped: {why}", "seconds": 0.0}
         elif left < 1:
             entry = {"status": "failed: no time left for it", "seconds": 0.0}
         else:
-            entry = _run(stage, min(stage.limit, left))
+            entry = _run(stage, min(max(stage.limit, left - later), left))
         if stage.figures and "output" in entry:
             try:
-                self.content = json.loads(stage.figures.read_text()) | self.content
+                self.content = _merged(json.loads(stage.figures.read_text()), self.content)
             except (OSError, ValueError) as error:
                 entry["status"] = f"failed: it left no figures ({error})"
         self.stages[stage.name] = entry
@@ -75,6 +77,12 @@ class Record:
     @property
     def failed(self) -> list[str]:
         return [name for name, entry in self.stages.items() if entry["status"].startswith("failed")]
+
+
+def _merged(added: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Both; of an entry that both have, such as the suites, the entries of both."""
+    both = {key: added[key] | content[key] for key in added.keys() & content.keys() if isinstance(added[key], dict)}
+    return added | content | both
 
 
 def _run(stage: Stage, limit: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.bench_kernels import YARDSTICK
 from benchmarks.bench_training import CONTESTANTS
 from benchmarks.contestants import AUTHORS, FOREACH
+from benchmarks.report import gpu
 from benchmarks.report.ratios import Cell, Ratio, Row, beyond_passes, ms_per_step, ratio, share_of_yardstick
 
 Record = dict[str, Any]
@@ -21,6 +22,7 @@ def document(record: Record) -> str:
         f"# What GAM costs on {m.get('gpu') or m['cpu']}",
         f"{about}, commit {m['commit']}, {m['date']}. Medians; in brackets the 20 and 80 % quantiles of times, and of ratios"
         " the least and the greatest block.",
+        *gpu.device(m),
         *(["Of an unclean tree."] if m["commit"].endswith("+changes") else []),
         *(["## Training steps", summary(record)] if "training" in record["suites"] else []),
     ]
@@ -34,6 +36,9 @@ def document(record: Record) -> str:
             parts += [f"## {title}", *render(record["suites"][name]["cells"])]
     if "communication" in record:
         parts += ["## Communication under DistributedDataParallel", communication(record["communication"])]
+    for title, name, show in gpu.SECTIONS:
+        if record.get(name):
+            parts += [f"## {title}", table(*show(record[name]))]
     return "\n\n".join([*parts, "## Left out", left_out(record)]) + "\n"
 
 
@@ -59,7 +64,7 @@ def summary(record: Record) -> str:
         "Images per second; the time of a step in steps of the base optimizer; by how much it exceeds the forwards and"
         " backwards in it (20 .. 80 %)."
     )
-    return f"{_table(['', *shown], rows)}\n\n{note}"
+    return f"{table(['', *shown], rows)}\n\n{note}"
 
 
 def training(cells: dict[str, Cell]) -> Iterable[str]:
@@ -73,7 +78,7 @@ def training(cells: dict[str, Cell]) -> Iterable[str]:
             rate = f"{_images_per_s(row):.3g}"
             rows.append([contestant, passes, _ms(row), rate, _times(times), _percent(beyond), memory])
         header = ["", "passes", "ms per step", "images/s", "x the base", "beyond its passes", "peak MiB beyond the weights"]
-        yield f"{name}\n\n{_table(header, rows)}"
+        yield f"{name}\n\n{table(header, rows)}"
 
 
 def optimizer(cells: dict[str, Cell]) -> Iterable[str]:
@@ -84,7 +89,7 @@ def optimizer(cells: dict[str, Cell]) -> Iterable[str]:
             share = share_of_yardstick(row, cell["triad"]) if "triad" in cell else None
             rows.append([contestant, _ms(row), *rivals, _share(share), *_host(row, cell)])
         header = ["", "ms per step", "authors' order takes", "foreach takes", "of the triad's rate"]
-        yield f"{name}\n\n{_table([*header, *_host_keys(cell).values()], rows)}"
+        yield f"{name}\n\n{table([*header, *_host_keys(cell).values()], rows)}"
 
 
 def kernels(cells: dict[str, Cell]) -> Iterable[str]:
@@ -94,13 +99,13 @@ def kernels(cells: dict[str, Cell]) -> Iterable[str]:
             rate = f"{row['bytes'] / row['ms'] / 1e6:.1f}"
             share = share_of_yardstick(row, cell[YARDSTICK]) if YARDSTICK in cell else None
             rows.append([contestant, _ms(row), rate, _share(share), *_host(row, cell)])
-        yield f"{name}\n\n{_table(['', 'ms', 'GB/s', 'of the yardstick', *_host_keys(cell).values()], rows)}"
+        yield f"{name}\n\n{table(['', 'ms', 'GB/s', 'of the yardstick', *_host_keys(cell).values()], rows)}"
 
 
 def scaling(cells: dict[str, Cell]) -> Iterable[str]:
     contestants = list(dict.fromkeys(name for cell in cells.values() for name in cell))
     rows = [[name, *(_ms(cell[c]) if c in cell else "" for c in contestants)] for name, cell in cells.items()]
-    yield "Milliseconds per step.\n\n" + _table(["", *contestants], rows)
+    yield "Milliseconds per step.\n\n" + table(["", *contestants], rows)
 
 
 def communication(worlds: dict[str, dict[str, Row]]) -> str:
@@ -114,7 +119,7 @@ def communication(worlds: dict[str, dict[str, Row]]) -> str:
             times = f"{row['bytes'] / model:.3f}"
             rows.append([world, name, str(row["all_reduces"]), f"{row['bytes'] / 2**20:.2f}", times])
     header = ["", "", "all-reduces per step", "MiB", "gradients of the model"]
-    return f"{_table(header, rows)}\n\nCounted by the profiler on rank 0."
+    return f"{table(header, rows)}\n\nCounted by the profiler on rank 0."
 
 
 def left_out(record: Record) -> str:
@@ -177,5 +182,6 @@ def _share(found: Ratio | None) -> str:
     return "{:.0f} % ({:.0f} .. {:.0f})".format(*(100 * x for x in found)) if found else ""
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """As Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

@@ -15,6 +15,7 @@ import torch
 def machine() -> dict[str, Any]:
     """The processor, the versions of Python and torch, the commit and today's date."""
     git = ("git", "-C", str(Path(__file__).parent))
+    commit = printed(*git, "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown")  # a copy has no history
     changed = printed(*git, "status", "--porcelain", "-uno")
     return {
         "cpu": _cpu_name(),
@@ -23,7 +24,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": printed(*git, "rev-parse", "--short", "HEAD") + "+changes" * bool(changed),
+        "commit": commit + "+changes" * bool(changed),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -21,6 +21,8 @@ from gam_fused.torch_private import break_graph
 
 _OPS = torch.ops.gam_fused
 _CPU = torch.device("cpu")
+_PACKAGE = Path(__file__).parents[1]
+_INSTALL = "pip install --no-build-isolation ."
 _NO_MAP = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -29,14 +31,13 @@ class CompiledBackend(LaunchingBackend):
 
     Args:
         kind: "CPU" or "CUDA", for messages.
-        library: stem of the shared object beside the package's modules.
-        remedy: what to do when it is not there.
+        library: stem of the shared object beside the package's modules, and of the file that says why it was not built.
         unusable: why this process cannot use it even if it is there, or "".
         ops: the namespace its operators are registered in.
     """
 
-    def __init__(self, kind: str, library: str, remedy: str, unusable: Callable[[], str], ops: Any = _OPS):
-        self.kind, self.library, self.remedy, self._unusable, self._ops = kind, library, remedy, unusable, ops
+    def __init__(self, kind: str, library: str, unusable: Callable[[], str], ops: Any = _OPS):
+        self.kind, self.library, self._unusable, self._ops = kind, library, unusable, ops
         self._reason: str | None = None
         self._operators: dict[str, Callable[..., None]] = {}
         super().__init__()
@@ -48,17 +49,24 @@ class CompiledBackend(LaunchingBackend):
         return self._reason
 
     def _load(self) -> str:
-        found = sorted(Path(__file__).parents[1].glob(f"{self.library}*.so"))
+        found = sorted(_PACKAGE.glob(f"{self.library}.*so"))
         if not found:
-            return f"the compiled {self.kind} extension was not built; {self.remedy}"
+            return f"the compiled {self.kind} extension was not built: {self._why_not_built()}"
         version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
         if version < (2, 10):
             return f"the compiled {self.kind} extension needs torch 2.10 or newer, this is {torch.__version__}"
         try:
             torch.ops.load_library(str(found[0]))
         except (ImportError, OSError, RuntimeError) as error:
-            return f"the compiled {self.kind} extension {found[0].name} does not load: {error}; {self.remedy}"
+            return f"the compiled {self.kind} extension {found[0].name} does not load: {error}; build it anew: {_INSTALL}"
         return ""
+
+    def _why_not_built(self) -> str:
+        """What setup.py has left."""
+        try:
+            return (_PACKAGE / f"{self.library}_not_built.txt").read_text().strip()
+        except OSError:
+            return f"these are bare sources; build them: {_INSTALL}"
 
     def launch(self, kernel: Kernel, operands: Any, *, saved: bool = True) -> None:
         """Call the kernel's operator."""
@@ -107,6 +115,5 @@ def _no_cuda() -> str:
     return ""
 
 
-_REINSTALL = "pip install --no-build-isolation ."
-cpp = CompiledBackend("CPU", "_cpu", f"reinstall with a compiler: {_REINSTALL}", lambda: "")
-cuda = CompiledBackend("CUDA", "_cuda", f"reinstall with a CUDA toolkit (nvcc 12 or newer): {_REINSTALL}", _no_cuda)
+cpp = CompiledBackend("CPU", "_cpu", lambda: "")
+cuda = CompiledBackend("CUDA", "_cuda", _no_cuda)

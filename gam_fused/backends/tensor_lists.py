@@ -104,8 +104,8 @@ class Layout:
     """
 
     __slots__ = (
-        *("_tables", "_workspaces", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "starts", "table"),
-    )
+        "_tables", "_workspaces", "checked", "chunk", "chunks", "counted", "groups", "numel", "sizes", "starts", "table",
+    )  # fmt: skip
 
     def __init__(self, sizes: Sequence[int], groups: Sequence[int], counted: Sequence[bool]):
         self.sizes, self.groups, self.counted = list(sizes), list(groups), [bool(c) for c in counted]

@@ -77,7 +77,7 @@ class CudaOnCpu(CompiledBackend):
     """`backends.compiled.cuda` with CPU tensors. The layout's map is handed over, as for a GPU."""
 
     def __init__(self, path: Path):
-        super().__init__("CUDA", "", "", lambda: "", getattr(torch.ops, NAMESPACE))
+        super().__init__("CUDA", "", lambda: "", getattr(torch.ops, NAMESPACE))
         torch.ops.load_library(str(path))
         self._shim = ctypes.CDLL(str(path))
 
