@@ -66,7 +66,7 @@ class Plan:
         return (
             self.members_are(param_groups)
             and self._flags == _flags(param_groups)
-            and all(block.memory_now() == block.memory for block in self.blocks)
+            and all(block.is_in_place() for block in self.blocks)
         )
 
     def members_are(self, param_groups: Groups) -> bool:
@@ -85,7 +85,7 @@ class Plan:
         if not self.members_are(param_groups):
             raise RuntimeError(_replaced(self._members, param_groups))
         for block in self.blocks:
-            if block.addresses_now() != block.memory[0]:
+            if block.addresses_now() != block.addresses:
                 raise RuntimeError(block.tell_moved(param_groups))
         for p in self.frozen:
             if p.grad is not None:
@@ -97,7 +97,7 @@ class Plan:
     def put_in_place(self) -> None:
         """Parameters that a closure has given other memory lie in their own again."""
         for block in self.blocks:
-            if not block.sharded and block.memory_now() != block.memory:
+            if not block.sharded and not block.is_in_place():
                 for p, t in zip(block.params, block.theta.tensors, strict=True):
                     p.data = t
 

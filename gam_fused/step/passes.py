@@ -60,7 +60,6 @@ class Passes:
         if random is None and settings.preserve_rng_state:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
         self._random = random
-        self._known = [False] * len(self.blocks)  # whether the last pass found all gradients there and as they should be
         self._settled = False  # whether generators and buffers stand where they shall be after the step
 
     def gradient(self, point: str, *, keep: bool = False, part: bool = False) -> Lists:
@@ -72,12 +71,11 @@ class Passes:
         groups = self.session.param_groups
         keep = keep or not self.fused  # a foreign base gets d in the buffers of the last gradient
         lists = []
-        for b, known in zip(self.blocks, self._known, strict=True):
+        for b in self.blocks:
             if b.sharded:
                 lists.append(dtensor.take(b.params, b.strides, b.dtype, groups, keep=keep))
             else:
-                lists.append(gradients.take(b.params, b.strides, b.dtype, groups, keep=keep, known=known))
-        self._known = [lst.complete for lst in lists]
+                lists.append(gradients.take(b.params, b.strides, groups, keep=keep))
         return self._received(lists)
 
     def gradient_on_part(self, point: str, *, keep: bool = False, instead_of: Lists | None = None) -> Lists:

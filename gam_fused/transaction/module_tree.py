@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -37,35 +37,71 @@ class ModuleTree:
             if _names_others(kind):
                 self._names_others = True
                 waiting += module.modules()
-        self._children = [children_in(m) for m in modules.values()]
-        self._parameters = [parameters_in(m) for m in modules.values()]
-        self._known_children, self._known_parameters = values_of(self._children), values_of(self._parameters)
-        others = (p for p in self._known_parameters if p is not None and id(p) not in trained and not is_lazy(p))
+        self._children = Contents([children_in(m) for m in modules.values()])
+        self._parameters = Contents([parameters_in(m) for m in modules.values()])
+        others = (p for p in self._parameters.values if p is not None and id(p) not in trained and not is_lazy(p))
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
         ids = set(map(id, self.frozen))
-        of_frozen = [owner for owner in self._parameters if not ids.isdisjoint(map(id, owner.values()))]
+        of_frozen = [owner for owner in self._parameters.filled if not ids.isdisjoint(map(id, owner.values()))]
         self.owners: list[Owner] = [*(buffers_in(m) for m in modules.values()), *of_frozen]
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""
-        return (
-            not self._names_others
-            and same_objects(values_of(self._children), self._known_children)
-            and same_objects(values_of(self._parameters), self._known_parameters)
-        )
+        return not self._names_others and self._children.are_all() and self._parameters.are_all()
+
+
+class Contents:
+    """What some dicts of modules hold under which names, to be compared with what they hold later.
+
+    Attributes:
+        filled: those that held something; most do not. values: all that they held, in order.
+    """
+
+    def __init__(self, owners: Sequence[Owner]):
+        self.filled, self._empty = [owner for owner in owners if owner], [owner for owner in owners if not owner]
+        self.values: list[Any] = list(chain.from_iterable(map(dict.values, self.filled)))
+        self._names, self._counts = list(chain.from_iterable(self.filled)), list(map(len, self.filled))
+        self._ended = [*self.values, _END]
+
+    def are_all(self) -> bool:
+        """Whether they hold the same objects and no others, whatever the names."""
+        return not any(self._empty) and self._are_held()
+
+    def are_in_place(self) -> bool:
+        """Whether the same objects stand under the same names, whatever the empty ones hold now."""
+        return self._are_held() and list(chain.from_iterable(self.filled)) == self._names
+
+    def are_all_in_place(self) -> bool:
+        """Whether they hold the same objects under the same names, and no others."""
+        return not any(self._empty) and self.are_in_place()
+
+    def has(self, owner: Owner, name: str) -> bool:
+        """Whether one of them held something under a name."""
+        return any(known is owner and name in names for known, names, _ in self._each())
+
+    def put_back(self) -> None:
+        """The same objects under the same names; names added since stay."""
+        for owner, names, values in self._each():
+            for name, value in zip(names, values, strict=True):
+                if owner.get(name, owner) is not value:
+                    owner[name] = value
+
+    def _each(self) -> Iterator[tuple[Owner, list[str], list[Any]]]:
+        end = 0
+        for owner, count in zip(self.filled, self._counts, strict=True):
+            start, end = end, end + count
+            yield owner, self._names[start:end], self.values[start:end]
+
+    def _are_held(self) -> bool:
+        return all(map(is_, chain(chain.from_iterable(map(dict.values, self.filled)), (_END,)), self._ended))
+
+
+_END = object()  # as many values as before are followed by it in the same place
 
 
 def _names_others(kind: Any) -> bool:
     """Whether modules of a class may list other modules than their own."""
     return any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("modules", "named_modules"))
-
-
-def values_of(owners: list[Owner]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, owners)))
-
-
-def names_of(owners: list[Owner]) -> list[str]:
-    return list(chain.from_iterable(owners))
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
