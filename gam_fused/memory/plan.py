@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class Plan:
         self.shards = ShardSums(self.blocks)
         self.state_keys: list[tuple[str | None, ...]] = []  # of each param group: names of what the fused base keeps
         self._scalars: tuple[float, float] | None = None
+
+    @cached_property
+    def skipped(self) -> Tensor:
+        """0-d: whether the last update was skipped because a gradient was not finite."""
+        return self.blocks[0].control[Control.LAST_SKIPPED]
 
     def upload(self, tables: dict[str, Table], xi: float, max_norm: float) -> None:
         """Bring coefficient tables and control blocks up to date; what has not changed is not written."""

@@ -29,7 +29,7 @@ _COPIED_TO_LEARN, _TIMES_TRAINED = 16 << 20, 2
 
 
 class ModelState:
-    """The buffers and frozen parameters of the given modules, across steps.
+    """The buffers and frozen parameters of the given modules, across steps. Used under `torch.no_grad`.
 
     Args:
         modules: the modules.
@@ -161,14 +161,14 @@ class BufferLayout:
         return (
             (owners is self.owners or same_objects(owners, self.owners))
             and same_objects(frozen, self._wanted)
-            and self._contents.are_all_in_place()
+            and self._contents.are_all()
             and not self._has_lazy
             and self.snapshots.still_fit()
         )
 
     def is_in_place(self) -> bool:
         """A cheaper check of the same, during a step."""
-        return self._contents.are_all_in_place() and not self._has_lazy and self.snapshots.in_place()
+        return self._contents.are_all() and not self._has_lazy and self.snapshots.in_place()
 
     def tracks(self, owner: Owner, name: str) -> bool:
         """Whether what is registered under a name is copied."""

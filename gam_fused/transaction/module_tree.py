@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from operator import is_
+from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,43 +60,29 @@ class Contents:
     def __init__(self, owners: Sequence[Owner]):
         self.filled, self._empty = [owner for owner in owners if owner], [owner for owner in owners if not owner]
         self.values: list[Any] = list(chain.from_iterable(map(dict.values, self.filled)))
-        self._names, self._counts = list(chain.from_iterable(self.filled)), list(map(len, self.filled))
-        self._ended = [*self.values, _END]
-
-    def are_all(self) -> bool:
-        """Whether they hold the same objects and no others, whatever the names."""
-        return not any(self._empty) and self._are_held()
+        self._names = list(chain.from_iterable(self.filled))
+        self._owners = [owner for owner in self.filled for _ in owner]  # one for each of the values
 
     def are_in_place(self) -> bool:
-        """Whether the same objects stand under the same names, whatever the empty ones hold now."""
-        return self._are_held() and list(chain.from_iterable(self.filled)) == self._names
+        """Whether the same objects stand under the same names, whatever else there is."""
+        try:
+            return all(map(is_, map(getitem, self._owners, self._names), self.values))
+        except KeyError:
+            return False
 
-    def are_all_in_place(self) -> bool:
-        """Whether they hold the same objects under the same names, and no others."""
-        return not any(self._empty) and self.are_in_place()
+    def are_all(self) -> bool:
+        """Whether the same objects stand under the same names, and nothing else does."""
+        return not any(self._empty) and sum(map(len, self.filled)) == len(self.values) and self.are_in_place()
 
     def has(self, owner: Owner, name: str) -> bool:
         """Whether one of them held something under a name."""
-        return any(known is owner and name in names for known, names, _ in self._each())
+        return any(known is owner and name == mine for known, mine in zip(self._owners, self._names, strict=True))
 
     def put_back(self) -> None:
         """The same objects under the same names; names added since stay."""
-        for owner, names, values in self._each():
-            for name, value in zip(names, values, strict=True):
-                if owner.get(name, owner) is not value:
-                    owner[name] = value
-
-    def _each(self) -> Iterator[tuple[Owner, list[str], list[Any]]]:
-        end = 0
-        for owner, count in zip(self.filled, self._counts, strict=True):
-            start, end = end, end + count
-            yield owner, self._names[start:end], self.values[start:end]
-
-    def _are_held(self) -> bool:
-        return all(map(is_, chain(chain.from_iterable(map(dict.values, self.filled)), (_END,)), self._ended))
-
-
-_END = object()  # as many values as before are followed by it in the same place
+        for owner, name, value in zip(self._owners, self._names, self.values, strict=True):
+            if owner.get(name, owner) is not value:
+                owner[name] = value
 
 
 def _names_others(kind: Any) -> bool:

@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,16 +98,11 @@ class _Torch:
     """torch's default generator of the CPU (device None) or of a device."""
 
     def __init__(self, device: torch.device | None):
-        module: Any = torch if device is None else torch.get_device_module(device)
-        self._get, self._set = module.get_rng_state, module.set_rng_state
-        self._device = () if device is None else (device,)
-
-    def read(self) -> Tensor:
-        state: Tensor = self._get(*self._device)
-        return state
-
-    def write(self, state: Tensor) -> None:
-        self._set(state, *self._device)
+        if device is None:
+            self.read, self.write = torch.default_generator.get_state, torch.default_generator.set_state
+        else:
+            module = torch.get_device_module(device)
+            self.read, self.write = partial(module.get_rng_state, device), partial(module.set_rng_state, device=device)
 
     def equal(self, a: Tensor, b: Tensor) -> bool:
         return False  # writing a state takes less time than comparing two
@@ -117,7 +113,7 @@ class _Torch:
 
 class _OwnTorch(_Torch):
     def __init__(self, generator: torch.Generator):
-        self._get, self._set, self._device = generator.get_state, generator.set_state, ()
+        self.read, self.write = generator.get_state, generator.set_state
 
 
 class _Python:
@@ -182,11 +178,13 @@ class _Numpy(_Plain):
 
     def __init__(self, module: Any):
         super().__init__(lambda: module.get_state(legacy=False), module.set_state)
-        self._module = module
+        self._get_bits = getattr(module, "get_bit_generator", lambda: None)
         self._last: tuple[bytes, Any] | None = None
         self._pairs = False  # whether there ever was one in stock
         self._read_whole = self.read
         self.read = self._read
+        self._bits: Any = None
+        self._address = 0
 
     def _read(self) -> Any:
         words = self._words()
@@ -197,10 +195,10 @@ class _Numpy(_Plain):
 
     def _words(self) -> bytes:
         """The twister's 624 words and its position, or b"" where the global generator is of another kind."""
-        bits: Any = self._module.get_bit_generator() if hasattr(self._module, "get_bit_generator") else None
-        if type(bits).__name__ != "MT19937":
-            return b""
-        return ctypes.string_at(bits.ctypes.state_address, 625 * 4)
+        bits: Any = self._get_bits()
+        if bits is not self._bits:
+            self._bits, self._address = bits, bits.ctypes.state_address if type(bits).__name__ == "MT19937" else 0
+        return ctypes.string_at(self._address, 625 * 4) if self._address else b""
 
     def equal(self, a: Any, b: Any) -> bool:
         return a is b or super().equal(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -28,7 +29,7 @@ _OWN_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # subclasses may ke
 
 
 class Snapshots:
-    """Memory for several copies of the same tensors, by number.
+    """Memory for several copies of the same tensors, by number. Used under `torch.no_grad`.
 
     Args:
         tensors: of any devices, dtypes and layouts.
@@ -70,15 +71,13 @@ class Snapshots:
         """Whether all have their addresses and layouts."""
         return not self.moved() and self._lie_alike(self._placed)
 
-    @torch.no_grad()
     def take(self, number: int) -> None:
         """Copy what the tensors hold now into copy `number`."""
         for kind in self._kinds:
-            kind.copy(kind.memory(number), kind.live)
+            kind.take(number)
         if self._others:
             self._other_copies[number] = [(_clone(t), _mark(t)) for t in self._others]
 
-    @torch.no_grad()
     def bring_home(self, *, reshaped: bool = True) -> None:
         """Move the tensors back to the memory they had. `reshaped`: whether one may have another shape in the same place."""
         if not self.moved() and (not reshaped or self._lie_alike(self._placed)):
@@ -91,11 +90,10 @@ class Snapshots:
             self._note_places()
             self._kinds, self._places = [kind.anew() for kind in self._kinds], None
 
-    @torch.no_grad()
     def put_back(self, number: int) -> None:
         """Restore the contents that copy `number` has, where the tensors lie in their own memory."""
         for kind in self._kinds:
-            kind.copy(kind.live, kind.memory(number))
+            kind.put_back(number)
         for t, (copy, mark) in zip(self._others, self._other_copies.get(number, []), strict=False):
             if t.layout is torch.strided or _mark(t) != mark:
                 part(t).copy_(copy)
@@ -132,6 +130,7 @@ class _Kind:
         self.live = TensorList(self._rows, lasting=True)
         self._layout = Layout([row.numel() for row in self._rows], [0] * len(tensors), [False] * len(tensors))
         self._memory: dict[int, tuple[Tensor, TensorList]] = {}
+        self._copies: dict[tuple[int, bool], Callable[[], object]] = {}  # of which number, and whether back
 
     def anew(self) -> _Kind:
         """The same for where the tensors lie now."""
@@ -145,11 +144,23 @@ class _Kind:
             self._memory[number] = flat, TensorList(views, lasting=True)
         return self._memory[number][1]
 
-    def copy(self, target: TensorList, source: TensorList) -> None:
+    def take(self, number: int) -> None:
+        """Copy what the tensors hold now into copy `number`."""
+        self._copy(number, back=False)
+
+    def put_back(self, number: int) -> None:
+        self._copy(number, back=True)
+
+    def _copy(self, number: int, *, back: bool) -> None:
+        if (number, back) not in self._copies:
+            live, memory = self.live, self.memory(number)
+            self._copies[number, back] = self._copying(live, memory) if back else self._copying(memory, live)
+        self._copies[number, back]()
+
+    def _copying(self, target: TensorList, source: TensorList) -> Callable[[], object]:
         if self._copier is None:
-            torch._foreach_copy_(target.tensors, source.tensors)
-        else:
-            self._copier.copy_(Restore(layout=self._layout, theta=target, backup=source))
+            return partial(torch._foreach_copy_, target.tensors, source.tensors)
+        return self._copier.copier(Restore(layout=self._layout, theta=target, backup=source))
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
         here = moved(flag, self._rows[0].device) != 0
