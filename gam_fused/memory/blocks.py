@@ -98,6 +98,7 @@ class Block:
         self.shared: Device
         self.backed_up = False
         self._parts: dict[tuple[Any, ...], Tensor] = {}
+        self._slots: dict[int, Tensor] = {}  # views of the control block, kept as parts are
         self.state = BlockState(self)
         self.shard_index = dtensor.shard_index(params[0])
         self.average: Any = None  # where `step.averaging` averages d over ranks
@@ -168,7 +169,9 @@ class Block:
 
     def set(self, slot: Control, value: float | Tensor) -> None:
         """A slot of the control block <- `value`. Assigning by index copies a number from the host, and waits for that."""
-        self.control[slot].fill_(value)
+        if slot not in self._slots:
+            self._slots[slot] = self.control[slot]
+        self._slots[slot].fill_(value)
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
         """This block's columns of what the blocks of its device share; see `Device.part`."""

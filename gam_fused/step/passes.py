@@ -142,9 +142,8 @@ class Passes:
         self.session.loss_scaling.publish(self.blocks)
         self.session.precision.see(closures.loss_in(result))
         self.loss = closures.detached(result)
-        for part in (self._random, self._model):
-            if part:
-                part.first_pass_done()
+        if self._model:
+            self._model.first_pass_done()
 
     def _reshard(self) -> None:
         """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`) would not see what we wrote."""

@@ -81,6 +81,7 @@ class StepState:
         self._layout.snapshots.take(BEFORE)
         self._after: BufferLayout | None = None  # the same, but where the first pass has replaced or added something
         self._in_place = False  # whether all are known to be where they were: no code of the user's has run since
+        self._replayed = False
         self._late = LateBuffers(layout)
 
     @property
@@ -107,7 +108,7 @@ class StepState:
             self._layout.snapshots.put_back(BEFORE)
         else:
             self._layout.put_back(BEFORE, reshaped=self._after is not self._layout)
-        self._in_place = False
+        self._in_place, self._replayed = False, True
         self._late.put_back()
         self._frozen.replay()
 
@@ -123,7 +124,7 @@ class StepState:
         if skipped.device.type == "cpu" or self._after is not self._layout or self._frozen.late:
             if bool(moved(skipped, torch.device("cpu"))):
                 self.abort()
-            else:
+            elif self._replayed:  # otherwise all is as the first pass left it
                 self._after.put_back(AFTER)
                 self._frozen.finish()
         else:

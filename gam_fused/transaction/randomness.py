@@ -46,23 +46,28 @@ class RandomState:
 
     def __init__(self, sources: list[Any]):
         self._sources = sources
-        self._start = self._after_first = [source.read() for source in sources]
+        self._start = [source.read() for source in sources]
+        self._after_first: list[Any] | None = None  # read where further passes follow
         self._drawn_from: list[tuple[Any, Any]] = []
-
-    def first_pass_done(self) -> None:
-        self._after_first = [source.read() for source in self._sources]
-        for source, start, after in zip(self._sources, self._start, self._after_first, strict=True):
-            if not source.equal(start, after):
-                self._drawn_from.append((source, start))
 
     def replay(self) -> None:
         """Before each further pass: as at the start of the first."""
+        if self._after_first is None:
+            self._look()
         for source, start in self._drawn_from:
             source.write(start)
 
     def finish(self) -> None:
         """After the passes: as the first one left them."""
-        self._put(self._after_first)
+        if self._after_first is not None:
+            self._put(self._after_first)
+
+    def _look(self) -> None:
+        """After the first pass: what it has left, and drawn from."""
+        self._after_first = [source.read() for source in self._sources]
+        for source, start, after in zip(self._sources, self._start, self._after_first, strict=True):
+            if not source.equal(start, after):
+                self._drawn_from.append((source, start))
 
     def abort(self) -> None:
         """After a failure: as before the step."""
