@@ -9,7 +9,7 @@ from gam_fused.torch_private import compared_with
 
 
 class Remembered:
-    """A check whose answer follows from the types, dtypes, devices, sizes and strides of tensors.
+    """A check whose answer follows from the types, dtypes, devices, sizes and strides of tensors, always as many.
 
     Asking every tensor for each of these in every pass is most of a step's host time. So all are compared in one call with
     those that passed last, and only where one differs the check itself is made.
