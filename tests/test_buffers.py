@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -342,6 +343,17 @@ def test_places_noted_anew_are_compared_anew():
     snapshots.bring_home()
     assert snapshots.in_place()
     assert buffer.shape == (2, 3)
+
+
+def test_snapshots_go_with_their_last_reference():
+    """They hold as much memory as the buffers, twice."""
+    snapshots = Snapshots([torch.zeros(3)])
+    snapshots.take(0)
+    snapshots.put_back(0)
+    assert snapshots.in_place()
+    gone = weakref.ref(snapshots)
+    del snapshots
+    assert gone() is None
 
 
 def test_snapshots_of_two_users_are_apart():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -75,3 +77,13 @@ def test_where_torch_compares_nothing_the_check_is_made_every_time(monkeypatch, 
 def test_no_tensors(check, asked):
     assert check([])
     assert not check([])
+
+
+def test_tensors_that_passed_are_not_kept():
+    tensor = torch.zeros(4)
+    gone = weakref.ref(tensor)
+    remembered = Remembered(lambda given: True)
+    assert remembered([tensor])
+    del tensor
+    assert gone() is None
+    assert remembered([torch.zeros(4)])

@@ -50,8 +50,8 @@ class Snapshots:
         self._places: dict[int, tuple[_Kind, int]] | None = None  # of the tensors, by id; made when asked for
 
     def _note_places(self) -> None:
-        self._addresses, self._layouts = self._addresses_now(), _layouts_of(self._placed)
-        self._lie_alike = Remembered(lambda tensors: _layouts_of(tensors) == self._layouts)
+        self._addresses, self._layouts = self._addresses_now(), (layouts := _layouts_of(self._placed))
+        self._lie_alike = Remembered(lambda tensors: _layouts_of(tensors) == layouts)  # holds no copies in a cycle
 
     def _addresses_now(self) -> list[int]:
         try:
