@@ -2,6 +2,7 @@
 
     python -m benchmarks.profile_step [--shapes tiny|resnet50] [--backend cpp|torch] [--method sam] [--steps 20]
     python -m benchmarks.profile_step --callgrind     instructions per step, the same on a busy machine; needs valgrind
+    python -m benchmarks.profile_step --ratios 200    steps of every method in steps of SGD (`host_time`); so many rounds
 
 Prints Python functions by their own time (cProfile) and operators by theirs (torch.profiler), each from a run of its own,
 since either slows the other down. With --callgrind the module runs itself under valgrind with different numbers of steps,
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from torch.profiler import profile
 
+from benchmarks import host_time
 from benchmarks.contestants import Implementation, parameters
 from benchmarks.networks import shapes
 
@@ -63,8 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=("sam", "finite_difference", "accelerated"), default="finite_difference")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--callgrind", action="store_true", help="instructions per step under valgrind")
+    parser.add_argument("--ratios", type=int, metavar="ROUNDS", help="host time in steps of torch's SGD")
     parser.add_argument("--bare", choices=("step", "prepare"), help=argparse.SUPPRESS)  # nothing else: valgrind counts
     given = parser.parse_args(arguments)
+    if given.ratios:
+        host_time.tell(given.ratios)
+        return
     title = f"{given.method}, {given.backend}, {given.shapes}"
     if given.callgrind:
         chosen = ["--shapes", given.shapes, "--backend", given.backend, "--method", given.method]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,6 +26,9 @@ Function = TypeVar("Function")
 # How many tensors share a storage, and its address, without making a Python object of it.
 storage_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 storage_address: Any = getattr(torch._C, "_storage_address", None)
+
+# Compares types, dtypes, devices, sizes and strides of many tensors in one call, as torch.compile does before it runs code.
+_Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 _OWN = (
     "_optimizer_step_pre_hooks",
@@ -120,6 +123,21 @@ def dtype_cast_to(node: Any) -> torch.dtype:
     """To which dtype a node of autograd's graph that casts has cast."""
     dtype: torch.dtype = node._input_metadata[0].dtype
     return dtype
+
+
+def compared_with(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """A function that says whether as many objects are tensors of the same types, dtypes, devices, sizes and strides.
+
+    It may deny what is true (where one tensor is given twice, or a context such as autocast has been entered since), and
+    nothing else. None where torch cannot make one.
+    """
+    if _Guards is None or not tensors:
+        return None
+    try:
+        alike: Callable[..., bool] = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (RuntimeError, TypeError):  # of other arguments in another version; tensors without strides
+        return None
+    return alike
 
 
 def is_view(t: Tensor) -> bool:

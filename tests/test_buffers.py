@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from gam_fused import FusedGAM
 from gam_fused.transaction.model_state import ModelState
+from gam_fused.transaction.snapshots import Snapshots
 
 
 class Assigned(nn.Module):
@@ -202,6 +204,17 @@ def test_off_steps_move_buffers_once():
     assert int(model[1].num_batches_tracked) == 4
 
 
+def test_a_skipped_off_step_moves_no_buffer():
+    model, factor = net("batch_norm"), 1.0
+    loss_fn = regression(model, *batch())
+    optimizer, closure = trainer("finite_difference", model, lambda: loss_fn() * factor, interval=2)
+    optimizer.step(closure)
+    before, factor = buffers(model), float("inf")
+    optimizer.step(closure)
+    assert optimizer.skipped_steps == 1
+    same(buffers(model), before)
+
+
 def test_several_models():
     first, second = net("batch_norm"), flat_net(nn.BatchNorm1d(6))
     x, y = batch()
@@ -312,6 +325,35 @@ def test_buffers_changed_between_steps(name, change):
         optimizer.step(closure)
         regression(plain, x, y)().backward()
         same(buffers(model), buffers(plain), f"after step {i}")
+
+
+def test_places_noted_anew_are_compared_anew():
+    """Memory that is resized goes elsewhere, and its tensor then lies there as it lay before the step."""
+    buffer = torch.zeros(2, 3)
+    snapshots = Snapshots([buffer])
+    assert snapshots.in_place()
+    snapshots.take(0)
+    buffer.untyped_storage().resize_(0)
+    snapshots.bring_home()
+    snapshots.put_back(0)
+    same(buffer, torch.zeros(2, 3))
+    assert snapshots.in_place()
+    buffer.t_()
+    assert not snapshots.in_place()
+    snapshots.bring_home()
+    assert snapshots.in_place()
+    assert buffer.shape == (2, 3)
+
+
+def test_snapshots_go_with_their_last_reference():
+    """They hold as much memory as the buffers, twice."""
+    snapshots = Snapshots([torch.zeros(3)])
+    snapshots.take(0)
+    snapshots.put_back(0)
+    assert snapshots.in_place()
+    gone = weakref.ref(snapshots)
+    del snapshots
+    assert gone() is None
 
 
 def test_snapshots_of_two_users_are_apart():

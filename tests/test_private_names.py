@@ -35,6 +35,10 @@ def test_functions_of_storages(name):
     assert hasattr(torch._C, name), "gradients are then told apart by `_is_view` alone, and more of them copied"
 
 
+def test_the_comparison_of_many_tensors():
+    assert torch_private.compared_with([torch.zeros(2)])(torch.zeros(2)), "gradients are then asked one by one"
+
+
 def test_stages_of_a_scaler():
     scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     assert torch_private.scaler_stage(scaler, optimizer) is OptState.READY

@@ -9,6 +9,7 @@ import torch
 from gam_fused.backends import foreach, reference, triton
 from gam_fused.backends.compiled import cpp, cuda
 from gam_fused.backends.operands import Backend as Backend
+from gam_fused.backends.operands import LaunchingBackend
 
 # In order of preference for "auto"; `reference`, which the others are compared with, is never chosen.
 _BACKENDS: dict[str, tuple[Any, tuple[str, ...] | None]] = {
@@ -57,10 +58,10 @@ def backend_for(backend: str, device: torch.device, *, dense: bool = True) -> Ba
     return chosen
 
 
-def copying_backend(backend: str, device: torch.device) -> Backend | None:
-    """The backend whose `copy_` copies tensors of `device`, or None where torch's own copies do."""
+def copying_backend(backend: str, device: torch.device) -> LaunchingBackend | None:
+    """The backend whose `copier` copies tensors of `device`, or None where torch's own copies do."""
     try:
         chosen = backend_for(backend, device)
     except RuntimeError:  # a named backend that serves other devices
         return None
-    return None if chosen is _BACKENDS["torch"][0] or chosen is _BACKENDS["reference"][0] else chosen
+    return chosen if isinstance(chosen, LaunchingBackend) else None

@@ -7,6 +7,8 @@ asked for, and registers its operators itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.backends.checks import check_lists
-from gam_fused.backends.operands import Kernel, LaunchingBackend
+from gam_fused.backends.operands import KERNELS, Kernel, LaunchingBackend, Restore
 from gam_fused.backends.operators import DTYPES
 from gam_fused.backends.tensor_lists import Layout
 from gam_fused.torch_private import break_graph
@@ -24,6 +26,7 @@ _CPU = torch.device("cpu")
 _PACKAGE = Path(__file__).parents[1]
 _INSTALL = "pip install --no-build-isolation ."
 _NO_MAP = torch.empty(0, dtype=torch.int64, device="cpu")
+_addresses_of = attrgetter("addresses")
 
 
 class CompiledBackend(LaunchingBackend):
@@ -72,6 +75,20 @@ class CompiledBackend(LaunchingBackend):
         """Call the kernel's operator."""
         if torch.compiler.is_compiling():
             break_graph()  # addresses are no business of a traced graph
+        operator = self._operators.get(kernel.name) or self._find(kernel)
+        operator(*self._arguments(kernel, operands))
+        if saved and kernel.saved:
+            kernel.tell_autograd(operands)
+
+    def copier(self, operands: Restore) -> Callable[[], object]:
+        """`copy_` of lists that last, to be called again and again."""
+        if self.kind != "CPU":
+            return super().copier(operands)  # tables of addresses may have to go along into a graph
+        kernel = KERNELS["restore_"]
+        return partial(self._find(kernel), *self._arguments(kernel, operands))
+
+    def _arguments(self, kernel: Kernel, operands: Any) -> tuple[Any, ...]:
+        """What the kernel's operator takes, once the lists have been checked."""
         layout, lists = operands.layout, kernel.lists_of(operands)
         leading = lists[0].tensors
         like = leading[0] if leading else None
@@ -87,14 +104,11 @@ class CompiledBackend(LaunchingBackend):
         check_lists(kernel, layout, lists, dtype)
         device = like.device if like is not None else _CPU
         if device.type == "cpu":
-            rows = [lst.addresses for lst in lists]
+            rows = list(map(_addresses_of, lists))
         else:
             rows = [lst.on(device) if lst.lasting else lst.addresses for lst in lists]
-        operator = self._operators.get(kernel.name) or self._find(kernel)
         tables = layout.table, self.map_of(layout, device), layout.workspace(device)
-        operator(*tables, layout.chunk, code, *rows, *kernel.rest_of(operands))
-        if saved and kernel.saved:
-            kernel.tell_autograd(operands)
+        return (*tables, layout.chunk, code, *rows, *kernel.rest_of(operands))
 
     def _find(self, kernel: Kernel) -> Callable[..., None]:
         operator: Callable[..., None] = getattr(self._ops, kernel.name).default

@@ -251,7 +251,8 @@ class Kernel:
 def _getter(*names: str) -> Callable[[Any], tuple[Any, ...]]:
     if len(names) > 1:
         return attrgetter(*names)
-    return lambda record: tuple(getattr(record, name) for name in names)
+    one = attrgetter(*names) if names else None
+    return lambda record: (one(record),) if one else ()
 
 
 _RECORDS = {name: get_args(hint)[0] for name, hint in get_type_hints(Backend).items() if name != "copy_"}
@@ -265,6 +266,10 @@ class LaunchingBackend(Backend, ABC):
         for name, kernel in KERNELS.items():
             setattr(self, name, partial(self.launch, kernel))
         self.copy_ = partial(self.launch, KERNELS["restore_"], saved=False)
+
+    def copier(self, operands: Restore) -> Callable[[], object]:
+        """`copy_` of lists that last, to be called again and again."""
+        return partial(self.copy_, operands)
 
     @abstractmethod
     def launch(self, kernel: Kernel, operands: Any, *, saved: bool = True) -> None:

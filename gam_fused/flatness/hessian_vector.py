@@ -60,7 +60,6 @@ def finite_difference_hvp(
         try:
             at_theta = interrupts.let_through(lambda: _gradient(loss_fn, params))
             if random:
-                random.first_pass_done()
                 random.replay()
             with torch.no_grad():
                 torch._foreach_add_(params, torch._foreach_mul(vector, (rho_prime / norm).item()))

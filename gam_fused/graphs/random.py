@@ -27,9 +27,6 @@ class GraphRandom:
         self._host = Generators(()).begin()
         self._used = 0
 
-    def first_pass_done(self) -> None:
-        self._host.first_pass_done()
-
     def replay(self) -> None:
         """Before each further pass."""
         self._host.replay()

@@ -6,6 +6,7 @@ gradients are listed anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gam_fused.backends.uploads import upload
 from gam_fused.checks import Groups, describe
 from gam_fused.constants import GUARD, Column, Control
 from gam_fused.memory.gradients import Strides
+from gam_fused.memory.likeness import Remembered
 from gam_fused.memory.optimizer_state import BlockState, like
 from gam_fused.parallel import dtensor
 from gam_fused.parallel.dtensor import is_dtensor
@@ -86,7 +88,9 @@ class Block:
         self.theta = TensorList(locals_, lasting=True)
         self.dtype, self.device, self.dense = params[0].dtype, locals_[0].device, is_dense(locals_[0])
         self.strides = Strides(locals_, self.dense)
-        self.memory = self.memory_now()
+        self.addresses = self.addresses_now()
+        self._order = self._order_of(locals_)
+        self._lie_alike = Remembered(lambda params: self._order_of(params) == self._order)
         self.layout = Layout([p.numel() for p in locals_], groups, counted)
         self.kernels = backend_for(backend, self.device, dense=self.dense)
         self.control = torch.zeros(len(Control), dtype=torch.float64, device=self.device)
@@ -94,6 +98,7 @@ class Block:
         self.shared: Device
         self.backed_up = False
         self._parts: dict[tuple[Any, ...], Tensor] = {}
+        self._slots: dict[int, Tensor] = {}  # views of the control block, kept as parts are
         self.state = BlockState(self)
         self.shard_index = dtensor.shard_index(params[0])
         self.average: Any = None  # where `step.averaging` averages d over ranks
@@ -130,11 +135,15 @@ class Block:
         """A zero gradient for parameter `i`."""
         return like(None, self.theta.tensors[i], self.strides[i])
 
-    def memory_now(self) -> list[list[Any]]:
-        """Where the parameters lie now, and how; `p.data` may be set to another part of the same memory."""
-        params = [dtensor.local(p) for p in self.params] if self.sharded else self.params
+    def is_in_place(self) -> bool:
+        """Whether parameters lie where they did, and in the same way: `p.data` may be another part of the same memory."""
+        params = list(map(dtensor.local, self.params)) if self.sharded else self.params
+        return list(map(Tensor.data_ptr, params)) == self.addresses and self._lie_alike(params)
+
+    def _order_of(self, params: Sequence[Tensor]) -> list[list[Any]]:
+        """How parameters lie in their memory."""
         order: Any = Tensor.is_contiguous if self.strides.row_major and self.dense else Tensor.stride
-        return [list(map(look, params)) for look in (Tensor.data_ptr, Tensor.numel, order)]
+        return [list(map(Tensor.numel, params)), list(map(order, params))]
 
     def addresses_now(self) -> list[int]:
         """Where the parameters lie now. `theta` keeps the memory of before, so nothing else can come to lie there."""
@@ -142,7 +151,7 @@ class Block:
 
     def tell_moved(self, param_groups: Groups) -> str:
         """An error's text: which parameter a closure has moved."""
-        moved = zip(self.params, self.theta.tensors, self.addresses_now(), self.memory[0], strict=True)
+        moved = zip(self.params, self.theta.tensors, self.addresses_now(), self.addresses, strict=True)
         p, before = next((p, t) for p, t, now, then in moved if now != then)
         was = f"{before.dtype}, {before.device}"
         return (
@@ -159,7 +168,9 @@ class Block:
 
     def set(self, slot: Control, value: float | Tensor) -> None:
         """A slot of the control block <- `value`. Assigning by index copies a number from the host, and waits for that."""
-        self.control[slot].fill_(value)
+        if slot not in self._slots:
+            self._slots[slot] = self.control[slot]
+        self._slots[slot].fill_(value)
 
     def part(self, name: str, slot: int | None = None, rows: int | None = None) -> Tensor:
         """This block's column of what the blocks of its device share; see `Device.part`."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gam_fused.backends.tensor_lists import TensorList
 from gam_fused.checks import Groups, describe
+from gam_fused.memory.likeness import Remembered
 from gam_fused.torch_private import is_view, runs_cuda_graphs, storage_address, storage_use_count
 
 
@@ -30,36 +31,27 @@ def clear(params: Sequence[Tensor]) -> None:
         p.grad = None
 
 
-def take(
-    params: Sequence[Tensor],
-    strides: Strides,
-    dtype: torch.dtype,
-    groups: Groups,
-    *,
-    keep: bool,
-    known: bool = False,
-) -> TensorList:
+def take(params: Sequence[Tensor], strides: Strides, groups: Groups, *, keep: bool) -> TensorList:
     """The gradients of `params`, each `p.grad` left as `None`, in the strides and dtype of its parameter.
 
     The next backward then allocates afresh, and autograd hands its buffer over without adding to it.
 
     Args:
-        strides, dtype: what each gradient's strides and number of elements, and all their dtypes, shall be.
+        strides: what each gradient's strides and number of elements, and the dtype of all, shall be.
         groups: the param groups, for errors.
         keep: whether the gradients will be written to, or read after the next pass. Then one that somebody else still
             holds, itself or its memory, is copied: the next pass would overwrite it, or it would change under its owner.
             So are all where torch.compile runs CUDA graphs, which take the memory back unseen.
-        known: whether the pass before has found all of them there and of this dtype, so that their bytes tell enough.
 
     Raises:
         RuntimeError: a sparse or complex gradient, or one of a parameter that has been given other memory; names it.
     """
     gradients: list[Any] = [p.grad for p in params]
-    for p in params:
-        p.grad = None
+    clear(params)
     lent = keep and runs_cuda_graphs(strides.device)
-    if not lent and _all_fit(gradients, strides, None if known else dtype) and not (keep and _any_is_held(gradients)):
+    if not lent and strides.fit(gradients) and not (keep and _any_is_held(gradients)):
         return TensorList(gradients, complete=True)
+    dtype = strides.dtype
     for i, (p, stride) in enumerate(zip(params, strides, strict=True)):
         gradient, gradients[i] = gradients[i], None
         if gradient is None:
@@ -81,35 +73,30 @@ class Strides(list[tuple[int, ...]]):
     Attributes:
         row_major: whether all are those of contiguous tensors, which is asked faster than equality.
         sizes, bytes: the number of elements, and of bytes, of each.
-        device: of all.
+        dtype, device: of all.
+        fit: whether gradients are all there, and as they shall be.
     """
 
     def __init__(self, tensors: Iterable[Tensor], dense: bool):
         tensors = list(tensors)
         self.sizes, self.bytes = [t.numel() for t in tensors], [t.nbytes for t in tensors]
-        self.device = tensors[0].device
+        self.dtype, self.device = tensors[0].dtype, tensors[0].device
         super().__init__(t.stride() if dense else torch.empty(t.shape, device="meta").stride() for t in tensors)
         self.row_major = not dense or all(t.is_contiguous() for t in tensors)
+        self.fit = Remembered(self._fit)
 
-
-# What is asked of every gradient in every pass is most of a step's host time, hence whole lists asked at once: a list that
-# passes, as nearly all do, needs no look at each.
-
-
-def _all_fit(gradients: list[Any], strides: Strides, dtype: torch.dtype | None) -> bool:
-    """Whether none is missing and all have the wanted bytes, strides and, if given, dtype. One tells the device of all."""
-    try:
-        if list(map(_bytes_of, gradients)) != strides.bytes:
+    def _fit(self, gradients: Sequence[Any]) -> bool:
+        """By whole lists, each asked at once. One tells the device of all."""
+        try:
+            if list(map(_bytes_of, gradients)) != self.bytes or set(map(_dtype_of, gradients)) != {self.dtype}:
+                return False
+            if gradients[0].device != self.device:
+                return False
+            if self.row_major:
+                return all(map(_is_contiguous, gradients))
+            return list(map(_strides_of, gradients)) == self
+        except (AttributeError, TypeError, RuntimeError):  # None; a sparse tensor
             return False
-        if dtype is not None and set(map(_dtype_of, gradients)) != {dtype}:
-            return False
-        if gradients[0].device != strides.device:
-            return False
-        if strides.row_major:
-            return all(map(_is_contiguous, gradients))
-        return list(map(_strides_of, gradients)) == strides
-    except (AttributeError, TypeError, RuntimeError):  # None; a sparse tensor
-        return False
 
 
 def _any_is_held(gradients: list[Any]) -> bool:

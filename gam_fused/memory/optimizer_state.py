@@ -41,7 +41,7 @@ class BlockState:
         self.lists: tuple[TensorList, ...] = (EMPTY, EMPTY, EMPTY)
         self._unstarted: dict[int, dict[str, Any]] = {}  # entries made here, by parameter, that may not have been used yet
         self._refs: list[tuple[dict[str, Any], str, Tensor]] = []
-        self._columns: list[list[Any]] = []  # of `_refs`, to be looked through at once
+        self._columns: list[tuple[Any, list[Any], list[Tensor]]] = []  # `_refs` by key: what looks it up, entries, tensors
         self._entries: list[dict[str, Any]] = []
         self._listed: list[bool] | None = None
         self._keys: Sequence[tuple[str | None, ...]] = ()
@@ -77,7 +77,7 @@ class BlockState:
             raise
         self.lists = tuple(TensorList(c, lasting=True) if any(t is not None for t in c) else EMPTY for c in columns)
         self._listed, self._entries = list(active), list(states.values())
-        self._columns = [list(column) for column in zip(*self._refs, strict=True)]
+        self._columns = _by_key(self._refs)
 
     def is_current(self, keys: Sequence[tuple[str | None, ...]], states: States, active: list[bool] | None = None) -> bool:
         """Whether what is listed is what there is, and what the parameters in `active` (by default, the listed) need."""
@@ -93,7 +93,10 @@ class BlockState:
         # By identity of the entries, not through `states[p]`: hashing a tensor is a Python call.
         if len(states) != len(self._entries) or not all(map(operator.is_, states.values(), self._entries)):
             return False
-        return all(map(operator.is_, map(dict.get, *self._columns[:2]), self._columns[2])) if self._refs else True
+        try:
+            return all(all(map(operator.is_, map(look_up, owners), tensors)) for look_up, owners, tensors in self._columns)
+        except KeyError:
+            return False
 
     def drop_unstarted(self, states: States) -> None:
         """Remove state made here whose parameter has not been updated yet. Waits for the device, if there may be such."""
@@ -165,6 +168,15 @@ class BlockState:
             counter.fill_(0.0 if loaded is None else float(loaded))
         entry[key] = counter
         self._refs.append((entry, key, counter))
+
+
+def _by_key(refs: list[tuple[dict[str, Any], str, Tensor]]) -> list[tuple[Any, list[Any], list[Tensor]]]:
+    columns: dict[str, tuple[Any, list[Any], list[Tensor]]] = {}
+    for owner, key, tensor in refs:
+        _, owners, tensors = columns.setdefault(key, (operator.itemgetter(key), [], []))
+        owners.append(owner)
+        tensors.append(tensor)
+    return list(columns.values())
 
 
 def _check_complete(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class Plan:
         self.state_keys: list[tuple[str | None, ...]] = []  # of each param group: names of what the fused base keeps
         self._scalars: tuple[float, float] | None = None
 
+    @cached_property
+    def skipped(self) -> Tensor:
+        """0-d: whether the last update was skipped because a gradient was not finite."""
+        return self.blocks[0].control[Control.LAST_SKIPPED]
+
     def upload(self, tables: dict[str, Table], xi: float, max_norm: float) -> None:
         """Bring coefficient tables and control blocks up to date; what has not changed is not written."""
         for device in self.devices.values():
@@ -63,7 +69,7 @@ class Plan:
         return (
             self.members_are(param_groups)
             and self._flags == _flags(param_groups)
-            and all(block.memory_now() == block.memory for block in self.blocks)
+            and all(block.is_in_place() for block in self.blocks)
         )
 
     def members_are(self, param_groups: Groups) -> bool:
@@ -82,7 +88,7 @@ class Plan:
         if not self.members_are(param_groups):
             raise RuntimeError(_replaced(self._members, param_groups))
         for block in self.blocks:
-            if block.addresses_now() != block.memory[0]:
+            if block.addresses_now() != block.addresses:
                 raise RuntimeError(block.tell_moved(param_groups))
         for p in self.frozen:
             if p.grad is not None:
@@ -94,7 +100,7 @@ class Plan:
     def put_in_place(self) -> None:
         """Parameters that a closure has given other memory lie in their own again."""
         for block in self.blocks:
-            if not block.sharded and block.memory_now() != block.memory:
+            if not block.sharded and not block.is_in_place():
                 for p, t in zip(block.params, block.theta.tensors, strict=True):
                     p.data = t
 

@@ -60,7 +60,6 @@ class Passes:
         if random is None and settings.preserve_rng_state:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
         self._random = random
-        self._known = [False] * len(self.blocks)  # whether the last pass found all gradients there and as they should be
         self._settled = False  # whether generators and buffers stand where they shall be after the step
 
     def gradient(self, point: str, *, keep: bool = False, part: bool = False) -> Lists:
@@ -72,12 +71,11 @@ class Passes:
         groups = self.session.param_groups
         keep = keep or not self.fused  # a foreign base gets d in the buffers of the last gradient
         lists = []
-        for b, known in zip(self.blocks, self._known, strict=True):
+        for b in self.blocks:
             if b.sharded:
                 lists.append(dtensor.take(b.params, b.strides, b.dtype, groups, keep=keep))
             else:
-                lists.append(gradients.take(b.params, b.strides, b.dtype, groups, keep=keep, known=known))
-        self._known = [lst.complete for lst in lists]
+                lists.append(gradients.take(b.params, b.strides, groups, keep=keep))
         return self._received(lists)
 
     def gradient_on_part(self, point: str, *, keep: bool = False, instead_of: Lists | None = None) -> Lists:
@@ -145,9 +143,8 @@ class Passes:
     def _first_pass_done(self, result: Any) -> None:
         self.session.loss_scaling.publish(self.blocks)
         self.session.precision.see(closures.loss_in(result))
-        for part in (self._random, self._model):
-            if part:
-                part.first_pass_done()
+        if self._model:
+            self._model.first_pass_done()
 
     def _reshard(self) -> None:
         """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`) would not see what we wrote."""

@@ -226,7 +226,7 @@ class Session:
     @property
     def skipped(self) -> Tensor:
         """0-d: whether the last update was skipped because a gradient was not finite."""
-        return self.plan.blocks[0].control[Control.LAST_SKIPPED]
+        return self.plan.skipped
 
     @property
     def skipped_steps(self) -> int:

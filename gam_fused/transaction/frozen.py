@@ -119,14 +119,12 @@ class MovedParameter:
         self._p, self._home = p, home
         self._left, self._copy = p.detach(), p.detach().clone()
 
-    @torch.no_grad()
     def replay(self) -> None:
         if self._left.data_ptr() != self._home.data_ptr():
             self._p.data = self._home
         else:
             self._p.copy_(self._copy)
 
-    @torch.no_grad()
     def finish(self) -> None:
         self._p.data = self._left
         self._p.copy_(self._copy)

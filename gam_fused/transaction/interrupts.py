@@ -91,9 +91,9 @@ class Interrupts:
     def _take_over(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number, handler in zip(_SIGNALS, map(_get, _SIGNALS), strict=True):
-            if handler is None or type(handler) is int:  # the system's own, as nearly all are
-                continue
+        handlers = zip(_SIGNALS, map(_get, _SIGNALS), strict=True)
+        for number in [n for n, handler in handlers if handler is not None and type(handler) is not int]:
+            handler = _get(number)  # nearly all others are the system's own
             if isinstance(handler, _Receiver) and handler.owner is self:
                 if self.holds(number, handler):
                     continue

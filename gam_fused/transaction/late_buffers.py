@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -81,7 +80,6 @@ class LateBuffers:
         if t is not None and not is_lazy(t) and t.device.type != "meta":
             self._initial.append((owner, name, t.detach().clone()))
 
-    @torch.no_grad()
     def put_back(self) -> None:
         for owner, name, initial in self._initial:
             t = owner.get(name)

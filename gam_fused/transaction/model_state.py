@@ -19,7 +19,7 @@ from gam_fused.backends.uploads import moved
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.transaction.frozen import FrozenParameters
 from gam_fused.transaction.late_buffers import LateBuffers
-from gam_fused.transaction.module_tree import ModuleTree, Owner, names_of, same_objects, values_of
+from gam_fused.transaction.module_tree import Contents, ModuleTree, Owner, same_objects
 from gam_fused.transaction.snapshots import AFTER, BEFORE, Snapshots
 
 # Frozen parameters that take up to this many bytes, or times the memory of the trained ones, are copied now and then, to see
@@ -29,7 +29,7 @@ _COPIED_TO_LEARN, _TIMES_TRAINED = 16 << 20, 2
 
 
 class ModelState:
-    """The buffers and frozen parameters of the given modules, across steps.
+    """The buffers and frozen parameters of the given modules, across steps. Used under `torch.no_grad`.
 
     Args:
         modules: the modules.
@@ -80,6 +80,8 @@ class StepState:
         self._model, self._layout, self._frozen = model, layout, frozen
         self._layout.snapshots.take(BEFORE)
         self._after: BufferLayout | None = None  # the same, but where the first pass has replaced or added something
+        self._in_place = False  # whether all are known to be where they were: no code of the user's has run since
+        self._replayed = False
         self._late = LateBuffers(layout)
 
     @property
@@ -92,8 +94,9 @@ class StepState:
 
     def first_pass_done(self) -> None:
         self._after = self._layout
+        self._in_place = self._layout.is_in_place()
         # Closures may make modules for their own use, such as `nn.CrossEntropyLoss()`, that are not the model's.
-        if not self._layout.is_in_place() or (self._late.any and self._model.modules_have_changed()):
+        if not self._in_place or (self._late.any and self._model.modules_have_changed()):
             self._after = self._model.layout_now(self._layout.frozen)
         self._after.snapshots.take(AFTER)
         self._late.keep(self._after)
@@ -101,7 +104,11 @@ class StepState:
 
     def replay(self) -> None:
         """Before each further pass: restore the start of the first."""
-        self._layout.put_back(BEFORE, reshaped=self._after is not self._layout)
+        if self._in_place:
+            self._layout.snapshots.put_back(BEFORE)
+        else:
+            self._layout.put_back(BEFORE, reshaped=self._after is not self._layout)
+        self._in_place, self._replayed = False, True
         self._late.put_back()
         self._frozen.replay()
 
@@ -117,7 +124,7 @@ class StepState:
         if skipped.device.type == "cpu" or self._after is not self._layout or self._frozen.late:
             if bool(moved(skipped, torch.device("cpu"))):
                 self.abort()
-            else:
+            elif self._replayed:  # otherwise all is as the first pass left it
                 self._after.put_back(AFTER)
                 self._frozen.finish()
         else:
@@ -139,9 +146,10 @@ class BufferLayout:
 
     def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple[str, int, int]], backend: str):
         self.owners, self._wanted = owners, list(frozen)
-        self._names, self._values, self._counts = names_of(owners), values_of(owners), list(map(len, owners))
-        self._has_lazy = any(t is not None and is_lazy(t) for t in self._values)
-        buffers = [t for t in self._values if t is not None and not is_lazy(t) and not isinstance(t, nn.Parameter)]
+        self._contents = Contents(owners)
+        values = [t for t in self._contents.values if t is not None]
+        self._has_lazy = any(map(is_lazy, values))
+        buffers = [t for t in values if not is_lazy(t) and not isinstance(t, nn.Parameter)]
         tensors = list({id(t): t for t in [*buffers, *frozen]}.values())
         tensors = [t for t in tensors if not _overlaps(t, extents)]
         self._tracked = set(map(id, tensors))
@@ -152,44 +160,31 @@ class BufferLayout:
     def fits(self, owners: list[Owner], frozen: Sequence[Tensor]) -> bool:
         """Whether the same tensors are registered under the same names, at the same addresses with the same layout."""
         return (
-            same_objects(owners, self.owners)
+            (owners is self.owners or same_objects(owners, self.owners))
             and same_objects(frozen, self._wanted)
-            and self._names == names_of(owners)
-            and same_objects(values_of(owners), self._values)
+            and self._contents.are_all()
             and not self._has_lazy
             and self.snapshots.still_fit()
         )
 
     def is_in_place(self) -> bool:
         """A cheaper check of the same, during a step."""
-        return self._names_are_in_place() and not self._has_lazy and self.snapshots.in_place()
+        return self._contents.are_all() and not self._has_lazy and self.snapshots.in_place()
 
     def tracks(self, owner: Owner, name: str) -> bool:
         """Whether what is registered under a name is copied."""
         return id(owner.get(name)) in self._tracked and any(owner is mine for mine in self.owners)
 
     def has(self, owner: Owner, name: str) -> bool:
-        """Whether something is registered under a name."""
-        end = 0
-        for known, count in zip(self.owners, self._counts, strict=True):
-            end += count
-            if known is owner:
-                return name in self._names[end - count : end]
-        return False
-
-    def _names_are_in_place(self) -> bool:
-        return self._names == names_of(self.owners) and same_objects(values_of(self.owners), self._values)
+        """Whether something was registered under a name."""
+        return self._contents.has(owner, name)
 
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
         """Restore the same tensors under the same names, with the contents of copy `number`. Names added later stay."""
-        if not self._names_are_in_place():
-            names, values = iter(self._names), iter(self._values)
-            for owner, count in zip(self.owners, self._counts, strict=True):
-                for _ in range(count):
-                    name, value = next(names), next(values)
-                    if owner.get(name, owner) is not value:
-                        owner[name] = value
-        self.snapshots.put_back(number, reshaped=reshaped)
+        if not self._contents.are_in_place():
+            self._contents.put_back()
+        self.snapshots.bring_home(reshaped=reshaped)
+        self.snapshots.put_back(number)
 
 
 def _extent(t: Tensor) -> tuple[str, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_
+from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,35 +37,57 @@ class ModuleTree:
             if _names_others(kind):
                 self._names_others = True
                 waiting += module.modules()
-        self._children = [children_in(m) for m in modules.values()]
-        self._parameters = [parameters_in(m) for m in modules.values()]
-        self._known_children, self._known_parameters = values_of(self._children), values_of(self._parameters)
-        others = (p for p in self._known_parameters if p is not None and id(p) not in trained and not is_lazy(p))
+        self._children = Contents([children_in(m) for m in modules.values()])
+        self._parameters = Contents([parameters_in(m) for m in modules.values()])
+        others = (p for p in self._parameters.values if p is not None and id(p) not in trained and not is_lazy(p))
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
         ids = set(map(id, self.frozen))
-        of_frozen = [owner for owner in self._parameters if not ids.isdisjoint(map(id, owner.values()))]
+        of_frozen = [owner for owner in self._parameters.filled if not ids.isdisjoint(map(id, owner.values()))]
         self.owners: list[Owner] = [*(buffers_in(m) for m in modules.values()), *of_frozen]
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""
-        return (
-            not self._names_others
-            and same_objects(values_of(self._children), self._known_children)
-            and same_objects(values_of(self._parameters), self._known_parameters)
-        )
+        return not self._names_others and self._children.are_all() and self._parameters.are_all()
+
+
+class Contents:
+    """What some dicts of modules hold under which names, to be compared with what they hold later.
+
+    Attributes:
+        filled: those that held something; most do not. values: all that they held, in order.
+    """
+
+    def __init__(self, owners: Sequence[Owner]):
+        self.filled, self._empty = [owner for owner in owners if owner], [owner for owner in owners if not owner]
+        self.values: list[Any] = list(chain.from_iterable(map(dict.values, self.filled)))
+        self._names = list(chain.from_iterable(self.filled))
+        self._owners = [owner for owner in self.filled for _ in owner]  # one for each of the values
+
+    def are_in_place(self) -> bool:
+        """Whether the same objects stand under the same names, whatever else there is."""
+        try:
+            return all(map(is_, map(getitem, self._owners, self._names), self.values))
+        except KeyError:
+            return False
+
+    def are_all(self) -> bool:
+        """Whether the same objects stand under the same names, and nothing else does."""
+        return not any(self._empty) and sum(map(len, self.filled)) == len(self.values) and self.are_in_place()
+
+    def has(self, owner: Owner, name: str) -> bool:
+        """Whether one of them held something under a name."""
+        return any(known is owner and name == mine for known, mine in zip(self._owners, self._names, strict=True))
+
+    def put_back(self) -> None:
+        """The same objects under the same names; names added since stay."""
+        for owner, name, value in zip(self._owners, self._names, self.values, strict=True):
+            if owner.get(name, owner) is not value:
+                owner[name] = value
 
 
 def _names_others(kind: Any) -> bool:
     """Whether modules of a class may list other modules than their own."""
     return any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("modules", "named_modules"))
-
-
-def values_of(owners: list[Owner]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, owners)))
-
-
-def names_of(owners: list[Owner]) -> list[str]:
-    return list(chain.from_iterable(owners))
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:

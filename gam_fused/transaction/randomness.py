@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,23 +46,28 @@ class RandomState:
 
     def __init__(self, sources: list[Any]):
         self._sources = sources
-        self._start = self._after_first = [source.read() for source in sources]
+        self._start = [source.read() for source in sources]
+        self._after_first: list[Any] | None = None  # read where further passes follow
         self._drawn_from: list[tuple[Any, Any]] = []
-
-    def first_pass_done(self) -> None:
-        self._after_first = [source.read() for source in self._sources]
-        for source, start, after in zip(self._sources, self._start, self._after_first, strict=True):
-            if not source.equal(start, after):
-                self._drawn_from.append((source, start))
 
     def replay(self) -> None:
         """Before each further pass: as at the start of the first."""
+        if self._after_first is None:
+            self._look()
         for source, start in self._drawn_from:
             source.write(start)
 
     def finish(self) -> None:
         """After the passes: as the first one left them."""
-        self._put(self._after_first)
+        if self._after_first is not None:
+            self._put(self._after_first)
+
+    def _look(self) -> None:
+        """After the first pass: what it has left, and drawn from."""
+        self._after_first = [source.read() for source in self._sources]
+        for source, start, after in zip(self._sources, self._start, self._after_first, strict=True):
+            if not source.equal(start, after):
+                self._drawn_from.append((source, start))
 
     def abort(self) -> None:
         """After a failure: as before the step."""
@@ -97,16 +103,11 @@ class _Torch:
     """torch's default generator of the CPU (device None) or of a device."""
 
     def __init__(self, device: torch.device | None):
-        module: Any = torch if device is None else torch.get_device_module(device)
-        self._get, self._set = module.get_rng_state, module.set_rng_state
-        self._device = () if device is None else (device,)
-
-    def read(self) -> Tensor:
-        state: Tensor = self._get(*self._device)
-        return state
-
-    def write(self, state: Tensor) -> None:
-        self._set(state, *self._device)
+        if device is None:
+            self.read, self.write = torch.default_generator.get_state, torch.default_generator.set_state
+        else:
+            module = torch.get_device_module(device)
+            self.read, self.write = partial(module.get_rng_state, device), partial(module.set_rng_state, device=device)
 
     def equal(self, a: Tensor, b: Tensor) -> bool:
         return False  # writing a state takes less time than comparing two
@@ -117,7 +118,7 @@ class _Torch:
 
 class _OwnTorch(_Torch):
     def __init__(self, generator: torch.Generator):
-        self._get, self._set, self._device = generator.get_state, generator.set_state, ()
+        self.read, self.write = generator.get_state, generator.set_state
 
 
 class _Python:
@@ -182,11 +183,13 @@ class _Numpy(_Plain):
 
     def __init__(self, module: Any):
         super().__init__(lambda: module.get_state(legacy=False), module.set_state)
-        self._module = module
+        self._get_bits = getattr(module, "get_bit_generator", lambda: None)
         self._last: tuple[bytes, Any] | None = None
         self._pairs = False  # whether there ever was one in stock
         self._read_whole = self.read
         self.read = self._read
+        self._bits: Any = None
+        self._address = 0
 
     def _read(self) -> Any:
         words = self._words()
@@ -197,10 +200,10 @@ class _Numpy(_Plain):
 
     def _words(self) -> bytes:
         """The twister's 624 words and its position, or b"" where the global generator is of another kind."""
-        bits: Any = self._module.get_bit_generator() if hasattr(self._module, "get_bit_generator") else None
-        if type(bits).__name__ != "MT19937":
-            return b""
-        return ctypes.string_at(bits.ctypes.state_address, 625 * 4)
+        bits: Any = self._get_bits()
+        if bits is not self._bits:
+            self._bits, self._address = bits, bits.ctypes.state_address if type(bits).__name__ == "MT19937" else 0
+        return ctypes.string_at(self._address, 625 * 4) if self._address else b""
 
     def equal(self, a: Any, b: Any) -> bool:
         return a is b or super().equal(a, b)

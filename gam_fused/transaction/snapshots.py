@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,22 +15,22 @@ from gam_fused.backends import copying_backend
 from gam_fused.backends.operands import Restore
 from gam_fused.backends.tensor_lists import Layout, TensorList, flat_views, is_dense
 from gam_fused.backends.uploads import moved
+from gam_fused.memory.likeness import Remembered
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.torch_private import values_of
 
 BEFORE, AFTER = 0, 1  # numbers of copies: before a step, and after its first pass
-_shape_of: Callable[[Tensor], Any] = attrgetter("shape")
-_dtype_of: Callable[[Tensor], Any] = attrgetter("dtype")
-# What elements of these many bytes are copied as: kernels copy bits, whatever they stand for.
-_WORDS = {16: torch.float64, 8: torch.float64, 4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}
-_BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
+_LOOKS: tuple[Callable[[Tensor], Any], ...] = (Tensor.stride, attrgetter("shape"), attrgetter("dtype"))
+# What elements of these many bytes are copied as: kernels copy bits, whatever they stand for. Few kinds make few launches.
+_WORDS = {16: torch.float32, 8: torch.float32, 4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
 
 
 _OWN_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # subclasses may keep their elements elsewhere
 
 
 class Snapshots:
-    """Memory for several copies of the same tensors, by number.
+    """Memory for several copies of the same tensors, by number. Used under `torch.no_grad`.
 
     Args:
         tensors: of any devices, dtypes and layouts.
@@ -41,7 +42,7 @@ class Snapshots:
         self._others = [t for t in tensors if not _is_plain(t)]
         self._placed = plain + [t for t in self._others if t.layout is torch.strided and type(t) in _OWN_MEMORY]
         self._home = [t.detach() for t in self._placed]  # keeps their memory alive, should they be moved
-        self._where = self._lie()
+        self._note_places()
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for t in plain:
             by_kind[t.device, _WORDS[t.element_size()]].append(t)
@@ -49,50 +50,51 @@ class Snapshots:
         self._other_copies: dict[int, list[tuple[Tensor, Any]]] = {}
         self._places: dict[int, tuple[_Kind, int]] | None = None  # of the tensors, by id; made when asked for
 
-    def _lie(self) -> list[list[Any]]:
+    def _note_places(self) -> None:
+        self._addresses, self._layouts = self._addresses_now(), (layouts := _layouts_of(self._placed))
+        self._lie_alike = Remembered(lambda tensors: _layouts_of(tensors) == layouts)  # holds no copies in a cycle
+
+    def _addresses_now(self) -> list[int]:
         try:
-            return [list(map(look, self._placed)) for look in (Tensor.data_ptr, Tensor.stride, _shape_of, _dtype_of)]
+            return list(map(Tensor.data_ptr, self._placed))
         except RuntimeError:  # one has become sparse
             return []
 
     def still_fit(self) -> bool:
         """Whether addresses and layouts are those for which memory was made."""
-        return self._lie() == self._where and not self._others
+        return not self._others and self.in_place()
 
     def moved(self) -> bool:
         """Whether any has another address."""
-        try:
-            return list(map(Tensor.data_ptr, self._placed)) != self._where[0]
-        except RuntimeError:
-            return True
+        return self._addresses_now() != self._addresses
 
     def in_place(self) -> bool:
-        """Whether all have their addresses and shapes."""
-        return not self.moved() and list(map(_shape_of, self._placed)) == self._where[2]
+        """Whether all have their addresses and layouts."""
+        return not self.moved() and self._lie_alike(self._placed)
 
-    @torch.no_grad()
     def take(self, number: int) -> None:
         """Copy what the tensors hold now into copy `number`."""
         for kind in self._kinds:
-            kind.copy(kind.memory(number), kind.live)
+            kind.take(number)
         if self._others:
             self._other_copies[number] = [(_clone(t), _mark(t)) for t in self._others]
 
-    @torch.no_grad()
-    def put_back(self, number: int, *, reshaped: bool = True) -> None:
-        """Restore the tensors as copy `number` has them: in the same memory, with the same contents.
+    def bring_home(self, *, reshaped: bool = True) -> None:
+        """Move the tensors back to the memory they had. `reshaped`: whether one may have another shape in the same place."""
+        if not self.moved() and (not reshaped or self._lie_alike(self._placed)):
+            return
+        where = zip(self._addresses, *self._layouts, strict=True)
+        for t, home, (address, *layout) in zip(self._placed, self._home, where, strict=True):
+            if t.data_ptr() != address or [look(t) for look in _LOOKS] != layout:
+                _move_home(t, home)
+        if not self.in_place():  # resized memory may have gone elsewhere
+            self._note_places()
+            self._kinds, self._places = [kind.anew() for kind in self._kinds], None
 
-        `reshaped`: whether one may have another shape in the same place.
-        """
-        if self.moved() or (reshaped and not self.in_place()):
-            for t, home, where in zip(self._placed, self._home, zip(*self._where, strict=True), strict=True):
-                if (t.data_ptr(), t.stride(), t.shape, t.dtype) != where:
-                    _move_home(t, home)
-            if not self.in_place():  # resized memory may have gone elsewhere
-                self._where = self._lie()
-                self._kinds, self._places = [kind.anew() for kind in self._kinds], None
+    def put_back(self, number: int) -> None:
+        """Restore the contents that copy `number` has, where the tensors lie in their own memory."""
         for kind in self._kinds:
-            kind.copy(kind.live, kind.memory(number))
+            kind.put_back(number)
         for t, (copy, mark) in zip(self._others, self._other_copies.get(number, []), strict=False):
             if t.layout is torch.strided or _mark(t) != mark:
                 part(t).copy_(copy)
@@ -129,6 +131,7 @@ class _Kind:
         self.live = TensorList(self._rows, lasting=True)
         self._layout = Layout([row.numel() for row in self._rows], [0] * len(tensors), [False] * len(tensors))
         self._memory: dict[int, tuple[Tensor, TensorList]] = {}
+        self._copies: dict[tuple[int, bool], Callable[[], object]] = {}  # of which number, and whether back
 
     def anew(self) -> _Kind:
         """The same for where the tensors lie now."""
@@ -142,16 +145,36 @@ class _Kind:
             self._memory[number] = flat, TensorList(views, lasting=True)
         return self._memory[number][1]
 
-    def copy(self, target: TensorList, source: TensorList) -> None:
+    def take(self, number: int) -> None:
+        """Copy what the tensors hold now into copy `number`."""
+        self._copy(number, back=False)
+
+    def put_back(self, number: int) -> None:
+        self._copy(number, back=True)
+
+    def _copy(self, number: int, *, back: bool) -> None:
+        if (number, back) not in self._copies:
+            live, memory = self.live, self.memory(number)
+            self._copies[number, back] = self._copying(live, memory) if back else self._copying(memory, live)
+        self._copies[number, back]()
+
+    def _copying(self, target: TensorList, source: TensorList) -> Callable[[], object]:
         if self._copier is None:
-            torch._foreach_copy_(target.tensors, source.tensors)
-        else:
-            self._copier.copy_(Restore(layout=self._layout, theta=target, backup=source))
+            return partial(torch._foreach_copy_, target.tensors, source.tensors)
+        return self._copier.copier(Restore(layout=self._layout, theta=target, backup=source))
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
         here = moved(flag, self._rows[0].device) != 0
         mine, theirs = (self._memory[n][0].view(_BITS[self.word]) for n in (number, other))
         torch.where(here, theirs, mine, out=mine)
+
+
+def _layouts_of(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """The strides, shapes and dtypes of tensors."""
+    try:
+        return [list(map(look, tensors)) for look in _LOOKS]
+    except RuntimeError:  # one has become sparse
+        return []
 
 
 def _row(t: Tensor, word: torch.dtype) -> Tensor:
