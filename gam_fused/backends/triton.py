@@ -121,7 +121,16 @@ def options(kernel: str, dtype: torch.dtype, device_type: str, algorithm: int | 
 
 
 class TritonBackend(LaunchingBackend):
-    """The backend: a program per chunk."""
+    """The backend: a program per chunk.
+
+    Attributes:
+        prepared: compiled kernels, by everything they are compiled for. Triton finds them too, but looks at each argument of
+            each launch for that, which takes the host longer than the launch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepared: dict[tuple[Any, ...], Any] = {}
 
     def reason(self) -> str:
         return reason()
@@ -137,18 +146,39 @@ class TritonBackend(LaunchingBackend):
         device = tables[0].device if tables else like.device if like is not None else torch.device("cpu")
         if not tables and like is None:
             return
-        compiled_in = constants(kernel.name, dtype)
-        how = options(kernel.name, dtype, device.type, options_.get("ALGORITHM"))
         check_lists(kernel, layout, lists, dtype)
+        shape = [layout.on(device), len(layout.sizes), layout.chunk]
+        if kernel.sums:
+            shape.append(layout.workspace(device))
         with _on(device):
             rows = [lst.on(device, _TABLES.send) if len(lst) else None for lst in lists]
-            run = kernels()[kernel.name][(layout.chunks,)]
-            shape = [layout.on(device), len(layout.sizes), layout.chunk]
-            if kernel.sums:
-                shape.append(layout.workspace(device))
-            run(*shape, *rows, *tables, **options_, **compiled_in, **how)
+            self._run(kernel.name, (layout.chunks, 1, 1), (*shape, *rows, *tables), options_, dtype, device)
         if saved and kernel.saved:
             kernel.tell_autograd(operands)
+
+    def _run(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        compiled_in: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        key = (name, dtype, device, *map(_is_none, arguments), *compiled_in.values())
+        if key in self.prepared:
+            prepared, constants_ = self.prepared[key]
+            prepared[grid](*arguments, *constants_)
+            return
+        how = options(name, dtype, device.type, compiled_in.get("ALGORITHM"))
+        kernel, values = kernels()[name], compiled_in | constants(name, dtype)
+        compiled = kernel[grid](*arguments, **values, **how)
+        if compiled is not None:  # as in the interpreter
+            self.prepared[key] = compiled, tuple(values[n] for n in kernel.arg_names[len(arguments) :])
+
+
+def _is_none(argument: Any) -> bool:
+    return argument is None
 
 
 def _arguments(kernel: Kernel, operands: Any) -> tuple[list[Any], dict[str, Any]]:
