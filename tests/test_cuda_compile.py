@@ -111,3 +111,16 @@ def test_loops_move_16_bytes_at_a_time(compiled, kernel):
             if kernel not in ("squared_norm", "direction_products"):
                 assert re.search(r"STG\.E\.(128|64\.STRONG)", function), f"sm_{architecture}: {name} has no wide store"
             assert not re.search(r"\b(LDL|STL)\b", function), f"sm_{architecture}: {name} uses local memory"
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump, neither of a CUDA toolkit nor in the triton package")
+def test_norms_keep_2_kb_in_flight(compiled):
+    """Four 16-byte loads of a lane before the first sum: 2 KB of a warp."""
+    for architecture in ARCHITECTURES:
+        for function in compiled["squared_norm", architecture][1].split("Function : ")[1:]:
+            name = function.split("\n", 1)[0]
+            code = re.findall(r"\b(LDG\.E\.128|DFMA|FFMA)\b", function)
+            weighted = re.search(r"Lj3E", name)  # x, y and the weight: three loads
+            wanted = ["LDG.E.128"] * (3 if weighted else 4)
+            runs = [code[i : i + len(wanted)] for i in range(len(code))]
+            assert wanted in runs, f"sm_{architecture}: {name}"
