@@ -36,16 +36,18 @@ class Operators:
         return SimpleNamespace(default=check_operands)
 
 
-def check_operands(table, map_, chunk, dtype, *rest):
+def check_operands(table, map_, workspace, chunk, dtype, *rest):
     assert table.device.type == "cpu"
     assert map_.device.type == "cuda" or not map_.numel()  # it then goes along with the launch
     tables = [t for t in rest if isinstance(t, torch.Tensor) and t.dtype is not torch.int64]
     assert all(t.device.type == "cuda" for t in tables), "tables and sums are on the device"
-    assert len({t.device for t in (map_, *tables) if t.device.type == "cuda"}) <= 1
+    assert len({t.device for t in (map_, workspace, *tables) if t.device.type == "cuda"}) <= 1
 
 
 class Kernel:
-    """In place of a Triton kernel."""
+    """In place of a Triton kernel, and of what it is compiled to."""
+
+    arg_names = ()
 
     def __getitem__(self, grid):
         return self
@@ -53,6 +55,7 @@ class Kernel:
     def __call__(self, *arguments, **constants):
         devices = {t.device for t in arguments if isinstance(t, torch.Tensor)}
         assert devices == {torch.device("cuda", Device.current)}, "Triton launches on the current device"
+        return self
 
 
 @pytest.fixture
@@ -65,7 +68,8 @@ def watched(monkeypatch):
     monkeypatch.setattr(triton, "reason", lambda: "")
     monkeypatch.setattr(triton, "kernels", lambda: dict.fromkeys(KERNELS, Kernel()))
     monkeypatch.setattr(triton, "constants", lambda kernel, dtype: {})
-    monkeypatch.setattr(triton, "options", lambda kernel, dtype, device_type: {})
+    monkeypatch.setattr(triton, "options", lambda kernel, dtype, device_type, algorithm: {})
+    monkeypatch.setattr(triton.backend, "prepared", {})
     monkeypatch.setattr(triton, "_TABLES", triton._Tables(8))
     monkeypatch.setattr(torch.autograd, "grad", lambda outputs, inputs, **_: gradients_of(inputs))
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: put_gradients(PARAMS))
