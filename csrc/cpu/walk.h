@@ -125,7 +125,7 @@ struct Tiles {
   // The numbers of a tile; `buffer` has room for TILE elements.
   static const L* read(AddressRow list, const Span& tile, L* buffer) {
     const S* source = has(list, tile.tensor) ? at<S>(list, tile) : zeros;
-    fetch_ahead(source);
+    if (sizeof(S) >= 4) fetch_ahead(source);  // 16-bit types wait for arithmetic
     if constexpr (direct) {
       return source;
     } else {
