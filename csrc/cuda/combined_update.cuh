@@ -67,7 +67,7 @@ struct UpdateSpan {
       load(a[s], g1, e, end, aligned);
       load(b[s], last, e, end, aligned);
       load(c[s], folded, e, end, aligned);
-      load_old(old[s], e, end, aligned);
+      load(old[s], backup, theta, e, end, aligned);
       load(state[s][0], state1, e, end, aligned);
       load(state[s][1], state2, e, end, aligned);
     }
@@ -84,18 +84,6 @@ struct UpdateSpan {
         sgd_step(d, old[s], state[s][0], e, end, aligned);
       store(old[s], theta, e, end, aligned);
     }
-  }
-
-  // Theta before the step: itself where nothing has moved it.
-  template <int COUNT>
-  __device__ __forceinline__ void load_old(P<COUNT>& old, int e, int end, bool aligned) {
-    if constexpr ((LISTS & Lists::BACKUP) != 0) {
-      if (backup) {
-        load(old, backup, e, end, aligned);
-        return;
-      }
-    }
-    load(old, theta, e, end, aligned);
   }
 
   template <int COUNT>

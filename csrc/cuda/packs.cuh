@@ -162,6 +162,19 @@ __device__ __forceinline__ void load(Pack<T, COUNT>& pack, const Part<T, USED>& 
   }
 }
 
+// The lane's pack of the first of two tensors, if it is there, and else of the second.
+template <class T, int COUNT, bool USED>
+__device__ __forceinline__ void load(Pack<T, COUNT>& pack, const Part<T, USED>& from, const Part<T>& otherwise,
+                                     int element, int end, bool aligned) {
+  if constexpr (USED) {
+    if (from) {
+      load(pack, from, element, end, aligned);
+      return;
+    }
+  }
+  load(pack, otherwise, element, end, aligned);
+}
+
 // Writes the lane's pack, but for elements from `end` on. KEPT: whether it will be read again before much else is.
 template <bool KEPT = true, class T, int COUNT>
 __device__ __forceinline__ void store(const Pack<T, COUNT>& pack, const Part<T>& to, int element, int end,

@@ -63,7 +63,7 @@ struct PerturbSpan {
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const int e = element + s * WARP * COUNT;
-      load_base(origin[s], e, end, aligned);
+      load(origin[s], base, theta, e, end, aligned);
       load(a[s], x, e, end, aligned);
       load(b[s], y, e, end, aligned);
     }
@@ -75,18 +75,6 @@ struct PerturbSpan {
       if (moves) ascend_step(origin[s], a[s], b[s], e);
       store(origin[s], theta, e, end, aligned);
     }
-  }
-
-  // Of theta itself where there is no base.
-  template <int COUNT>
-  __device__ __forceinline__ void load_base(Pack<S, COUNT>& origin, int e, int end, bool aligned) {
-    if constexpr ((LISTS & Lists::BASE) != 0) {
-      if (base) {
-        load(origin, base, e, end, aligned);
-        return;
-      }
-    }
-    load(origin, theta, e, end, aligned);
   }
 
   // Past the caches: it is read again only after a pass.
