@@ -215,6 +215,16 @@ def test_sanitizers_see_an_access_out_of_bounds():
     assert "heap-buffer-overflow" in done.stderr
 
 
+def test_what_follows_a_norm_walks_backwards(backend):
+    """The first block takes the last chunk, which is still in the cache; norms begin with the first."""
+    for name, written, seed in (("first ascent", "theta", 0), ("sgd momentum", "theta", 0), ("combine two", "out", 2)):
+        problem = Problem("many chunks", torch.float32, torch.float32, missing=False)
+        with backend.first_block_only():
+            results = KERNELS[name](backend, problem)
+        moved = (cases._flat(results[written]) != cases._flat(problem.values(seed))).nonzero()
+        assert moved.min() >= (problem.layout.chunks - 1) * problem.layout.chunk, name
+
+
 @dataclass
 class Shifted(Problem):
     """Operands that lie `by` elements after a 16-byte mark: all, or gradients alone."""

@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -86,6 +88,15 @@ class CudaOnCpu(CompiledBackend):
 
     def map_of(self, layout, device):
         return layout.on(torch.device("cpu"))
+
+    @contextmanager
+    def first_block_only(self) -> Iterator[None]:
+        """Of every launch one block alone is run."""
+        self._shim.shim_run_blocks(1)
+        try:
+            yield
+        finally:
+            self._shim.shim_run_blocks(-1)
 
     def drop_block_barriers(self, dropped: bool) -> None:
         """Make __syncthreads do nothing."""

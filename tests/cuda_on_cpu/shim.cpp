@@ -11,6 +11,9 @@
 thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
+
+unsigned int most_blocks = ~0u;
+
 namespace {
 
 constexpr size_t STACK = SHIM_STACK;
@@ -113,6 +116,9 @@ void exchange(void* value, size_t size, unsigned int other_lane) {
 }
 
 }  // namespace shim
+
+// For tests of the order in which blocks take the chunks.
+extern "C" __attribute__((visibility("default"))) void shim_run_blocks(unsigned int most) { shim::most_blocks = most; }
 
 // For a test that the shim can fail.
 extern "C" __attribute__((visibility("default"))) void shim_drop_block_barriers(int dropped) {
