@@ -17,9 +17,9 @@ from torch import Tensor
 from gam_fused.backends.uploads import is_capturing, upload
 
 MIN_CHUNK = 1024  # elements; chunks are multiples of it
-FULL_CHUNK = 8192  # what fills the GPUs of today in several waves, and of which vectors of many elements have MANY_CHUNKS
-MANY_CHUNKS = 4096
-MAX_CHUNKS = 16384
+MANY_CHUNKS = 4096  # several waves of blocks on today's GPUs; vectors that would have more get larger chunks,
+FULL_CHUNK = 8192  # but no larger than these,
+MAX_CHUNKS = 16384  # unless there would be more than so many
 GROUP = 64  # chunks whose sums are added up together
 ALIGNMENT = 128  # bytes between the starts of tensors in a flat buffer
 
