@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from gam_fused import FusedGAM, FusedSAM
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports expecttest, which is not installed")
-with warnings.catch_warnings():  # importing it adds filters, and forbids what test_surroundings.py does
+# Importing it adds filters of warnings, and would forbid the rest of the process to set flags of torch.backends.
+with warnings.catch_warnings(), mock.patch.object(torch.backends, "disable_global_flags"):
     from torch.testing._internal.common_optimizers import OptimizerInfo, OptimizerInput, optim_db
-torch.backends.__allow_nonbracketed_mutation_flag = True
 
 BACKENDS = ("torch", "cpp")
 OF_TORCH = {info.name: info for info in optim_db}
