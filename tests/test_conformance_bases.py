@@ -15,6 +15,7 @@ import pytest
 import torch
 from gam_helpers import METHODS, SETTINGS, freeze, same, weights
 from torch_optim import BACKENDS, OF_TORCH, REFUSED, Linear, names_of_torch
+from torch_optim import NAMES as ALL
 
 from gam_fused import FusedGAM
 
@@ -134,7 +135,7 @@ def test_implementations_of_the_base_are_its_own(name):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=str(options))
 
 
-@pytest.mark.parametrize("name", names_of_torch(but=tuple(n for n in OF_TORCH if n not in REFUSED)))
+@pytest.mark.parametrize("name", names_of_torch(but=tuple({*ALL, *OF_TORCH} - {*REFUSED})))
 @pytest.mark.parametrize("given", ["class", "instance"])
 def test_what_cannot_be_a_base_is_refused_in_words(name, given):
     kind = OF_TORCH[name].optim_cls
