@@ -64,7 +64,7 @@ profile: $(STAMPS)/train
 # An environment that has torch is taken as it is, should nothing be fetched there: what is then missing, a stage tells.
 gpu: $(if $(ACTIVE),,$(STAMPS)/test)
 	$(if $(ACTIVE),-@$(INSTALL) --retries 1 --timeout 5 'setuptools>=77' wheel ninja pytest pytest-benchmark hypothesis \
-	    numpy scikit-learn matplotlib tqdm psutil transformers)
+	    expecttest numpy scikit-learn matplotlib tqdm psutil transformers)
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out "$(abspath $(OUT))") $(ARGS)
 
 sweep: $(STAMPS)/train
@@ -128,7 +128,7 @@ $(STAMPS)/bench: $(STAMPS)/train
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/study
-	$(INSTALL) hypothesis lightning accelerate pytest-xdist
+	$(INSTALL) hypothesis expecttest lightning accelerate pytest-xdist
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
 	@touch $@
 

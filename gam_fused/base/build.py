@@ -56,6 +56,11 @@ def build(
         raise TypeError(f"the base optimizer {type(base).__name__} has param group entries that FusedGAM uses: {clash}")
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("LBFGS evaluates the closure itself and cannot be a base optimizer; use SGD, Adam, AdamW or another")
+    if isinstance(base, torch.optim.SparseAdam):
+        raise TypeError(
+            "SparseAdam takes sparse gradients only, and the direction is dense: it cannot be a base optimizer; use Adam, "
+            "and embeddings with sparse=False"
+        )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("differentiable=True is not supported: the update is not recorded by autograd")
     return base
