@@ -152,3 +152,16 @@ def test_hogwild_ends_with_finite_weights():
     assert [process.exitcode for process in processes] == [0, 0]
     assert all(t.isfinite().all() and t.is_shared() for t in model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(freeze(model.state_dict()).values(), start.values(), strict=True))
+
+
+def test_flatten_does_not_take_a_model_out_of_shared_memory():
+    """Others would see no step any more. Shared after it was flattened, the model is stepped where it is."""
+    with pytest.raises(ValueError, match=r"flatten=True.*parameter 0 of group 0.*shared with other processes"):
+        FusedGAM(mlp().share_memory(), SGD, lr=0.1, flatten=True)
+    model = mlp()
+    optimizer = FusedGAM(model, SGD, lr=0.1, flatten=True)
+    model.share_memory()
+    addresses = [p.data_ptr() for p in model.parameters()]
+    optimizer.step(regression(model, *batch()))
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert all(p.is_shared() for p in model.parameters())
