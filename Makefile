@@ -30,7 +30,7 @@ INSTALL := $(PYTHON) -m pip install --quiet $(if $(ACTIVE),,--constraint require
 
 # One folder of stamps per environment: setting up another one does not count for this one.
 STAMPS := build/setup-$(shell echo "$(PYTHON)" | cksum | cut -d' ' -f1)
-SOURCES := setup.py pyproject.toml csrc/toolchain.py $(shell find csrc -type f -name '*.[ch]*')
+SOURCES := setup.py pyproject.toml gam_fused/__init__.py csrc/toolchain.py $(shell find csrc -type f -name '*.[ch]*')
 CLANG_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 train: $(STAMPS)/train

@@ -25,11 +25,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+PACKAGE = "gam_fused"
 sys.path.insert(0, str(ROOT / "csrc"))
 
 import toolchain  # noqa: E402
 
-PACKAGE = "gam_fused"
 NOT_COMPILED = f"it does not compile:\n{{}}\nonce that is mended: {toolchain.INSTALL}"
 REQUIRED = {"cpu": "GAM_FUSED_REQUIRE_CPP", "cuda": "FORCE_CUDA"}  # by backend, the variable that makes a failure an error
 
@@ -95,8 +95,8 @@ def compiled() -> dict:
     cpu = CppExtension(
         f"{PACKAGE}._cpu",
         [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))],
-        extra_compile_args={"cxx": toolchain.CXX_FLAGS},
+        depends=[os.path.relpath(path, toolchain.ROOT) for path in toolchain.inputs("cpu")],
+        extra_compile_args={"cxx": [*toolchain.CXX_FLAGS, toolchain.stamp("cpu")]},
         py_limited_api=True,
     )
     cuda = Extension(f"{PACKAGE}._cuda", [], py_limited_api=True)

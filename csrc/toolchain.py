@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+ROOT = CSRC.parent
+_STAMP = runpy.run_path(str(ROOT / "gam_fused" / "backends" / "stamp.py"))  # importing the package needs torch
 TORCH_MINIMUM = (2, 10)
 NVCC_MINIMUM = (12, 0)
 MANY_WORDS_FROM = (12, 1)  # kernel arguments of more than 4 KB
@@ -32,6 +35,17 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibil
 INSTALL = "pip install --no-build-isolation ."
 ERROR = re.compile(r"\b(error|fatal)\b[^:\n]*:|\bld: |undefined (reference|symbol)|: not found", re.IGNORECASE)
 ERROR_LINES = 4  # that are kept of what a compiler prints
+
+
+def inputs(backend: str) -> list[Path]:
+    """What the stamp of the backend "cpu" or "cuda" depends on."""
+    found: list[Path] = [*_STAMP["sources"](backend), ROOT / "gam_fused" / "__init__.py"]
+    return found
+
+
+def stamp(backend: str) -> str:
+    """The option that compiles the stamp into a backend."""
+    return f"-DGAM_BUILT_FROM={_STAMP['stamp'](backend)}"
 
 
 class BuildFailed(Exception):
@@ -123,7 +137,7 @@ def compile_commands(includes: Sequence[str], temporary: Path) -> dict[Path, lis
     # What is left of the compilers that may run at a time goes to the architectures of one source.
     threads = max(1, min(jobs() // len(sources), len(options)))
     kernels = [compiler, *NVCC_FLAGS, *many, *options, *([f"--threads={threads}"] if threads > 1 else [])]
-    bindings = [*cxx(), *CXX_FLAGS, "-fPIC", "-DUSE_CUDA", "-DGAM_LIBRARY=gam_fused"]
+    bindings = [*cxx(), *CXX_FLAGS, "-fPIC", "-DUSE_CUDA", "-DGAM_LIBRARY=gam_fused", stamp("cuda")]
     bindings += [f"-I{path}" for path in includes]
     objects = {temporary / f"{source.stem}.o": source for source in sources}
     return {

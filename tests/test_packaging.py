@@ -1,4 +1,4 @@
-"""The wheel: what it holds, its tag, and the pure-Python package that installs where nothing can be compiled."""
+"""Sdist and wheel: what they hold, their tag, and the pure-Python package that installs where nothing can be compiled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,19 +18,51 @@ from gam_fused.backends import cpp
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
-SOURCES = ("csrc", "gam_fused", "triton_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("csrc", "gam_fused", "triton_kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SMOKE = """
+import torch, gam_fused
+from torch import nn
+model = nn.Linear(3, 2)
+optimizer = gam_fused.FusedGAM(model, torch.optim.AdamW, lr=0.1, backend="cpp")
+loss = lambda: model(torch.ones(4, 3)).square().mean()
+before = loss()
+optimizer.step(loss)
+assert loss() < before
+other = gam_fused.FusedGAM(model, torch.optim.AdamW, lr=0.2)
+other.load_state_dict(optimizer.state_dict())
+other.step(loss)
+assert other.param_groups[0]["lr"] == 0.1
+print(gam_fused.__file__)
+"""
+# What `import gam_fused` may not bring along where torch has not.
+HEAVY = ("triton", "sympy", "numpy", "matplotlib", "sklearn", "transformers", "lightning", "accelerate", "unittest")
+HEAVY += ("pytest", "torch._inductor", "torch._dynamo.convert_frame", "torch.distributed.fsdp", "torch.utils.cpp_extension")
 
 
-def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
-    """A wheel of a copy of the sources, so that nothing of an earlier build gets in; and what the build printed."""
+def copy_sources(folder: Path) -> Path:
+    """A copy of the sources, so that nothing of an earlier build gets in."""
     source = folder / "source"
-    source.mkdir()
+    source.mkdir(parents=True)
     for name in SOURCES:
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         elif path.exists():
             shutil.copy(path, source)
+    return source
+
+
+def build_sdist(folder: Path) -> Path:
+    """An sdist, as frontends ask for it."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy_sources(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
+
+
+def build_wheel(folder: Path, source: Path | None = None, **environment: str) -> tuple[Path, str]:
+    """A wheel of `source`, or of a copy of the sources; and what the build printed."""
     command = [
         sys.executable,
         "-m",
@@ -40,7 +73,7 @@ def build_wheel(folder: Path, **environment: str) -> tuple[Path, str]:
         "--no-deps",
         "-w",
         str(folder),
-        str(source),
+        str(source or copy_sources(folder)),
     ]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     printed = done.stdout + done.stderr
@@ -63,11 +96,12 @@ def unpack(wheel: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> Path:
-    """A wheel with the CPU backend and, where it can be built, the CUDA backend."""
+    """A wheel, built from an sdist, with the CPU backend and, where it can be built, the CUDA backend."""
     if cpp.reason():
         pytest.skip(cpp.reason())
     cuda = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"} if NVCC else {}
-    return build_wheel(tmp_path_factory.mktemp("compiled"), GAM_FUSED_REQUIRE_CPP="1", **cuda)[0]
+    folder = tmp_path_factory.mktemp("compiled")
+    return build_wheel(folder, build_sdist(folder), GAM_FUSED_REQUIRE_CPP="1", **cuda)[0]
 
 
 def packages() -> set[str]:
@@ -86,12 +120,51 @@ def test_wheel_holds_one_package_for_every_python(compiled):
     assert "gam_fused/_cpu.abi3.so" in names
 
 
-def test_compiled_wheel_works(compiled):
-    code = "import gam_fused; print(gam_fused.__file__, gam_fused.available_backends()['cpp'] or 'there')"
-    done = python(code, unpack(compiled))
+def test_sdist_holds_every_source_and_nothing_built(tmp_path):
+    with tarfile.open(build_sdist(tmp_path)) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    for folder, pattern in (("csrc", "*.*"), ("gam_fused", "*.py"), ("triton_kernels", "*.py")):
+        sources = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern) if path.suffix != ".pyc"}
+        assert {name for name in sources if "_not_built" not in name and not name.endswith(".so")} <= names
+    assert {"MANIFEST.in", "pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_not_built.txt")) or name.startswith("tests")]
+
+
+def test_a_wheel_from_the_sdist_works_in_an_environment_of_its_own(compiled, tmp_path):
+    """There is nothing but torch, seen by a .pth. Installing needs no network."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    interpreter = str(tmp_path / "bin" / "python")
+    install = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-index", "--no-deps", str(compiled)]
+    done = subprocess.run(install, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert str(compiled.parent) in done.stdout
-    assert done.stdout.split()[-1] == "there"
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    done = subprocess.run([interpreter, "-I", "-c", SMOKE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(packages / "gam_fused" / "__init__.py")
+
+
+def test_the_objects_need_nothing_of_python(compiled):
+    """An object that asks for no symbol of Python's works with every Python: abi3 is what its name can say of that."""
+    for library in unpack(compiled).glob("gam_fused/*.so"):
+        symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
+        assert "gam_fused_built_from" in symbols
+        assert not [name for name in symbols.split() if name.startswith(("Py", "_Py"))], library.name
+
+
+def test_importing_brings_nothing_heavy_along():
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+sys.path.insert(0, {str(ROOT)!r})
+import gam_fused
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    brought = done.stdout.split()
+    assert "gam_fused.optimizer" in brought
+    assert not [name for name in brought if name in HEAVY or name.startswith(tuple(f"{heavy}." for heavy in HEAVY))]
 
 
 def test_pure_package_without_a_compiler(tmp_path):

@@ -34,7 +34,8 @@ def not_built(backend: str, package: Path = PACKAGE) -> str:
 
 def key() -> str:
     """What the build depends on."""
-    sources = [ROOT / "setup.py", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    sources = [ROOT / "setup.py", PACKAGE / "__init__.py"]  # the version is compiled into them
+    sources += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     about = (torch.__version__, sys.version, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
     texts = [path.read_bytes() for path in sources if path.suffix != ".pyc"]
     return hashlib.sha256(repr(about).encode() + b"".join(texts)).hexdigest()

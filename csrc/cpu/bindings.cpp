@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "../operators.h"
+#include "../stamp.h"
 #include "operands.h"
 
 namespace gam {

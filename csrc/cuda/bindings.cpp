@@ -1,5 +1,6 @@
 // The CUDA backend: how operands reach the kernels. Torch is known here, the math is not.
 #include "../operators.h"
+#include "../stamp.h"
 #include "operands.h"
 
 #ifdef USE_CUDA

@@ -6,6 +6,7 @@ asked for, and registers its operators itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gam_fused.backends import stamp
 from gam_fused.backends.checks import check_lists
 from gam_fused.backends.operands import KERNELS, Kernel, LaunchingBackend, Restore
 from gam_fused.backends.operators import DTYPES
@@ -60,9 +62,17 @@ class CompiledBackend(LaunchingBackend):
             return f"the compiled {self.kind} extension needs torch 2.10 or newer, this is {torch.__version__}"
         try:
             torch.ops.load_library(str(found[0]))
+            built_from = stamp.stamp_of(found[0])
         except (ImportError, OSError, RuntimeError) as error:
             return f"the compiled {self.kind} extension {found[0].name} does not load: {error}; build it anew: {_INSTALL}"
-        return ""
+        if stamp.is_of(built_from, self.library.lstrip("_")):
+            return ""
+        why = (
+            f"the compiled {self.kind} extension {found[0].name} was built from other sources ({built_from}) than these "
+            f"({stamp.stamp(self.library.lstrip('_'))}); build it anew: {_INSTALL}"
+        )
+        warnings.warn(f"gam_fused: {why}", stacklevel=2)  # "auto" goes on without it, more slowly
+        return why
 
     def _why_not_built(self) -> str:
         """What setup.py has left."""

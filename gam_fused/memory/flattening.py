@@ -26,8 +26,8 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
         The buffers.
 
     Raises:
-        ValueError: storage that is not ours to move: shared with something else, with gaps, a DTensor's, or known to an
-            existing DDP.
+        ValueError: storage that is not ours to move: shared with something else or with another process, with gaps, a
+            DTensor's, or known to an existing DDP.
     """
     if any(isinstance(m, DistributedDataParallel) for m in modules):
         raise ValueError(
@@ -76,6 +76,11 @@ def is_flat(params: list[Tensor]) -> bool:
 def _check_movable(params: list[Tensor], param_groups: list[dict[str, Any]], ours: set[int]) -> None:
     storages: dict[int, list[Tensor]] = defaultdict(list)
     for p in params:
+        if p.device.type == "cpu" and p.is_shared():
+            raise ValueError(
+                f"flatten=True: {describe(p, param_groups)} lies in memory shared with other processes, which would see no "
+                "step any more; call share_memory() after the optimizer is made, or leave flatten=False"
+            )
         if p.numel():
             storages[p.untyped_storage().data_ptr()].append(p)
     for together in storages.values():
