@@ -80,18 +80,23 @@ def compiler(arguments: list[str]) -> None:
         raise RuntimeError(f"g++ {' '.join(arguments[-3:])} failed:\n{done.stderr[-4000:]}")
 
 
-def kernels(path: str, first: int, count: int) -> None:
-    """In the process with the sanitizer: so many of the turns through every kernel, kind of shapes and dtype."""
-    from cases import DTYPES, SHAPES, Problem
-    from test_kernels import KERNELS
-
+def backend_at(path: str) -> Any:
+    """The backend of a sanitized library, in the process with its sanitizer."""
     from gam_fused.backends import operators
     from gam_fused.backends.compiled import CompiledBackend
 
     torch.set_num_threads(1)
     operators.define(NAMESPACE)
     torch.ops.load_library(path)
-    backend = CompiledBackend("CPU", "", lambda: "", getattr(torch.ops, NAMESPACE))
+    return CompiledBackend("CPU", "", lambda: "", getattr(torch.ops, NAMESPACE))
+
+
+def kernels(path: str, first: int, count: int) -> None:
+    """In the process with the sanitizer: so many of the turns through every kernel, kind of shapes and dtype."""
+    from cases import DTYPES, SHAPES, Problem
+    from test_kernels import KERNELS
+
+    backend = backend_at(path)
     kinds = list(SHAPES)
     for turn in range(first, first + count):
         kind, dtype = kinds[turn % len(kinds)], DTYPES[turn // len(kinds) % len(DTYPES)]

@@ -60,6 +60,24 @@ def test_kernels_under_a_sanitizer(kind):
     assert sanitizers.sanitized(kind, 0, 6) == ""
 
 
+@pytest.mark.processes
+@pytest.mark.skipif(bool(sanitizers.reason()), reason=sanitizers.reason() or "there")
+@pytest.mark.parametrize(("kind", "found"), [("address", "heap-buffer-overflow"), ("thread", "data race")])
+def test_a_sanitizer_sees_what_it_is_for(kind, found):
+    """Two tensors of a list in one memory, which threads write to at a time; one that is shorter than the layout says."""
+    size = 60_001 if kind == "address" else 60_000
+    done = sanitizers.under(
+        kind,
+        f"from soak.sanitizers import backend_at; backend = backend_at({str(sanitizers.library(kind))!r})\n"
+        "import torch; from gam_fused.backends import compiled, operands; compiled.check_lists = lambda *_: None\n"
+        "from gam_fused.backends.tensor_lists import Layout, TensorList; t, s = torch.ones(60_000), torch.ones(60_001)\n"
+        f"layout = Layout([{size}] * 2, [0] * 2, [True] * 2)\n"
+        "backend.restore_(operands.Restore(layout=layout, theta=TensorList([t, t]), backup=TensorList([s, s])))",
+    )
+    assert done.returncode != 0
+    assert found in done.stderr
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(soak.PARTS, "faults", (lambda seconds, seed: {"failed": seed, "failures": ["x"] * seed}, 1.0))
     common = ["--only", "faults", "--minutes", "0.01", "--out", str(tmp_path)]
