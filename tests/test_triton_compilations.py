@@ -87,7 +87,9 @@ def test_prepared_launches_hand_over_the_same(driver):
     for _ in range(2):
         backend.squared_norm(SquaredNorm(layout=layout, x=x, partials=partials))
     assert len(backend.prepared) == 1
-    first, again = ([_what(a) for a in launch if a is None or isinstance(a, (int, torch.Tensor))] for launch in driver.launches)
+    first, again = (
+        [_what(a) for a in launch if a is None or isinstance(a, (int, torch.Tensor))] for launch in driver.launches
+    )
     assert first == again
     assert [len(launch) for launch in driver.launches] == [len(driver.launches[0])] * 2
 
