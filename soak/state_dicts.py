@@ -15,7 +15,8 @@ from soak.turns import Turns
 
 BASES = (torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam)
 FOREIGN = torch.optim.NAdam
-FLAGS = {"foreach", "fused", "capturable", "differentiable"}  # torch's own, at which it looks itself
+# What is not damaged: flags at which torch looks itself, and settings that ask for more than the step here is given.
+FLAGS = {"foreach", "fused", "capturable", "differentiable", "amsgrad", "flatness_fraction"}
 REFUSALS = (ValueError, TypeError, KeyError)
 VALUES = [None, -1, 0, 3, 2**70, 0.5, float("nan"), float("inf"), "two", True, [], [1], {}, {"a": 1}, (0.1, 0.2), b"x"]
 TENSORS = [

@@ -66,6 +66,9 @@ def check_state(
             if isinstance(value, Tensor) and value.numel() != 1:  # torch asks it whether it is true, or equal
                 shape = tuple(value.shape)
                 raise ValueError(f"param group {i} of the state dict: {key!r} has shape {shape}, expected is a number")
+        betas = group.get("betas", (0.0, 0.0))
+        if not (isinstance(betas, (list, tuple)) and len(betas) >= 2):
+            raise ValueError(f"param group {i} of the state dict: betas must be a pair, but is {betas!r}")
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         return  # torch's own check tells
     params = dict(zip((i for g in saved for i in g["params"]), ((p, g) for g in groups for p in g["params"]), strict=True))
