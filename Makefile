@@ -1,5 +1,6 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
 # make test     the tests, on all cores (ARGS="-k flatness"; WORKERS=0: in one process)
+# make soak     random cases, faults and arguments for ten minutes, sanitizers; JSON in out/ (ARGS="--minutes 2 --only faults")
 # make check    lint, formatting, types
 # make docs     the pages of docs/ as a site in site/, warnings are errors (Python 3.11 or newer)
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
@@ -20,7 +21,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test check docs torch headers bench compare profile gpu sweep interval clients study probe wheel clean
+.PHONY: train test soak check docs torch headers bench compare profile gpu sweep interval clients study probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -41,6 +42,9 @@ train: $(STAMPS)/train
 WORKERS := logical
 test: $(STAMPS)/test
 	$(RUN) $(PYTHON) -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: $(STAMPS)/test
+	$(PYTHON) -m soak $(ARGS)
 
 check: $(STAMPS)/check
 	$(RUN) ruff check .

@@ -61,10 +61,11 @@ class Arguments {
     STD_TORCH_CHECK(tensors_ <= MAX_TENSORS, "gam_fused: layout has ", tensors_, " tensors, more than ", MAX_TENSORS);
     starts_ = static_cast<const int64_t*>(table.const_data_ptr());
     check_table();
-    workspace_ = float64("workspace", workspace);
+    double* scratch = float64("workspace", workspace);
     STD_TORCH_CHECK(workspace.is_contiguous() && workspace.numel() >= workspace_size(chunks()),
                     "gam_fused: workspace must be what Layout.workspace gives, ", workspace_size(chunks()),
                     " numbers, got ", describe(workspace));
+    workspace_ = scratch;
     if (map.numel() == 0) return;
     STD_TORCH_CHECK(
         map.scalar_type() == ScalarType::Long && map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
@@ -191,7 +192,18 @@ class Arguments {
   double* float64(const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "gam_fused: ", name, " must be float64, got ", describe(t));
     check_device(name, t);
-    return static_cast<double*>(t.mutable_data_ptr());
+    double* data = static_cast<double*>(t.mutable_data_ptr());
+    STD_TORCH_CHECK(!workspace_ || t.numel() == 0 || data + extent(t) <= workspace_ ||
+                        workspace_ + workspace_size(chunks()) <= data,
+                    "gam_fused: ", name, " lies in the memory of workspace; kernels write there meanwhile");
+    return data;
+  }
+
+  // Elements from the first to the last, gaps between them included.
+  static int64_t extent(const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    return last + 1;
   }
 
   // A single column of sums, to be written.

@@ -75,6 +75,13 @@ BROKEN = {
     "step is infinite": (AdamW, ("state", 1, "step", float("inf")), "step"),
     "step is negative": (AdamW, ("state", 1, "step", -3), "step"),
     "step is a vector": (AdamW, ("state", 1, "step", torch.ones(2)), "step"),
+    "momentum is a number": (SGD, ("state", 0, "momentum_buffer", 0.5), "momentum_buffer"),
+    "exp_avg is a pair": (AdamW, ("state", 1, "exp_avg", (0.1, 0.2)), "exp_avg"),
+    "betas are one": (AdamW, ("param_groups", 0, "betas", [0.9]), "betas"),
+    "betas are a number": (AdamW, ("param_groups", 0, "betas", torch.tensor(0.9)), "betas"),
+    "nesterov is a row": (SGD, ("param_groups", 0, "nesterov", torch.ones(3)), "nesterov"),
+    "a parameter is a row": (SGD, ("param_groups", 0, "params", 2, torch.ones(3)), "params"),
+    "state is a number": (SGD, ("state", 0, 3), "must be a dict"),
     "foreign 0-d": (torch.optim.RMSprop, ("state", 0, "square_avg", torch.tensor(1.0)), "square_avg"),
 }
 

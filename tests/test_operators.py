@@ -240,6 +240,19 @@ def test_layouts_that_kernels_cannot_follow_are_refused(change, chunk, message):
         OPS.restore_(**given | {"layout": change(p.layout.table), "chunk": chunk})
 
 
+@pytest.mark.parametrize(("name", "field"), [("direction_products", "coefficients"), ("combined_update_", "partials")])
+def test_a_workspace_in_the_memory_of_an_operand_is_refused(name, field):
+    operands = record(name)
+    given = arguments(name, operands)
+    memory = torch.zeros(1000, dtype=torch.float64)
+    given["workspace"] = memory[:900]
+    shared = memory[800:].as_strided(given[field].shape, (given[field].shape[-1], 1)).copy_(given[field])
+    getattr(OPS, name)(**given | {field: memory[900:].as_strided(shared.shape, shared.stride())})
+    given["workspace"] = memory
+    with pytest.raises(RuntimeError, match=f"{field} lies in the memory of workspace"):
+        getattr(OPS, name)(**given | {field: memory[:].as_strided(shared.shape, shared.stride())})
+
+
 def test_unsupported_dtype_is_named():
     p = problem(missing=False)
     integers = TensorList([t.to(torch.int32) for t in p.values(0).tensors])

@@ -5,6 +5,10 @@
 #include "../stamp.h"
 #include "operands.h"
 
+#ifndef GAM_LIBRARY  // the namespace of its operators
+#define GAM_LIBRARY gam_fused
+#endif
+
 namespace gam {
 namespace {
 
@@ -65,4 +69,4 @@ class CpuBackend : public Arguments<CpuBackend>, public Operands<Layout, Address
 }  // namespace
 }  // namespace gam
 
-STABLE_TORCH_LIBRARY_IMPL(gam_fused, CPU, m) { gam::register_operators<gam::CpuBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(GAM_LIBRARY, CPU, m) { gam::register_operators<gam::CpuBackend>(m); }

@@ -61,13 +61,23 @@ def check_state(
     kind = type(base)
     if not kind.__module__.startswith("torch.optim") or kind.__name__ in _SHAPED_OTHERWISE:
         return
+    for i, group in enumerate(saved):
+        for key, value in [*group.items(), *(("params", number) for number in group["params"])]:
+            if isinstance(value, Tensor) and value.numel() != 1:  # torch asks it whether it is true, or equal
+                shape = tuple(value.shape)
+                raise ValueError(f"param group {i} of the state dict: {key!r} has shape {shape}, expected is a number")
+        betas = group.get("betas", (0.0, 0.0))
+        if not (isinstance(betas, (list, tuple)) and len(betas) >= 2):
+            raise ValueError(f"param group {i} of the state dict: betas must be a pair, but is {betas!r}")
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         return  # torch's own check tells
     params = dict(zip((i for g in saved for i in g["params"]), ((p, g) for g in groups for p in g["params"]), strict=True))
     for number, entry in state_dict["state"].items():
-        if number not in params or not isinstance(entry, dict):
+        if number not in params:
             continue
         p = params[number][0]
+        if not isinstance(entry, dict):
+            raise ValueError(f"the state dict's state of {describe(p, groups)} must be a dict, but is {entry!r}")
         for key, value in entry.items():
             _check_entry(key, value, p, groups)
         missing = [key for key in fused.required(entry) if entry.get(key) is None] if fused else []
@@ -80,7 +90,11 @@ def _check_entry(key: str, value: Any, p: Tensor, groups: Groups) -> None:
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta" else value
         if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
             raise ValueError(f"the state dict's {key!r} of {describe(p, groups)} must be a number, but is {value!r}")
-    elif key in _SHAPED_AS_THE_PARAMETER and isinstance(value, Tensor) and value.shape != p.shape:
-        raise ValueError(
-            f"the state dict's {key!r} of {describe(p, groups)} has shape {tuple(value.shape)}: it is of another parameter"
-        )
+    elif key in _SHAPED_AS_THE_PARAMETER and value is not None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the state dict's {key!r} of {describe(p, groups)} must be a tensor, but is {value!r}")
+        if value.shape != p.shape:
+            shape = tuple(value.shape)
+            raise ValueError(
+                f"the state dict's {key!r} of {describe(p, groups)} has shape {shape}: it is of another parameter"
+            )

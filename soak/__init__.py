@@ -1,0 +1,10 @@
+"""A long check of what no list of cases holds: random cases, faults, state dicts, arguments; sanitizers. `make soak`.
+
+properties.py    whole steps on random lists of tensors against float64; scale, order, groups, threads, runs
+faults.py        a training with random exceptions, signals and numbers that are not finite
+state_dicts.py   state dicts with random damage
+operators.py     the compiled operators with random arguments
+sanitizers.py    the kernels of csrc/cpu under AddressSanitizer with UBSan, and under ThreadSanitizer
+
+tests/test_soak.py runs a short, fixed form of each. `results/` has the figures of the last run that was kept.
+"""
