@@ -69,10 +69,11 @@ def test_pretraining_is_on_the_first_five_digits():
 
 def test_a_residual_net_is_of_its_seed_and_halves_the_image_twice():
     state = torch.get_rng_state()
-    model = residual_net(3, width=4, stride=2)
+    model = residual_net(3, width=4, pooled=True)
     assert torch.equal(state, torch.get_rng_state())
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    assert model[:6](torch.zeros(2, 1, 28, 28)).shape == (2, 16, 4, 4)
+    assert model[:4](torch.zeros(2, 1, 28, 28)).shape == (2, 4, 7, 7)
+    assert model[:7](torch.zeros(2, 1, 28, 28)).shape == (2, 16, 2, 2)
     assert torch.equal(residual_net(3, 4)[0].weight, residual_net(3, 4)[0].weight)
     assert not torch.equal(residual_net(3, 4)[0].weight, residual_net(4, 4)[0].weight)
 

@@ -15,6 +15,7 @@ from examples.digits.methods import Method
 from examples.digits.training import Settings, run
 
 Job = tuple[Method, int, Settings]
+BAR = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
 
 def default_workers() -> int:
@@ -48,13 +49,14 @@ def run_all(
     pool = ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
     try:
         pending = {pool.submit(run, *job): i for i, job in enumerate(jobs)}
-        with tqdm(total=len(jobs), unit="run", dynamic_ncols=True, smoothing=0.1) as bar:
+        with tqdm(total=len(jobs), dynamic_ncols=True, smoothing=0.1, bar_format=BAR) as bar:
             share = len(jobs) / (sum(weights) or 1)
             for future in as_completed(pending):
                 i = pending[future]
                 result = results[i] = future.result()
                 done(result)
-                bar.set_postfix_str(note(result))
+                bar.set_description_str(f"{len(results)}/{len(jobs)} runs", refresh=False)
+                bar.set_postfix_str(note(result), refresh=False)
                 bar.update(share * weights[i])
     finally:
         pool.shutdown(cancel_futures=True)

@@ -28,19 +28,20 @@ class Block(nn.Module):
         return relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
-def residual_net(seed: int, width: int, stride: int = 1, classes: int = 10) -> nn.Sequential:
+def residual_net(seed: int, width: int, pooled: bool = False, classes: int = 10) -> nn.Sequential:
     """[n, 1, h, w] -> [n, classes]; the same `seed` gives the same weights, and the global random state stays.
 
     Args:
         width: channels of the first stage; each later one has twice as many, at half the resolution.
-        stride: of the first convolution.
+        pooled: the first convolution has stride 2 and a pooling follows, as for large images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Conv2d(1, width, 3, stride, padding=1, bias=False),
+            nn.Conv2d(1, width, 3, 2 if pooled else 1, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
+            nn.MaxPool2d(2) if pooled else nn.Identity(),
             Block(width, width, 1),
             Block(width, 2 * width, 2),
             Block(2 * width, 4 * width, 2),

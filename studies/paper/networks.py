@@ -20,8 +20,8 @@ TUNED_NOISE = 0.2  # hyperparameters for wrong labels are chosen here and used a
 LOAD: dict[str, Callable[..., Data]] = {"digits": digits.data, "MNIST": mnist.data}
 MODELS: dict[str, dict[str, Callable[[int], nn.Module]]] = {
     "conv net": {"digits": conv_net, "MNIST": mnist.small_cnn},
-    "ResNet": {"digits": partial(residual_net, width=8), "MNIST": partial(residual_net, width=8, stride=2)},
-    "wide ResNet": {"digits": partial(residual_net, width=16), "MNIST": partial(residual_net, width=16, stride=2)},
+    "ResNet": {"digits": partial(residual_net, width=8), "MNIST": partial(residual_net, width=8, pooled=True)},
+    "wide ResNet": {"digits": partial(residual_net, width=16), "MNIST": partial(residual_net, width=16, pooled=True)},
 }
 FINE_TUNED = {"conv net": MODELS["conv net"], "ViT": {"digits": vit, "MNIST": partial(transfer.pooled, vit)}}
 EPOCHS = {"digits": 30, "MNIST": 15}
