@@ -9,8 +9,8 @@ Every measure takes `loss_fn` and `params` first:
 
 All passes of a measure see the same loss: torch's generators (of the CPU and the parameters' devices), Python's and numpy's
 are put back before each, and so are the buffers of a module given as `params` or to `over_batches`. Afterwards weights,
-`p.grad`, `requires_grad`, generators, buffers and training modes are what they were, bit for bit, whatever ended the measure,
-its result, an error in any pass or Ctrl-C. With a plain `loss_fn` and a list of tensors the model is not known, so its
+`p.grad`, `requires_grad`, generators, buffers and training modes are what they were, bit for bit, whatever ended it, its
+result, an error in any pass or Ctrl-C. With a plain `loss_fn` and a list of tensors the model is not known, so its
 buffers and modes are yours: call `model.eval()` before.
 
 Random vectors come from a generator of their own, seeded by `seed`: equal seeds give equal results. All norms are L2 over
