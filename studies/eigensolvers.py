@@ -1,6 +1,6 @@
 """Whose Lanczos? `python -m studies.eigensolvers` (about ten minutes on two cores).
 
-The largest 1, 10 and 50 eigenvalues of Hessians after training, by `hessian_eigenvalues`, by scipy.sparse.linalg.eigsh and by
+The largest 1, 10 and 50 eigenvalues of Hessians after training, by `hessian_eigenvalues`, scipy.sparse.linalg.eigsh and
 torch.lobpcg, on the same float32 products and at the same tolerance: how many products, how long, how far from the truth.
 The truth is the dense Hessian in float64 of the small net, and of the others what two of the solvers say in float64 at a
 tolerance of 1e-8. Writes eigensolvers.json and .md.
