@@ -1,7 +1,7 @@
 """Pictures of the measures' results, with matplotlib, which is imported when the first is drawn: `pip install matplotlib`.
 
-Every function takes results, draws on `ax`, or on the axes of a new figure, and returns them: `ax.figure.savefig(...)`. A `label` puts
-several results in one picture: call it once for each, then `ax.legend()`.
+Every function takes results, draws on `ax`, or on the axes of a new figure, and returns it: `ax.figure.savefig(...)`.
+A `label` puts several results in one picture: call it once for each, then `ax.legend()`.
 """
 
 from __future__ import annotations

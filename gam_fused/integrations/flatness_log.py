@@ -12,6 +12,7 @@ Lightning and the Hugging Face Trainer have callbacks that do so: `integrations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class FlatnessLog:
         **how: Any,
     ):
         self._every, self._write = Every(every_steps, every_epochs), write
-        self._figures = lambda: figures(model, criterion, loader, optimizer, **how)
+        self._figures = partial(figures, model, criterion, loader, optimizer, **how)
         self._steps = self._epochs = 0
 
     def after_step(self) -> None:
