@@ -57,7 +57,7 @@ def over_batches(
             given its arguments by name.
         RuntimeError: `all_ranks` without a process group.
     """
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):  # iter(loader) would draw a random number from a DataLoader's generator
         raise TypeError(f"loader is a {type(loader).__name__}, which is used up after one pass: give a DataLoader or a list")
     if criterion is not None and batch_loss is not None:
         raise TypeError("give criterion, of (output, target), or batch_loss, of (model, batch), but not both")

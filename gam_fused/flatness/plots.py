@@ -125,7 +125,7 @@ def _ticks(losses: Tensor, dimensions: int, radius: float) -> Tensor:
     return torch.linspace(-radius, radius, losses.size(0), dtype=torch.float64, device="cpu")
 
 
-def _numbers(t: Tensor) -> list[Any]:
-    """For matplotlib without numpy's help; what is not finite leaves a gap."""
-    numbers: list[Any] = torch.where(t.isfinite(), t.detach(), math.nan).tolist()
-    return numbers
+def _numbers(t: Tensor) -> Any:
+    """As an array of numpy's, which matplotlib wants; what is not finite leaves a gap."""
+    t = t.detach().to("cpu", torch.float64)
+    return torch.where(t.isfinite(), t, math.nan).numpy()
