@@ -66,7 +66,11 @@ class Task:
                 [p.requires_grad for p in self.model.parameters()],
                 [m.training for m in self.model.modules()],
                 [torch.get_rng_state(), self.generator.get_state()],
-                [repr(random.getstate()), repr(numpy.random.get_state())],
+                [
+                    repr(random.getstate()),
+                    repr(numpy.random.get_state(legacy=False)["state"]["key"].tolist()),
+                    numpy.random.get_state()[2],
+                ],
             ]
         )
 
