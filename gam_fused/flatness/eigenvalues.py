@@ -57,19 +57,20 @@ def hessian_eigenvalues(
     whole("max_iterations", max_iterations, minimum=1)
     whole("k", k, minimum=1)
 
-    def largest(loss: Objective) -> Tensor:
+    def largest(loss: Objective) -> tuple[Tensor, str]:
         size = sum(p.numel() for p in loss.params)
         if k > size:
             raise ValueError(f"k must be between 1 and the number of elements, {size}, got {k}")
         limit = max_iterations * k
         with Progress(progress, limit, "hessian_eigenvalues") as bar:
             space = Krylov(Hessian(loss, bar), generator(seed), min(size, 2 * k + SPARE))
-            if not _search(space, k, size, tolerance, limit):
-                _warn(space, k, tolerance, limit)
-        values: Tensor = space.values[:k].to(loss.params[0].device)
-        return values
+            converged = _search(space, k, size, tolerance, limit)
+        return space.values[:k].to(loss.params[0].device), "" if converged else _shortfall(space, k, tolerance, limit)
 
-    return measured(loss_fn, params, largest)
+    values, shortfall = measured(loss_fn, params, largest)
+    if shortfall:
+        warnings.warn(shortfall, RuntimeWarning, stacklevel=2)
+    return values
 
 
 def _search(space: Krylov, k: int, size: int, tolerance: float, limit: int) -> bool:
@@ -101,7 +102,7 @@ def _search(space: Krylov, k: int, size: int, tolerance: float, limit: int) -> b
             space.start_anew()
         elif space.is_full():
             space.restart(k + SPARE // 2)
-    return False
+    return converged
 
 
 def _is_confirmed(space: Krylov, k: int, chain: int) -> bool:
@@ -109,12 +110,10 @@ def _is_confirmed(space: Krylov, k: int, chain: int) -> bool:
     return space.closed or (chain >= CHAIN and bool(space.residuals()[k] <= 0.1 * space.values[k - 1].abs()))
 
 
-def _warn(space: Krylov, k: int, tolerance: float, limit: int) -> None:
+def _shortfall(space: Krylov, k: int, tolerance: float, limit: int) -> str:
     residuals, values = space.residuals()[:k], space.values[:k]
-    worst = int((residuals / values.abs()).argmax())
-    warnings.warn(
+    worst = int((residuals - tolerance * values.abs()).argmax())
+    return (
         f"hessian_eigenvalues: residual {float(residuals[worst]):.2g} of eigenvalue {float(values[worst]):.4g} after "
-        f"{limit} products is above the tolerance {tolerance:g}; raise max_iterations",
-        RuntimeWarning,
-        stacklevel=5,
+        f"{limit} products is above the tolerance {tolerance:g}; raise max_iterations"
     )
