@@ -25,12 +25,8 @@ from gam_fused.flatness.eigenvalues import hessian_eigenvalues
 from gam_fused.flatness.landscape import loss_landscape
 from gam_fused.flatness.minima import MinimaDensity, local_minima_density
 from gam_fused.flatness.objective import BatchedLoss
-from gam_fused.flatness.sharpness import (
-    first_order_estimate,
-    first_order_flatness,
-    zeroth_order_estimate,
-    zeroth_order_flatness,
-)
+from gam_fused.flatness.one_step import first_order_estimate, zeroth_order_estimate
+from gam_fused.flatness.sharpness import first_order_flatness, zeroth_order_flatness
 from gam_fused.flatness.summary import report
 from gam_fused.flatness.trace import TraceEstimate, hessian_trace
 

@@ -58,7 +58,7 @@ def landscape_2d(losses: Tensor, radius: float = 1.0, *, levels: int = 20, ax: A
     """Contours of the loss in a plane. `losses`: [points, points], of `loss_landscape(..., radius=radius)`."""
     ax, ticks = _axes(ax), _ticks(losses, 2, radius)
     lines = ax.contour(_numbers(ticks), _numbers(ticks), _numbers(losses.T), levels=levels)
-    ax.clabel(lines, inline=True, fontsize=7)
+    ax.figure.colorbar(lines, ax=ax, label=LOSS)
     ax.plot(0, 0, "k+")  # theta
     ax.set_aspect("equal")
     return _named(ax, "along the first direction", "along the second direction")
@@ -72,6 +72,7 @@ def landscape_3d(losses: Tensor, radius: float = 1.0, *, ax: Any = None) -> Any:
     first, second = torch.meshgrid(ticks, ticks, indexing="ij")
     ax.plot_surface(_numbers(first), _numbers(second), _numbers(losses), cmap="viridis", linewidth=0)
     ax.set_zlabel(LOSS)
+    ax.set_box_aspect(None, zoom=0.8)  # room for labels
     return _named(ax, "along the first direction", "along the second direction")
 
 
@@ -99,6 +100,8 @@ def flatness(
     ax.plot(rhos, [float(r) for r in zeroth], "o--", color=line.get_color(), label="R0, zeroth order" + name)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_xticks(rhos, [f"{r:g}" for r in rhos], minor=False)
+    ax.set_xticks([], minor=True)
     ax.legend()
     return _named(ax, "rho", "flatness, in units of loss")
 

@@ -1,4 +1,4 @@
-"""Zeroth- and first-order flatness, equations (2) and (3) of the paper: by projected ascent, and by the paper's one step."""
+"""Zeroth- and first-order flatness, equations (2) and (3) of the paper, by projected ascent within the ball."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from gam_fused.checks import whole
 from gam_fused.flatness.objective import LossFunction, Objective, Parameters, measured
 from gam_fused.flatness.progress import Progress, ProgressArgument
-from gam_fused.flatness.vectors import NotFiniteError, check_positive, generator, move_to, norm, random_direction
+from gam_fused.flatness.vectors import check_finite, check_positive, generator, move_to, norm, random_direction
 
 Climbed = Callable[[Objective], tuple[float, list[Tensor]]]  # a value at the present weights, and where it grows
 
@@ -53,8 +53,9 @@ def zeroth_order_flatness(
         rho: radius of the ball, in units of weight; > 0.
         steps: ascent steps per start; each costs one gradient.
         step_size: length of a step as a fraction of `rho`.
-        restarts: the first ascent leaves theta itself (or a random point where the gradient vanishes); this many others
-            leave random points on the sphere of radius `rho`.
+        restarts: ascents after the first, which leaves theta itself (or a random point where the gradient vanishes). They
+            leave points on the sphere of radius `rho`: the mirror image of where the first ended, as near a minimum both ends
+            of the steepest direction are local maxima, then random ones.
         seed: of the random points.
         progress: True, or a function of (done, total), per gradient.
 
@@ -103,67 +104,6 @@ def first_order_flatness(
     return torch.tensor(rho * best, dtype=torch.float64, device="cpu")
 
 
-def zeroth_order_estimate(loss_fn: LossFunction, params: Parameters = None, rho: float = 0.05) -> Tensor:
-    """R0 by one step, as SAM takes it: L(theta + rho g/|g|) - L(theta), g = grad L(theta).
-
-    One gradient and one loss. Below R0 up to rounding; it may be negative, and is 0 where g is.
-
-    Args:
-        loss_fn, params, rho: as in `zeroth_order_flatness`.
-
-    Returns:
-        0-d float64 tensor on the CPU, in units of loss; not finite where the loss there is not.
-
-    Raises:
-        ValueError: `rho` not above 0, or a loss or gradient at theta that is not finite.
-    """
-    check_positive(rho=rho)
-
-    def one_step(loss: Objective) -> float:
-        base, g = loss.gradient()
-        _check_finite(base)
-        _move_along(loss, rho, g)
-        return loss.value() - base
-
-    return torch.tensor(measured(loss_fn, params, one_step), dtype=torch.float64, device="cpu")
-
-
-def first_order_estimate(loss_fn: LossFunction, params: Parameters = None, rho: float = 0.05) -> Tensor:
-    """R1 by one step, equation (7): rho |grad L(theta + rho f/|f|)|, f = grad |grad L(theta)| (equation 8).
-
-    Two gradients and one Hessian-vector product. Below R1 up to rounding; rho |g| where f is 0.
-
-    Args:
-        loss_fn, params, rho: as in `zeroth_order_flatness`.
-
-    Returns:
-        0-d float64 tensor on the CPU, in units of loss; not finite where the gradient there is not.
-
-    Raises:
-        ValueError: `rho` not above 0, or a gradient or f at theta that is not finite.
-    """
-    check_positive(rho=rho)
-
-    def one_step(loss: Objective) -> float:
-        size, f = loss.norm_and_ascent()
-        _check_finite(size)
-        _move_along(loss, rho, f)
-        return rho * norm(loss.gradient()[1])
-
-    return torch.tensor(measured(loss_fn, params, one_step), dtype=torch.float64, device="cpu")
-
-
-def _move_along(loss: Objective, length: float, direction: list[Tensor]) -> None:
-    size = norm(direction)
-    _check_finite(size)
-    move_to(loss.params, loss.centre, (length / size if size else 0.0, direction))
-
-
-def _check_finite(value: float) -> None:
-    if not math.isfinite(value):
-        raise NotFiniteError(f"the objective is not finite at the present weights: {value}")
-
-
 def _climb(loss_fn: LossFunction, params: Parameters, climbed: Climbed, search: _Search, name: str) -> tuple[float, float]:
     """(value at theta, largest finite value met in the ball)."""
     search.check()
@@ -172,14 +112,16 @@ def _climb(loss_fn: LossFunction, params: Parameters, climbed: Climbed, search: 
         total = (1 + search.restarts) * (1 + search.steps)
         with Progress(search.progress, total, name) as bar:
             base, first = climbed(loss)
-            bar.advance()
-            _check_finite(base)
+            check_finite(base)
+            if norm(first):  # otherwise a random point takes its place
+                bar.advance()
             random, best = generator(search.seed), base
+            offset, direction = [torch.zeros_like(d) for d in first], first
             for start in range(1 + search.restarts):
-                if start == 0 and 0.0 < norm(first) < math.inf:
-                    offset, direction = [torch.zeros_like(d) for d in first], first
-                else:
-                    offset = _projected(random_direction(loss.params, random), search.rho, onto_sphere=True)
+                if start or not norm(first):
+                    mirrored = start == 1 and norm(offset) > 0.0
+                    offset = [-o for o in offset] if mirrored else random_direction(loss.params, random)
+                    offset = _projected(offset, search.rho, onto_sphere=True)
                     value, direction = _at(loss, climbed, offset, bar)
                     best = max(best, value)
                 for _ in range(search.steps):

@@ -25,6 +25,12 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
+def check_finite(value: float) -> None:
+    """NotFiniteError unless a loss or a norm at the present weights is a number."""
+    if not math.isfinite(value):
+        raise NotFiniteError(f"the objective is not finite at the present weights: {value}")
+
+
 def norm(tensors: Iterable[Tensor]) -> float:
     """L2 norm over all elements of all tensors, added up in float64."""
     return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
