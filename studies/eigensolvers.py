@@ -3,7 +3,7 @@
 The largest 1, 10 and 50 eigenvalues of Hessians after training, by `hessian_eigenvalues`, scipy.sparse.linalg.eigsh and
 torch.lobpcg, on the same float32 products and at the same tolerance: how many products, how long, how far from the truth.
 The truth is the dense Hessian in float64 of the small net, and of the others what two of the solvers say in float64 at a
-tolerance of 1e-6. Writes eigensolvers.json and .md.
+tolerance of 1e-4. Writes eigensolvers.json and .md.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from gam_fused.flatness.objective import Objective, measured
 from gam_fused.flatness.progress import Progress
 
 KS = (1, 10, 50)
-TOLERANCE, TRUTH = 1e-3, 1e-6
-IMAGES = 200  # that the measured loss is of
+TOLERANCE, TRUTH = 1e-3, 1e-4  # the error of an eigenvalue is about the square, over the gap to the next
+IMAGES = 100  # that the measured loss is of
 BLOCKS = 40  # iterations of lobpcg, which has k products in each
 EPOCHS = 30
 Solver = Callable[[Callable[[], Tensor], nn.Module, int, float], tuple[Tensor, int]]
@@ -51,8 +51,8 @@ def mlp(*widths: int) -> nn.Sequential:
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "MLP, dense": lambda: mlp(16),
-    "conv net of the digits": lambda: conv_net(seed=0),
     "MLP, wide": lambda: mlp(300, 300),
+    "conv net of the digits": lambda: conv_net(seed=0),
 }
 
 

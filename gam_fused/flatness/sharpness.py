@@ -54,8 +54,8 @@ def zeroth_order_flatness(
         steps: ascent steps per start; each costs one gradient.
         step_size: length of a step as a fraction of `rho`.
         restarts: ascents after the first, which leaves theta itself (or a random point where the gradient vanishes). They
-            leave points on the sphere of radius `rho`: the mirror image of where the first ended (near a minimum both ends of
-            the steepest direction are local maxima), then random ones.
+            leave points on the sphere of radius `rho`: the mirror image of where the first ended (near a minimum both ends
+            of the steepest direction are local maxima), then random ones.
         seed: of the random points.
         progress: True, or a function of (done, total), per gradient.
 
