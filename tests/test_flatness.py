@@ -44,6 +44,31 @@ def network():
     return model, lambda: nn.functional.cross_entropy(model(x), y)
 
 
+def minimum():
+    """The network at a strict local minimum: weights are decayed, and Newton's method ends where the gradient does."""
+    model, plain = network()
+    params = list(model.parameters())
+
+    def loss():
+        return plain() + 0.02 * sum(p.square().sum() for p in params)
+
+    optimizer = torch.optim.LBFGS(
+        params, max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    assert torch.cat([g.flatten() for g in torch.autograd.grad(loss(), params)]).norm() < 1e-8
+    assert torch.linalg.eigvalsh(dense_hessian(model, loss))[0] > 1e-3
+    return model, loss
+
+
 def dense_hessian(model, loss_fn):
     params = list(model.parameters())
     grads = torch.autograd.grad(loss_fn(), params, create_graph=True)
@@ -118,11 +143,114 @@ def test_flatness_away_from_a_minimum_finds_the_far_side_of_the_ball():
     assert math.isclose(first, rho * 9.0 * 0.5, rel_tol=1e-6)
 
 
-def test_first_order_flatness_bounds_zeroth_order_flatness():
-    model, loss = network()
-    for rho in (0.05, 0.5):
-        zeroth = flatness.zeroth_order_flatness(loss, model.parameters(), rho)
-        assert 0 < zeroth <= flatness.first_order_flatness(loss, model.parameters(), rho)
+@pytest.mark.parametrize("rho", [0.01, 0.05, 0.2, 0.5, 2.0])
+@pytest.mark.parametrize("at_minimum", [False, True])
+def test_first_order_flatness_bounds_zeroth_order_flatness(rho, at_minimum):
+    """Proposition 4.2, R0 <= R1; and its step, L(theta') - L(theta) <= rho max |grad L|, at any point of the ball."""
+    model, loss = minimum() if at_minimum else network()
+    params = list(model.parameters())
+    zeroth = flatness.zeroth_order_flatness(loss, params, rho)
+    first = flatness.first_order_flatness(loss, params, rho)
+    assert 0 < zeroth <= first
+    base = loss().item()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        noise = [torch.randn_like(p) for p in params]
+        length = torch.stack([n.square().sum() for n in noise]).sum().sqrt()
+        with torch.no_grad():
+            torch._foreach_add_(params, noise, alpha=rho / length.item())
+        grads = torch.autograd.grad(loss(), params)
+        assert loss().item() - base <= first
+        assert rho * torch.cat([g.flatten() for g in grads]).norm() <= first
+        with torch.no_grad():
+            torch._foreach_sub_(params, noise, alpha=rho / length.item())
+
+
+def test_at_a_minimum_the_largest_eigenvalue_is_first_order_flatness_over_rho_squared():
+    """Lemma 4.1, equation (4), up to the third order that it leaves out: the deviation falls as fast as rho."""
+    model, loss = minimum()
+    largest = torch.linalg.eigvalsh(dense_hessian(model, loss))[-1]
+    torch.testing.assert_close(flatness.hessian_eigenvalues(loss, model, tolerance=1e-8)[0], largest)
+    deviations = []
+    for rho in (1e-1, 1e-2, 1e-3):
+        first = flatness.first_order_flatness(loss, model, rho, steps=150, step_size=5.0)
+        deviations.append(abs(float(first / rho**2 / largest) - 1))
+    assert deviations[0] < 0.05
+    assert deviations[1] < 0.15 * deviations[0]
+    assert deviations[2] < 0.15 * deviations[1]
+
+
+@pytest.mark.parametrize("at_minimum", [False, True])
+def test_the_one_step_estimates_are_what_the_paper_writes(at_minimum):
+    """L(theta + rho g/|g|) - L(theta), and equation (7): rho |grad L(theta + rho f/|f|)|, f = grad |grad L|."""
+    model, loss = minimum() if at_minimum else network()
+    params, rho = list(model.parameters()), 0.1
+    g = torch.autograd.grad(loss(), params, create_graph=True)
+    size = torch.cat([t.flatten() for t in g]).norm()
+    f = torch.autograd.grad(size, params)
+    expected = []
+    for direction in (g, f):
+        direction = [d.detach() for d in direction]
+        scale = rho / torch.cat([d.flatten() for d in direction]).norm().item()
+        before = [p.detach().clone() for p in params]
+        base = loss().item()
+        with torch.no_grad():
+            torch._foreach_add_(params, direction, alpha=scale)
+        there = torch.autograd.grad(loss(), params)
+        norm = torch.cat([t.flatten() for t in there]).norm().item()
+        expected.append(loss().item() - base if direction[0].equal(g[0].detach()) else rho * norm)
+        with torch.no_grad():
+            torch._foreach_copy_(params, before)
+    found = flatness.zeroth_order_estimate(loss, model, rho), flatness.first_order_estimate(loss, model, rho)
+    assert [f.item() for f in found] == pytest.approx(expected, rel=1e-9, abs=1e-13)
+    assert found[0] <= flatness.zeroth_order_flatness(loss, model, rho, steps=40)
+    assert found[1] <= flatness.first_order_flatness(loss, model, rho, steps=40)
+
+
+def test_the_estimates_where_the_gradient_vanishes():
+    weight = torch.zeros(3, requires_grad=True)
+    assert flatness.zeroth_order_estimate(lambda: weight.square().sum(), [weight]) == 0.0
+    assert flatness.first_order_estimate(lambda: weight.square().sum(), [weight]) == 0.0
+    assert flatness.first_order_estimate(lambda: 2 * weight.sum(), [weight], 0.5) == pytest.approx(12**0.5 / 2)
+
+
+def test_restarts_find_what_the_first_ascent_misses():
+    """Two hills within the ball: from theta the lower one is climbed, from a random point the higher."""
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    low, high = torch.tensor([0.5, 0.0]), torch.tensor([-0.6, 0.6])
+
+    def loss():
+        return torch.exp(-20 * (weight - low).square().sum()) + 5 * torch.exp(-20 * (weight - high).square().sum())
+
+    alone, more = (flatness.zeroth_order_flatness(loss, [weight], 1.0, step_size=0.1, restarts=n) for n in (0, 8))
+    assert alone < 1.2
+    assert more > 4.5
+
+
+def test_points_that_are_not_finite_are_passed_over():
+    weight = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    found = flatness.zeroth_order_flatness(lambda: torch.log(weight).sum(), [weight], 1.0, restarts=6, step_size=0.3)
+    assert math.isclose(found, math.log(3.0), rel_tol=1e-9)
+    with pytest.raises(ValueError, match="not finite at the present weights"):
+        flatness.zeroth_order_flatness(lambda: torch.log(weight - 1).sum(), [weight], 1.0)
+    with pytest.raises(ValueError, match="not finite at the present weights"):
+        flatness.first_order_estimate(lambda: torch.log(weight - 1).sum() + weight.sum() * math.inf, [weight], 1.0)
+
+
+def test_sharded_parameters_are_refused_by_name():
+    from torch.distributed.tensor import DTensor, Replicate
+
+    pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        weight = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
+        with pytest.raises(TypeError, match="must not be sharded"):
+            flatness.hessian_trace(lambda: weight.sum(), [weight])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_landscape_along_given_directions_is_the_loss_there():

@@ -1,27 +1,50 @@
 """How flat a loss is around the weights: the measures of the paper, for reports and diagnostics, not for training.
 
-Every function takes `loss_fn` and `params` first:
+Every measure takes `loss_fn` and `params` first:
 
-    loss_fn   () -> 0-d real tensor, the loss at the parameters' present values; it must not call backward, and must give the
-              same value for the same weights: fixed data, `model.eval()` or fixed masks, no moving buffers.
-    params    the floating-point leaf tensors to differentiate by or to move; several dtypes and devices may be mixed.
+    loss_fn   () -> 0-d real tensor, the loss at the parameters' present values, without a call of backward; or a mean over
+              the mini-batches of a loader, `over_batches(model, criterion, loader)`.
+    params    the floating-point leaf tensors to differentiate by or to move (of several dtypes and devices, if need be), or
+              a module: its trainable parameters. With `over_batches` they may be left out: those of its model.
 
-Weights come back bit for bit, also when `loss_fn` raises; `p.grad` is never read or written. Random vectors come from a
-generator of their own, seeded by `seed`: the global random state is not touched, and equal seeds give equal results.
-All norms are L2 over all `params` together. Biases are moved like any other weight unless left out of `params`.
+All passes of a measure see the same loss: torch's generators (of the CPU and the parameters' devices), Python's and numpy's
+are put back before each, and so are the buffers of a module given as `params` or to `over_batches`. Afterwards weights,
+`p.grad`, `requires_grad`, generators, buffers and training modes are what they were, bit for bit, whatever ended it, its
+result, an error in any pass or Ctrl-C. With a plain `loss_fn` and a list of tensors the model is not known, so its
+buffers and modes are yours: call `model.eval()` before.
+
+Random vectors come from a generator of their own, seeded by `seed`: equal seeds give equal results. All norms are L2 over
+all `params` together. Biases are moved like any other weight unless left out of `params`. Callers may be under
+`torch.no_grad` or `torch.inference_mode`.
 """
 
-from gam_fused.flatness.landscape import MinimaDensity, local_minima_density, loss_landscape
+from gam_fused.flatness import plots
+from gam_fused.flatness.batches import over_batches
+from gam_fused.flatness.density import SpectralDensity, spectral_density
+from gam_fused.flatness.eigenvalues import hessian_eigenvalues
+from gam_fused.flatness.landscape import loss_landscape
+from gam_fused.flatness.minima import MinimaDensity, local_minima_density
+from gam_fused.flatness.objective import BatchedLoss
+from gam_fused.flatness.one_step import first_order_estimate, zeroth_order_estimate
 from gam_fused.flatness.sharpness import first_order_flatness, zeroth_order_flatness
-from gam_fused.flatness.spectrum import TraceEstimate, hessian_eigenvalues, hessian_trace
+from gam_fused.flatness.summary import report
+from gam_fused.flatness.trace import TraceEstimate, hessian_trace
 
 __all__ = [
+    "BatchedLoss",
     "MinimaDensity",
+    "SpectralDensity",
     "TraceEstimate",
+    "first_order_estimate",
     "first_order_flatness",
     "hessian_eigenvalues",
     "hessian_trace",
     "local_minima_density",
     "loss_landscape",
+    "over_batches",
+    "plots",
+    "report",
+    "spectral_density",
+    "zeroth_order_estimate",
     "zeroth_order_flatness",
 ]
