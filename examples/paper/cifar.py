@@ -9,7 +9,7 @@ from typing import Any
 from examples.paper import data, models
 from examples.paper.loading import Augmented, test_batches
 from examples.paper.methods import base_of
-from examples.paper.run import command_line, launch, parse
+from examples.paper.run import command_line, launch, parse, part
 from examples.paper.training import Job
 
 ABOUT = "Trains a network on CIFAR from scratch: one cell of table 1, one seed."
@@ -45,7 +45,7 @@ def make(options: Namespace) -> Job:
 def options(arguments: Sequence[str] | None) -> Namespace:
     parser = command_line("cifar", ABOUT, models.CIFAR, ("cifar100", "cifar10"))
     parser.add_argument("--augmentation", choices=data.AUGMENTATIONS, default="basic", help="basic: padding, crop, flip")
-    parser.add_argument("--label-noise", type=float, default=0.0, help="part of the training labels that are wrong")
+    parser.add_argument("--label-noise", type=part, default=0.0, help="part of the training labels that are wrong")
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="probability of all wrong classes together")
     parser.add_argument("--epochs", type=int, default=200, help="of training")
     return parse(parser, arguments, defaults)

@@ -69,6 +69,8 @@ def settings(options: Namespace) -> dict[str, Any]:
         return {}
     if options.method == "sam":
         return {"method": "sam", "rho": sam_rho, **options.set}
+    if not 0 < options.ratio <= 1:
+        raise ValueError(f"--ratio {options.ratio:g} must be over 0 and at most 1")
     chosen = {**preset(options), "interval": round(1 / options.ratio)}
     if options.method == "sam+gam":
         chosen |= {"oracle": "sam", "rho_prime": sam_rho}  # SAM's gradient is then that of the probe, and costs no pass

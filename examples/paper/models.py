@@ -25,6 +25,7 @@ CIFAR: dict[str, Callable[[int], nn.Module]] = {
     "wrn28_2": lambda classes: WideResNet(28, 2, classes),
     "wrn28_10": lambda classes: WideResNet(28, 10, classes),
     "pyramidnet110": lambda classes: PyramidNet(110, 270, classes),
+    "pyramidnet110_narrow": lambda classes: PyramidNet(110, 270, classes, narrow=True),  # the released code's
     "vit_tiny": lambda classes: timm.create_model("vit_tiny_patch16_224", num_classes=classes, img_size=32, patch_size=4),
 }
 

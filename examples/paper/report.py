@@ -81,7 +81,7 @@ def rows(runs: Iterable[Run], measure: str, best: bool) -> list[dict[str, Any]]:
         place, method = key[: len(PLACE)], row["method"]
         mean, sd = mean_sd([run[value] for run in group])
         row |= {"mean": mean, "sd": sd, "step_ms": statistics.median(run["step_ms"] for run in group)}
-        cell = cells.get((*place, method), {})
+        cell = cells.get((*place[:2], row["model"].removesuffix("_narrow"), place[3], method), {})
         row |= {"paper": cell.get(measure, math.nan), "paper_sd": cell.get(sd_name, 0.0)}  # table 3 has no spreads
         row["agrees"] = agrees(mean - row["paper"], sd, row["paper_sd"])
         if method == "base":

@@ -67,6 +67,14 @@ def assignment(text: str) -> tuple[str, Any]:
     return name, float("inf") if value == "inf" else ast.literal_eval(value)
 
 
+def part(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def parse(
     parser: ArgumentParser, arguments: Sequence[str] | None, defaults: Callable[[Namespace], dict[str, Any]]
 ) -> Namespace:
