@@ -8,8 +8,10 @@ from examples.paper.wide_resnet import conv
 
 
 class Block(nn.Module):
-    """Convolutions with batch norm before each and after the last, and no ReLU before the first. The shortcut has no weights: it
-    is averaged where the size halves, and has zeros in the channels that the block adds."""
+    """Convolutions with batch norm before each and after the last, and no ReLU before the first.
+
+    The shortcut has no weights: it is averaged where the size halves, and zero in the channels that the block adds.
+    """
 
     def __init__(self, inputs: int, *layers: nn.Conv2d):
         super().__init__()
