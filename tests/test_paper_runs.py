@@ -235,6 +235,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
             run(cifar, tmp_path, *ALL)
     with pytest.raises(SystemExit, match=r"is of a run with channels_last False, not channels_last True; move it away"):
         run(cifar, tmp_path, *ALL, "--channels-last")
+    run(cifar, tmp_path, *ALL)
+    with pytest.raises(SystemExit, match="is of a run with"):  # also where it is done
+        run(cifar, tmp_path, *ALL, "--channels-last")
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch, capsys):

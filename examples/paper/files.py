@@ -23,7 +23,7 @@ class Files:
         self.checkpoint, self.curve, self.result = (Path(folder, f"{name}.{kind}") for kind in ("pt", "csv", "json"))
         Path(folder).mkdir(parents=True, exist_ok=True)
 
-    def load(self, settings: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    def load(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The last checkpoint of a run with these settings, or None.
 
         Raises:
@@ -31,7 +31,7 @@ class Files:
         """
         if not self.checkpoint.exists():
             return None
-        saved = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         differ = [name for name in settings if saved["settings"].get(name) != settings[name]]
         if differ:
             there = ", ".join(f"{name} {saved['settings'].get(name)}" for name in differ)

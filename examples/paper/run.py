@@ -110,6 +110,7 @@ def launch(options: Namespace, make: Callable[[Namespace], Job]) -> None:
         }
         settings |= {"fake": options.data == "fake", "processes": ranks()}
         files = Files(options.out, name_of(options))
+        saved = files.load(settings)
         if files.result.exists():
             if rank() == 0:
                 print(f"{files.result} is there already.")
@@ -121,7 +122,10 @@ def launch(options: Namespace, make: Callable[[Namespace], Job]) -> None:
         if ranks() > 1 and not rank():
             dist.barrier()
         with algorithms(options.deterministic):
-            result = Training(options, job, device, settings, files).run()
+            training = Training(options, job, device, files, settings)
+            if saved:
+                training.resume(saved)
+            result = training.run()
         if rank() == 0:
             about = {**machine(), **{name: metadata.version(name) for name in ("torchvision", "timm")}}
             if device.type == "cuda":
@@ -133,6 +137,8 @@ def launch(options: Namespace, make: Callable[[Namespace], Job]) -> None:
 @contextmanager
 def algorithms(deterministic: bool) -> Iterator[None]:
     """Those that give the same bits every time, or the fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -148,6 +154,8 @@ def name_of(options: Namespace) -> str:
     parts = [options.dataset, options.model, getattr(options, "augmentation", None), options.method, options.preset]
     if options.ratio != 1:
         parts.append(f"ratio{options.ratio:g}")
+    if options.data == "fake":
+        parts.append("fake")
     if getattr(options, "label_noise", 0):
         parts.append(f"noise{options.label_noise:g}")
     if options.precision != "fp32":

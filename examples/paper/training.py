@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from examples.paper import methods
 from examples.paper.files import Files
-from examples.paper.loading import Augmented, Steps, rank, ranks, training_batches
+from examples.paper.loading import Augmented, Steps, rank, ranks, seed_of, training_batches
 from examples.paper.stepping import autocast, how_to_step
 
 
@@ -45,8 +45,8 @@ class Job:
 class Training:
     """A run: everything that a checkpoint holds, and what is made of it."""
 
-    def __init__(self, options: Namespace, job: Job, device: torch.device, settings: dict[str, Any], files: Files):
-        self.options, self.job, self.device, self.settings, self.files = options, job, device, settings, files
+    def __init__(self, options: Namespace, job: Job, device: torch.device, files: Files, settings: dict[str, Any]):
+        self.options, self.job, self.device, self.files, self.settings = options, job, device, files, settings
         self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model = job.model.to(device, memory_format=self.layout)
         of_ddp = {"device_ids": [device]} if device.type == "cuda" else {}
@@ -60,9 +60,7 @@ class Training:
         self.step, self.seconds = 0, 0.0  # seconds: since the last row
         self.rows: list[dict[str, Any]] = []
         self.losses = torch.zeros((), device=device)  # of the steps since the last row, on this rank
-        torch.manual_seed(options.seed + rank())  # dropout differs between ranks
-        if saved := files.load(settings, device):
-            self._resume(saved)
+        torch.manual_seed(seed_of(options.seed, rank()))  # dropout differs between ranks
 
     def _cosine(self, step: int) -> float:
         rising = self.job.warmup * self.job.steps
@@ -163,13 +161,13 @@ class Training:
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
             self.files.save({"settings": self.settings, "of_ranks": of_ranks, **progress, **states})
 
-    def _resume(self, saved: dict[str, Any]) -> None:
+    def resume(self, saved: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
         own = saved["of_ranks"][rank()]
         self.losses.copy_(own["losses"])
-        host, *on_device = (state.cpu() for state in own["random"])
+        host, *on_device = own["random"]
         torch.set_rng_state(host)
         for state in on_device:
             torch.cuda.set_rng_state(state, self.device)
