@@ -1,22 +1,33 @@
 """What tests of examples/paper need: torchvision beside a torch without CUDA, and two networks that train in no time.
 
-As a program, `paper_recipes.py cifar ...` is `python -m examples.paper.cifar ...` with both.
+As a program, `paper_recipes.py cifar ...` is `python -m examples.paper.cifar ...` with both, and takes $SECONDS_PER_STEP.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-for name in ("torchvision", "timm"):
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed", allow_module_level=True)
+ROOT = Path(__file__).parents[1]
+
+
+def find_vision() -> None:
+    """The folder that `.ci/vision.py` has put torchvision and timm into, where the environment has none."""
+    spec = importlib.util.spec_from_file_location("ci_vision", ROOT / ".ci" / "vision.py")
+    vision = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vision)
+    if not vision.is_there():
+        sys.path.append(str(vision.folder()))
+    if not vision.is_there():
+        pytest.skip("needs torchvision and timm; make test installs them", allow_module_level=True)
 
 
 def torchvision_without_operators() -> torch.library.Library | None:
@@ -33,10 +44,11 @@ def torchvision_without_operators() -> torch.library.Library | None:
         return library
 
 
+find_vision()
 LIBRARY = torchvision_without_operators()  # the names go with it
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(ROOT))  # for processes that start here
 
-from examples.paper import models  # noqa: E402
+from examples.paper import models, run, training  # noqa: E402
 
 
 def tiny(classes: int) -> nn.Module:
@@ -52,7 +64,17 @@ def plain(classes: int) -> nn.Module:
 
 models.CIFAR |= {"tiny": tiny, "plain": plain}
 
+
+class Slow(training.Training):
+    """Which can be killed at leisure."""
+
+    def _cosine(self, step: int) -> float:
+        time.sleep(float(os.environ.get("SECONDS_PER_STEP", 0)))
+        return super()._cosine(step)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    run.Training = Slow
     script = importlib.import_module(f"examples.paper.{sys.argv.pop(1)}")
     script.main()

@@ -15,6 +15,7 @@ import paper_recipes
 import pytest
 import ranks
 import torch
+from on_gpu import NO_DEVICE
 
 from examples.paper import cifar, files, imagenet, stepping, training, transfer
 
@@ -51,6 +52,14 @@ def check_equal(found, expected, where=""):
             check_equal(one, other, f"{where}[{i}]")
     else:
         assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected, where
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request, monkeypatch):
+    """The same bits on every machine; processes that start here see no GPU either."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 class Killed(BaseException):
@@ -183,7 +192,9 @@ def test_deterministic_is_for_the_run_alone(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return run(cifar, tmp_path_factory.mktemp("uninterrupted"), *ALL)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: False)
+        return run(cifar, tmp_path_factory.mktemp("uninterrupted"), *ALL)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 11])
@@ -206,7 +217,8 @@ def test_a_run_that_was_stopped_goes_on_exactly(steps, uninterrupted, tmp_path, 
 def test_a_run_that_was_killed_goes_on_exactly(uninterrupted, tmp_path):
     """In a process of its own, with a worker that loads images, killed as soon as there is a checkpoint."""
     arguments = [*ALL, "--workers", "1", "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, str(PROGRAM), "cifar", *arguments], stderr=subprocess.DEVNULL)
+    command = [sys.executable, str(PROGRAM), "cifar", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "SECONDS_PER_STEP": "0.4"})
     end = time.monotonic() + ranks.TIMEOUT
     while not list(tmp_path.glob("*.pt")) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.001)
@@ -251,8 +263,8 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 
 def of_two_ranks(rank, folder):
-    patch = pytest.MonkeyPatch()
-    with patch.context() as patched:
+    torch.cuda.is_available = lambda: False
+    with pytest.MonkeyPatch.context() as patched:
         stop_after(5, patched)
         with pytest.raises(Killed):
             cifar.main([*ALL, "--out", f"{folder}/stopped"])
@@ -280,3 +292,49 @@ def test_torchrun_computes_what_one_process_does(tmp_path):
     for row, other in zip(found["rows"], expected["rows"], strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert row["top1"] == other["top1"]
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_DEVICE), reason=NO_DEVICE or "there")
+def test_captured_steps_go_on_exactly_on_a_gpu(tmp_path, monkeypatch):
+    """And compute what eager steps do."""
+    arguments = [*TINY, "--method", "gam", "--ratio", "0.5", "--precision", "bf16", "--channels-last", "--deterministic"]
+    arguments += ["--epochs", "3", "--checkpoint-every", "3"]
+    _, eager = run(cifar, tmp_path / "eager", *arguments)
+    _, expected = run(cifar, tmp_path / "whole", *arguments, "--cuda-graphs")
+    torch.testing.assert_close(expected["model"], eager["model"], rtol=1e-2, atol=1e-2)
+    with monkeypatch.context() as patched:
+        stop_after(5, patched)
+        with pytest.raises(Killed):
+            run(cifar, tmp_path / "stopped", *arguments, "--cuda-graphs")
+    _, found = run(cifar, tmp_path / "stopped", *arguments, "--cuda-graphs")
+    check_equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(NO_DEVICE), reason=NO_DEVICE or "there")
+@pytest.mark.parametrize("method", ["base", "sam+gam"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_goes_on_exactly_on_a_gpu(method, precision, tmp_path, monkeypatch):
+    arguments = [
+        *TINY,
+        "--method",
+        method,
+        "--precision",
+        precision,
+        "--deterministic",
+        "--epochs",
+        "3",
+        "--checkpoint-every",
+        "3",
+    ]
+    _, expected = run(cifar, tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patched:
+        stop_after(5, patched)
+        with pytest.raises(Killed):
+            run(cifar, tmp_path / "stopped", *arguments)
+    _, found = run(cifar, tmp_path / "stopped", *arguments)
+    check_equal(found, expected)
