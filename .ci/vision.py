@@ -1,8 +1,8 @@
 """torchvision and timm for the tests, and nothing else touched: `python .ci/vision.py [options of pip]`.
 
-Where the environment has both, as of people who train on images, they are used. Otherwise those that belong to this torch are
-put into a folder of their own in build/. In the environment itself a torchvision whose compiled operators do not load, as one
-for CUDA beside a torch without, would break Lightning and transformers, which import it where they find it.
+Where the environment has both, as of people who train on images, they are used. Otherwise those that belong to this torch
+are put into a folder of their own in build/. In the environment itself a torchvision whose compiled operators do not load,
+as one for CUDA beside a torch without, would break Lightning and transformers, which import it where they find it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import paper_recipes
 import pytest
@@ -121,6 +122,14 @@ def test_other_scripts(name, tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
     assert result["settings"]["base"] == ("SGD" if name == "efficientnet_b0" else "AdamW")
     assert all(torch.isfinite(t).all() for t in checkpoint["model"].values())
+
+
+def test_the_learning_rate_rises_and_falls():
+    run = SimpleNamespace(job=SimpleNamespace(steps=100, warmup=0.1))
+    rates = [training.Training._cosine(run, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert (rates[10], rates[55], rates[100]) == (1.0, pytest.approx(0.5), pytest.approx(0.0))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -278,6 +287,12 @@ def test_two_ranks_go_on_exactly(tmp_path):
     check_equal(found, expected)
     first, second = (own["random"][0] for own in found["of_ranks"])
     assert not torch.equal(first, second), "dropout differs between ranks"
+    # Both have judged the same network, that of the checkpoint.
+    options = cifar.options(ALL)
+    alone = training.Training(options, cifar.make(options), torch.device("cpu"), files.Files(str(tmp_path), "alone"), {})
+    alone.model.load_state_dict(expected["model"])
+    for name, value in alone._evaluate().items():
+        assert expected["rows"][-1][name] == pytest.approx(value, rel=1e-5)
 
 
 def test_torchrun_computes_what_one_process_does(tmp_path):
