@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,15 +20,12 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 
 
-def find_vision() -> None:
-    """The folder that `.ci/vision.py` has put torchvision and timm into, where the environment has none."""
+def installer() -> ModuleType:
+    """`.ci/vision.py`, which puts torchvision and timm into a folder of their own, where the environment has none."""
     spec = importlib.util.spec_from_file_location("ci_vision", ROOT / ".ci" / "vision.py")
     vision = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(vision)
-    if not vision.is_there():
-        sys.path.append(str(vision.folder()))
-    if not vision.is_there():
-        pytest.skip("needs torchvision and timm; make test installs them", allow_module_level=True)
+    return vision
 
 
 def torchvision_without_operators() -> torch.library.Library | None:
@@ -44,7 +42,11 @@ def torchvision_without_operators() -> torch.library.Library | None:
         return library
 
 
-find_vision()
+vision = installer()
+if not vision.is_there():
+    sys.path.append(str(vision.folder()))
+if not vision.is_there():
+    pytest.skip("needs torchvision and timm; make test installs them", allow_module_level=True)
 LIBRARY = torchvision_without_operators()  # the names go with it
 sys.path.insert(0, str(ROOT))  # for processes that start here
 

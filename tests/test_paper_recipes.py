@@ -8,7 +8,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from paper_recipes import models
+from paper_recipes import models, vision
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torchvision.datasets import utils as downloads
@@ -324,3 +324,27 @@ def test_pretrained_weights_are_in_all_but_the_last_layer(tmp_path, monkeypatch)
     found = models.pretrained("efficientnet_b0", 10).state_dict()
     assert {name for name in found if found[name].shape != saved[name].shape} == {"classifier.1.weight", "classifier.1.bias"}
     assert all(torch.equal(found[name], saved[name]) for name in found if not name.startswith("classifier"))
+
+
+# torchvision for these tests.
+
+
+@pytest.mark.parametrize(("torch_version", "torchvision"), [("2.13.0+cpu", "0.28.*"), ("2.10.1", "0.25.*")])
+def test_torchvision_is_installed_beside_the_environment(torch_version, torchvision, monkeypatch):
+    ran = []
+    monkeypatch.setattr(vision, "is_there", lambda: False)
+    monkeypatch.setattr(vision.torch, "__version__", torch_version)
+    monkeypatch.setattr(vision.sys, "argv", ["vision.py", "--constraint", "requirements-dev.txt"])
+    monkeypatch.setattr(vision.subprocess, "run", lambda command, check: ran.append(command))
+    vision.main()
+    (command,) = ran
+    assert command[-4:] == ["--constraint", "requirements-dev.txt", f"torchvision=={torchvision}", "timm"]
+    assert "--no-deps" in command
+    assert command[command.index("--target") + 1] == str(vision.folder())
+    assert torch_version in vision.folder().name
+
+
+def test_torchvision_of_the_environment_is_used(monkeypatch):
+    monkeypatch.setattr(vision.subprocess, "run", None)
+    assert vision.is_there()
+    vision.main()
