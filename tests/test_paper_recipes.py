@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import pickle
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from paper_recipes import models, vision
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torchvision.datasets import cifar as downloads_of_cifar
 from torchvision.datasets import utils as downloads
 
 from examples.paper import cifar, data, imagenet, loading, methods, transfer
@@ -291,6 +295,49 @@ def test_imagenet_that_is_not_there_names_the_folder(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(SystemExit, match=f"ImageNet is not in {tmp_path}: put train/ and val/ there"):
         imagenet.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def cifar100_in(folder, monkeypatch):
+    (folder / "cifar-100-python").mkdir()
+    for name, images in (("train", 6), ("test", 4)):
+        batch = {"data": np.full((images, 3072), 128, np.uint8), "fine_labels": list(range(images))}
+        (folder / "cifar-100-python" / name).write_bytes(pickle.dumps(batch))
+    (folder / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    monkeypatch.setattr(downloads_of_cifar, "check_integrity", lambda *_: True)  # of the real files
+
+
+def pets_in(folder, monkeypatch):
+    (folder / "oxford-iiit-pet" / "annotations").mkdir(parents=True)
+    (folder / "oxford-iiit-pet" / "images").mkdir()
+    for name, images in (("trainval", 6), ("test", 4)):
+        lines = [f"{name}_cat_{i} {i + 1} 1 1" for i in range(images)]
+        (folder / "oxford-iiit-pet" / "annotations" / f"{name}.txt").write_text("\n".join(lines))
+        for i in range(images):
+            data.FakeData(0, 1)[0][0].save(folder / "oxford-iiit-pet" / "images" / f"{name}_cat_{i}.jpg")
+
+
+def food101_in(folder, monkeypatch):
+    for kind in ("meta", "images/pie"):
+        (folder / "food-101" / kind).mkdir(parents=True)
+    for name, images in (("train", 6), ("test", 4)):
+        (folder / "food-101" / "meta" / f"{name}.json").write_text(json.dumps({"pie": [f"pie/{i}" for i in range(images)]}))
+    for i in range(6):
+        data.FakeData(0, 1)[0][0].save(folder / "food-101" / "images" / "pie" / f"{i}.jpg")
+
+
+IN = {"cifar100": cifar100_in, "pets": pets_in, "food101": food101_in}
+
+
+@pytest.mark.parametrize("dataset", IN)
+def test_data_that_is_there_is_not_downloaded(dataset, tmp_path, monkeypatch):
+    IN[dataset](tmp_path, monkeypatch)
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", None)
+    train, test = data.load(dataset, str(tmp_path))
+    assert (len(train), len(test)) == (6, 4)
+    transform, _ = data.transfer_transforms(dataset, 32)
+    image, label = loading.Augmented(train, transform, None, seed=0)[0, 5]
+    assert image.shape == (3, 32, 32)
+    assert label == (0 if dataset == "food101" else 5)
 
 
 def test_imagenet_from_a_folder(tmp_path):

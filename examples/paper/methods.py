@@ -38,7 +38,7 @@ RELEASED = {
     ("cifar10", "pyramidnet"): {"rho": 0.2, "rho_prime": 0.03, "alpha": 0.1, "beta": (1.0, 0.9), "gamma": 0.03},
 }
 
-# Of SAM's own paper, which takes 0.05 elsewhere; section 5.1 has 0.1 on CIFAR-100 too.
+# Section 5.1, after SAM's own paper; elsewhere the customary 0.05.
 SAM_RHO = {"cifar100": 0.1}
 
 
