@@ -138,6 +138,7 @@ $(STAMPS)/bench: $(STAMPS)/train
 $(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/study
 	$(INSTALL) hypothesis expecttest lightning accelerate pytest-xdist
 	$(if $(filter Linux,$(shell uname -s)),$(INSTALL) --no-deps triton)
+	$(PYTHON) .ci/vision.py $(if $(ACTIVE),,--constraint requirements-dev.txt)
 	@touch $@
 
 $(STAMPS)/check: $(STAMPS)/environment

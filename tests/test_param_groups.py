@@ -33,9 +33,13 @@ def layer_decay(model):
 GROUPS = [no_weight_decay, layer_decay]
 
 
+def timms_optim():
+    importlib.import_module("paper_recipes")  # finds timm, or skips
+    return importlib.import_module("timm.optim")
+
+
 def timms_own(model):
-    optim = pytest.importorskip("timm.optim", reason="needs timm, which needs a torchvision of this torch")
-    return optim.param_groups_weight_decay(model, 0.1)
+    return timms_optim().param_groups_weight_decay(model, 0.1)
 
 
 @pytest.mark.parametrize("groups", [*GROUPS, timms_own])
@@ -78,9 +82,8 @@ def test_an_optimizer_that_was_built_elsewhere(groups):
 
 
 def test_an_optimizer_that_timm_has_built():
-    optim = pytest.importorskip("timm.optim", reason="needs timm, which needs a torchvision of this torch")
     model = mixed_net()
-    optimizer = FusedGAM(None, optim.create_optimizer_v2(model, "adamw", lr=0.01, weight_decay=0.1), model=model)
+    optimizer = FusedGAM(None, timms_optim().create_optimizer_v2(model, "adamw", lr=0.01, weight_decay=0.1), model=model)
     loss_fn = regression(model, *batch())
     first, *_, last = (float(optimizer.step(loss_fn)) for _ in range(30))
     assert last < first
