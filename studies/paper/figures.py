@@ -11,11 +11,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
+import torch
 from matplotlib.axes import Axes
 
 from examples.digits.plot import clean
 from examples.digits.report import mean_sd
+from gam_fused.flatness import MinimaDensity, plots
 from studies.defaults.networks import Network
 from studies.paper.claims import NAMES
 from studies.paper.measures import LANDSCAPE_RADIUS, RHO
@@ -45,17 +46,10 @@ def figure2(runs: Sequence[Run], footer: str, path: Path) -> None:
     found = [run for run in runs if run["kind"] == "base" and "minima" in run]
     figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False)
     for ax, run in zip(axes[0], found, strict=True):
-        most = max(*run["minima"], *run["maxima"])
-        for shift, key in ((-0.2, "minima"), (0.2, "maxima")):
-            counts = np.bincount(run[key], minlength=most + 1)
-            ax.bar(np.arange(most + 1) + shift, counts, 0.4, label=f"local {key}")
+        plots.minima_density(MinimaDensity(torch.tensor(run["minima"]), torch.tensor(run["maxima"])), ax=ax)
         ax.set_title(f"{_data(run)}, SGD")
-        ax.set_xlabel(f"along a direction, within {RHO:g}")
-        ax.set_xticks(range(most + 1))
         clean(ax)
-    axes[0][0].set_ylabel(f"directions, of {len(found[0]['minima'])}")
-    axes[0][0].legend(frameon=False)
-    _write(figure, "Figure 2: local minima and maxima within the radius", footer, path)
+    _write(figure, f"Figure 2: local minima and maxima within {RHO:g}", footer, path)
 
 
 def figure3(runs: Sequence[Run], footer: str, path: Path) -> None:
@@ -64,10 +58,11 @@ def figure3(runs: Sequence[Run], footer: str, path: Path) -> None:
     figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.6 * len(names)), squeeze=False, sharey="row")
     for row, name in zip(axes, names, strict=True):
         for ax, part in zip(row, PARTS_OF_TRAINING, strict=True):
-            for run in (r for r in runs if (r["network"], r["part"]) == (name, part)):
-                values = np.array([value for value in run["eigenvalues"] if value > 0])
+            found = {run["kind"]: run for run in runs if (run["network"], run["part"]) == (name, part)}
+            for run in (found[kind] for kind in NAMES if kind in found):
+                ranks = range(1, 1 + len(run["eigenvalues"]))
                 label = f"{NAMES[run['kind']]}: trace {run['trace']:.3g}"
-                ax.plot(np.arange(1, len(values) + 1), values, color=COLOURS[run["kind"]], linewidth=1.8, label=label)
+                ax.plot(ranks, run["eigenvalues"], color=COLOURS[run["kind"]], linewidth=1.8, label=label)
             ax.set_yscale("log")
             ax.set_title(f"{name.split(',')[0]}, after {100 * part:.0f} % of the steps")
             ax.legend(frameon=False, fontsize=9)
@@ -114,15 +109,14 @@ def figure5(runs: Sequence[Run], footer: str, path: Path) -> None:
     figure, axes = plt.subplots(
         len(names), len(NAMES), figsize=(15, 3.9 * len(names)), squeeze=False, subplot_kw={"projection": "3d"}
     )
-    ticks = np.linspace(-LANDSCAPE_RADIUS, LANDSCAPE_RADIUS, len(found[0]["landscape"]))
-    a, b = np.meshgrid(ticks, ticks, indexing="ij")
     for row, name in zip(axes, names, strict=True):
-        top = max(np.max(run["landscape"]) for run in found if run["network"] == name)
+        top = max(max(map(max, run["landscape"])) for run in found if run["network"] == name)
         for ax, kind in zip(row, NAMES, strict=True):
-            ax.set_title(f"{name.split(',')[0]}, {NAMES[kind]}")
             for run in (r for r in found if (r["network"], r["kind"]) == (name, kind)):
-                ax.plot_surface(a, b, np.array(run["landscape"]), cmap="viridis", vmin=0, vmax=top)
+                plots.landscape_3d(torch.tensor(run["landscape"]), LANDSCAPE_RADIUS, ax=ax)
+            ax.set_title(f"{name.split(',')[0]}, {NAMES[kind]}")
             ax.set_zlim(0, top)
+            ax.set(xlabel="", ylabel="", zlabel="")
     _write(figure, "Figure 5: the loss along two filter-normalised directions, training data", footer, path)
 
 
