@@ -12,6 +12,7 @@
 # make clients  FusedGAM in the place of the base optimizer of real small clients: the loss after as many steps
 # make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
+# make eigensolvers: whose eigensolver for Hessians
 # make torch    the package under one version of torch, in a fresh environment that is removed: VERSION=2.11.0 (KEEP=1 ARGS=...)
 # make headers  compiles csrc/ against the headers of the oldest and the newest torch (VERSIONS="2.10.0 2.14.1")
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
@@ -21,7 +22,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test soak check docs torch headers bench compare profile gpu sweep interval clients study probe wheel clean
+.PHONY: eigensolvers train test soak check docs torch headers bench compare profile gpu sweep interval clients study probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -82,6 +83,9 @@ clients: $(STAMPS)/study
 
 study: $(STAMPS)/study
 	$(PYTHON) -m studies.defaults $(if $(QUICK),--quick) $(ARGS)
+
+eigensolvers: $(STAMPS)/train
+	$(PYTHON) -m studies.eigensolvers $(ARGS)
 
 probe: $(STAMPS)/train
 	$(PYTHON) -m studies.probe_cosine $(ARGS)
