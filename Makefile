@@ -13,6 +13,7 @@
 # make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
 # make paper    the paper's tables and figures on small data, in under an hour (QUICK=1; ARGS="--only table1 figures")
+# make eigensolvers  Lanczos iteration here against scipy's and torch's eigensolvers
 # make torch    the package under one version of torch, in a fresh environment that is removed: VERSION=2.11.0 (KEEP=1 ARGS=...)
 # make headers  compiles csrc/ against the headers of the oldest and the newest torch (VERSIONS="2.10.0 2.14.1")
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
@@ -22,7 +23,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test soak check docs torch headers bench compare profile gpu sweep interval clients study paper probe wheel clean
+.PHONY: train test soak check docs torch headers bench compare profile gpu sweep interval clients study paper eigensolvers probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -86,6 +87,9 @@ study: $(STAMPS)/study
 
 paper: $(STAMPS)/study
 	$(PYTHON) -m studies.paper $(if $(QUICK),--quick --out out) $(ARGS)
+
+eigensolvers: $(STAMPS)/train
+	$(PYTHON) -m studies.eigensolvers $(ARGS)
 
 probe: $(STAMPS)/train
 	$(PYTHON) -m studies.probe_cosine $(ARGS)

@@ -181,6 +181,24 @@ def test_a_report_on_a_diverged_model_is_nan():
     assert all(value != value for value in flatness.report(model, mse, [(x, y)]).values())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MEASURES)
+def test_on_a_gpu_they_are_those_of_the_cpu(name):
+    """Mini-batches come from the host; dropout draws from the device's generator, which comes back."""
+    model, (x, y) = mlp(torch.float64), batch(11, dtype=torch.float64)
+    expected = MEASURES[name](regression(model, x, y), model)
+    loss = flatness.over_batches(model.cuda(), mse, pieces(x, y, [4, 6, 1]))
+    torch.testing.assert_close(MEASURES[name](loss).cpu(), expected, rtol=1e-7, atol=1e-10)
+    dropping = nn.Sequential(model, nn.Dropout(0.5))
+    state, before = torch.cuda.get_rng_state(), freeze([list(dropping.state_dict().values())])
+    loss = flatness.over_batches(dropping, mse, pieces(x, y, [4, 6, 1]), training=True)
+    assert loss() == loss()
+    MEASURES[name](loss)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    same(freeze([list(dropping.state_dict().values())]), before)
+
+
 # DistributedDataParallel.
 
 
@@ -197,7 +215,7 @@ def on_a_rank(rank, data):
     alone = flatness.over_batches(model, mse, [(x, y)])
     if rank == 0:  # nobody waits for the others
         found += [measure(alone) for measure in MEASURES.values()]
-        found += [measure(lambda: mse(model.module(x), y), model) for measure in MEASURES.values()]
+        found += [measure(lambda: mse(model(x), y), model) for measure in MEASURES.values()]
     mse(model(x[mine]), y[mine]).backward()  # training goes on
     dist.barrier()
     return freeze(found), freeze([p.grad for p in model.parameters()])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from torch.nn.functional import cross_entropy
 
-from gam_fused import flatness
+from gam_fused import FusedGAM, flatness
 from gam_fused.flatness import plots
+
+PAGE = Path(__file__).parents[1] / "docs" / "flatness.md"
 
 DENSITY = flatness.SpectralDensity(
     torch.tensor([[3.0, 0.0]], dtype=torch.float64), torch.tensor([[0.25, 0.75]], dtype=torch.float64)
@@ -115,3 +120,25 @@ def test_without_matplotlib_it_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         PLOTS[name]()
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    """All of docs/flatness.md but the callbacks, whose frameworks tests/test_flatness_log.py runs."""
+
+    class Named(torch.nn.Linear):
+        def forward(self, x, labels=None):
+            logits = super().forward(x)
+            return logits if labels is None else {"loss": cross_entropy(logits, labels)}
+
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.randn(12, 9), torch.randint(6, (12,))
+    models = [Named(9, 6) for _ in range(2)]
+    names = {"torch": torch, "cross_entropy": cross_entropy, "x": x, "y": y, "model": models[0]}
+    names |= {"model_a": models[1], "model_b": models[0], "loader": [(x[:8], y[:8]), (x[8:], y[8:])], "data": [(x, y)]}
+    names |= {"dataset_of_dicts": [{"x": x, "labels": y}], "optimizer": FusedGAM(models[0], torch.optim.SGD, lr=0.1)}
+    names["closure"] = lambda batch: cross_entropy(models[0](batch[0]), batch[1])
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        if "Callback" not in block:
+            exec(block, names)
+    pictures = {"eigenvalues.png", "density.png", "landscape.png", "minima.png"}
+    assert {path.name for path in tmp_path.iterdir()} == pictures

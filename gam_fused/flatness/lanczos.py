@@ -73,9 +73,9 @@ class Krylov:
 
     def restart(self, keep: int) -> None:
         """The basis becomes the `keep` eigenvectors of the largest values; it is extended from where it was."""
-        turn = self.vectors[:, :keep].T.to(self._basis)
-        for columns in self._basis.split(1 << 20, dim=1):  # without a second basis
-            columns[:keep] = turn @ columns[: self.size]
+        turn = self.vectors[:, :keep].T.to(self._basis.device)
+        for columns in self._basis.split(1 << 16, dim=1):  # without a second basis; in float64, whatever TF32 is allowed
+            columns[:keep] = (turn @ columns[: self.size].double()).to(columns.dtype)
         self._projection.zero_()
         self._projection.diagonal()[:keep] = self.values[:keep]
         self.size = keep

@@ -15,6 +15,7 @@ from gam_fused.flatness.restoring import Kept, restored
 from gam_fused.flatness.vectors import norm, wide
 from gam_fused.memory.parameters import check_materialized, check_parameters
 from gam_fused.parallel.dtensor import is_dtensor
+from gam_fused.parallel.fsdp import refuse_fsdp1
 
 Result = TypeVar("Result")
 Vectors = Sequence[Sequence[Tensor]]
@@ -56,7 +57,7 @@ def measured(loss_fn: LossFunction, params: Parameters, body: Callable[[Objectiv
     modules = [m for m in (batched and batched.model, params) if isinstance(m, nn.Module)]
     if params is None and batched is None:
         raise TypeError("params may be left out only where loss_fn comes from over_batches, which knows the model")
-    weights = _checked(modules[-1] if params is None or isinstance(params, nn.Module) else params)
+    weights = _checked(modules[-1] if params is None or isinstance(params, nn.Module) else params, modules)
 
     def inside(kept: Kept) -> Result:
         if batched:
@@ -168,7 +169,7 @@ def _check_loss(loss: Any) -> None:
         raise ValueError(f"loss_fn must return a 0-d floating-point tensor, got {got}")
 
 
-def _checked(params: Iterable[Tensor] | nn.Module) -> list[Tensor]:
+def _checked(params: Iterable[Tensor] | nn.Module, modules: Sequence[nn.Module]) -> list[Tensor]:
     """Distinct leaves that require a gradient; errors name the one at fault."""
     if isinstance(params, nn.Module):
         params = [p for p in params.parameters() if p.requires_grad]
@@ -188,6 +189,7 @@ def _checked(params: Iterable[Tensor] | nn.Module) -> list[Tensor]:
     if not result:
         raise ValueError("params is empty")
     groups = [{"params": result}]
+    refuse_fsdp1(modules, groups)
     check_parameters(groups)
     check_materialized(groups)
     return result
