@@ -44,6 +44,16 @@ def test_networks_for_cifar(name):
     check(lambda: models.CIFAR[name](10), 32, 10, CIFAR[name])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet101", "resnext50"])
+def test_small_images_stay_large_enough(name):
+    with torch.device("meta"):
+        net = models.CIFAR[name](10)
+        shapes = []
+        net.layer4.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[2:]))
+        net(torch.empty(1, 3, 32, 32))
+    assert shapes == [(4, 4)]
+
+
 @pytest.mark.parametrize("name", models.IMAGENET)
 def test_networks_for_imagenet(name):
     check(lambda: models.IMAGENET[name](1000, 224), 224, 1000, IMAGENET[name])
