@@ -44,6 +44,16 @@ def test_networks_for_cifar(name):
     check(lambda: models.CIFAR[name](10), 32, 10, CIFAR[name])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet101", "resnext50"])
+def test_small_images_stay_large_enough(name):
+    with torch.device("meta"):
+        net = models.CIFAR[name](10)
+        shapes = []
+        net.layer4.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[2:]))
+        net(torch.empty(1, 3, 32, 32))
+    assert shapes == [(4, 4)]
+
+
 @pytest.mark.parametrize("name", models.IMAGENET)
 def test_networks_for_imagenet(name):
     check(lambda: models.IMAGENET[name](1000, 224), 224, 1000, IMAGENET[name])
@@ -289,6 +299,7 @@ def test_data_that_cannot_be_had_names_the_folder(dataset, tmp_path, monkeypatch
     message = str(caught.value)
     assert message.startswith(f"{NAMES[dataset]} is not in {tmp_path} and could not be downloaded (")
     assert f"torchvision.datasets.{NAMES[dataset]} lays them out" in message
+    assert ("no network" in message) == (dataset != "cars"), "tried; those of the cars have no server any more"
 
 
 def test_imagenet_that_is_not_there_names_the_folder(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 import ranks
 import torch
 from on_gpu import NO_DEVICE
+from torch.nn.functional import cross_entropy
 
-from examples.paper import cifar, files, imagenet, stepping, training, transfer
+from examples.paper import cifar, files, imagenet, loading, stepping, training, transfer
 
 pytestmark = pytest.mark.frameworks
 PROGRAM = Path(__file__).with_name("paper_recipes.py")
@@ -101,6 +103,7 @@ def test_cifar(method, tmp_path):
     assert result["step_ms"] > 0
     assert result["settings"]["method"] == method
     assert checkpoint["schedule"]["_last_lr"] == [0.0]
+    assert checkpoint["model"]["1.num_batches_tracked"] == 20, "once a step, and none while testing"
     with next(tmp_path.glob("*.csv")).open() as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == losses
 
@@ -122,6 +125,33 @@ def test_other_scripts(name, tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
     assert result["settings"]["base"] == ("SGD" if name == "efficientnet_b0" else "AdamW")
     assert all(torch.isfinite(t).all() for t in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize("method", ["base", "sam"])
+def test_the_loop_is_the_usual_one(method, tmp_path):
+    """Two epochs by hand, with torch's SGD; SAM of no radius is SGD."""
+    arguments = [*FEW, "--model", "plain", "--lr", "0.02", "--epochs", "2"]
+    _, found = run(cifar, tmp_path, *arguments, "--method", method, *(["--set", "rho=0.0"] if method == "sam" else []))
+    options = cifar.options(arguments)
+    torch.manual_seed(options.seed)
+    job = cifar.make(options)
+    optimizer = torch.optim.SGD(job.model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    for step, batch in enumerate(loading.Steps(64, 16, 0, 8, seed=0)):
+        images, labels = zip(*(job.images[place] for place in batch), strict=True)
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * step / 8)) / 2
+        optimizer.zero_grad()
+        cross_entropy(job.model(torch.stack(images)), torch.tensor(labels), label_smoothing=0.1 * 100 / 99).backward()
+        optimizer.step()
+    torch.testing.assert_close(found["model"], job.model.state_dict())
+
+
+def test_labels_are_smoothed_in_training_alone(tmp_path):
+    one_step = [*FEW, "--model", "plain", "--batch-size", "64", "--epochs", "1"]
+    (plain, _), (smooth, _) = (
+        run(cifar, tmp_path / s, *one_step, "--lr", "0", "--label-smoothing", s) for s in ("0", "0.5")
+    )
+    assert abs(smooth["loss"] - plain["loss"]) > 1e-3
+    assert smooth["rows"][0]["test_loss"] == plain["rows"][0]["test_loss"]
 
 
 def test_the_learning_rate_rises_and_falls():
