@@ -251,6 +251,8 @@ class FusedGAM(Optimizer):
             method = _method(self.settings)
             settings = session.prepare(self.settings, method)
             check_has_batch(closure, settings.flatness_fraction)
+            if session.failed:
+                session.check_not_alone()
             passes = plain.passes if session.steps_taken % settings.interval else method.passes
             with session.no_sync():
                 step = run.take(session, settings, method, passes, closure, interrupts)
@@ -412,6 +414,7 @@ class FusedGAM(Optimizer):
                 with checkpoint.loading(self.session, before, _method(before), state_dict) as loaded:
                     self.settings = loaded
                     torch_private.after_load(self)
+                self.session.failed = ""
             except BaseException:
                 self.settings = before
                 raise

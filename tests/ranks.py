@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,22 @@ def _rank(rank: int, world: int, folder: str, function: Callable, args: tuple) -
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
+    with group(rank, world, f"{folder}/rendezvous"):
         torch.save(function(rank, *args), Path(folder, f"result-{rank}"))
-    finally:
+
+
+@contextmanager
+def group(rank: int, world: int, path: str, timeout: float = TIMEOUT) -> Iterator[None]:
+    """The process group of what runs inside; one inside another takes its place. `path`: a file that is not there yet."""
+    if dist.is_initialized():
         dist.destroy_process_group()
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=limit)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

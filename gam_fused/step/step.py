@@ -22,6 +22,7 @@ from gam_fused.parallel import dtensor
 from gam_fused.step.ascents import Ascents
 from gam_fused.step.averaging import average_direction
 from gam_fused.step.direction import Direction, Lists
+from gam_fused.step.session import IN_UPDATE
 
 
 class Step(Ascents):
@@ -55,6 +56,7 @@ class Step(Ascents):
                 self.record.extras["products"] = blocks[0].shared.partials[GUARD].sum(1)
             d = average_direction(session.replicas, blocks, d, self.seen)
             self.reduce_norm(GUARD, d.last)
+        self.at = IN_UPDATE
         self._fill_in(d)
         if self.fused:
             self._apply_fused(d)

@@ -1,0 +1,152 @@
+"""A training over several ranks in which one of them is made to fail, at any place of any pass of a step."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import stat
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from gam_helpers import METHODS, PASSES, batch, bits, freeze, make, mixed_net
+from ranks import shard_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gam_fused.parallel.dtensor import local
+
+WAYS = {"global": METHODS, "local": METHODS, "fsdp": tuple(m for m in METHODS if m != "exact")}
+EVERY_PASS = [(way, method, k) for way, methods in WAYS.items() for method in methods for k in range(PASSES[method])]
+BASES: dict[str, tuple[Any, dict]] = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "lr": 0.01}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+    "foreign": (torch.optim.NAdam, {"lr": 1e-3}),
+}
+# Where a step may fail. "collective": what this rank says next to the others does not arrive, as where one of them is gone.
+PLACES = ("before", "forward", "hook", "inside backward", "backward", "collective")
+
+GONE = r"(?i)timed out|timeout|closed|closure|reset by peer|read error|broken pipe"  # what gloo says of a rank that is gone
+
+
+class Fault(NamedTuple):
+    """In which pass, where, and what is raised, or added to one element."""
+
+    number: int
+    place: str
+    error: Any
+
+
+class Struck(torch.autograd.Function):
+    """Fails in the middle of backward, when later layers have their gradients, where a fault is due there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, training: Training) -> Tensor:
+        ctx.training = training
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.training.strike("inside backward")
+        return grad, None
+
+
+class Training:
+    """A net with dropout and batch norm over all ranks, and one step of it that fails on this rank as it is told to.
+
+    Args:
+        way: how it is distributed, of `WAYS`.
+    """
+
+    def __init__(self, way: str, method: str, base: str = "sgd", **options: Any):
+        self.way, self.method, self.net, self.rank = way, method, mixed_net(), dist.get_rank()
+        self.model: nn.Module = sharded(self.net) if way == "fsdp" else DistributedDataParallel(self.net)
+        kind, of_base = BASES[base]
+        self.noise = torch.Generator().manual_seed(self.rank)
+        options = {"perturb_sync": "local" if way == "local" else "global", "generators": [self.noise], **of_base, **options}
+        self.optimizer = make(self.model.parameters(), kind, method, model=self.model, **options)
+        self.fault: Fault | None = None
+        self.calls = 0
+        self.net[0].register_forward_hook(self.after_first_layer)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # of a process in the background it would be ignored
+        self.x, self.y = shard_of(self.rank, *batch(16))
+        torch.manual_seed(100 + self.rank)
+        random.seed(self.rank)
+
+    def strike(self, place: str) -> None:
+        if self.fault and self.fault.place == place and self.fault.number == self.calls - 1:
+            raise_it(self.fault.error)
+
+    def after_first_layer(self, module: nn.Module, x: Any, output: Tensor) -> Tensor:
+        self.strike("hook")
+        return Struck.apply(output, self)
+
+    def closure(self) -> Tensor:
+        self.calls += 1
+        self.optimizer.zero_grad()
+        self.strike("before")
+        noise = torch.rand(self.x.shape, generator=self.noise) + random.random()
+        loss = (self.model(self.x + 0.01 * noise) - self.y).square().mean()
+        self.strike("forward")
+        if self.fault and self.fault.number == self.calls - 1:
+            if self.fault.place == "number":
+                loss = loss + next(self.model.parameters()).flatten()[3] * self.fault.error
+            if self.fault.place == "collective":
+                hang_up()
+        if self.method != "exact":
+            loss.backward()
+            self.strike("backward")
+        return loss
+
+    def step(self, fault: Fault | None = None) -> Tensor:
+        self.calls, self.fault = 0, fault
+        try:
+            return self.optimizer.step(self.closure)
+        finally:
+            self.fault = None
+
+    def now(self) -> dict:
+        """Everything that a step may change on this rank, frozen."""
+        return {
+            "weights": self.weights(),
+            "state": [{k: bits(local(t)) for k, t in entry.items()} for entry in self.optimizer.state.values()],
+            "counters": freeze(self.optimizer.session.counters),
+            "steps": self.optimizer.session.steps_taken,
+            "buffers": freeze(dict(self.net.named_buffers())),
+            "random": [torch.get_rng_state(), self.noise.get_state(), freeze(random.getstate())],
+        }
+
+    def weights(self) -> list[Tensor]:
+        return [bits(local(p)) for p in self.model.parameters()]
+
+
+def sharded(net: nn.Sequential) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (net[0], net[4]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def raise_it(error: Any) -> None:
+    """Raise, or send the signal."""
+    if error is KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT)
+    elif isinstance(error, signal.Signals):
+        os.kill(os.getpid(), error)
+    raise error("a fault")
+
+
+def hang_up() -> None:
+    """Close the connections to all other ranks, as the system does for a process that has died."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.socket(fileno=os.dup(fd)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+                        connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the listing's own; one that only listens
+            continue
