@@ -7,13 +7,21 @@ import random
 import signal
 import socket
 import stat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from gam_helpers import METHODS, PASSES, batch, bits, freeze, make, mixed_net
 from ranks import shard_of
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +63,20 @@ class Struck(torch.autograd.Function):
         return grad, None
 
 
+class Spoilt(torch.autograd.Function):
+    """Adds a number to the gradient of one element, where one is due."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, element: Tensor, training: Training) -> Tensor:
+        ctx.training = training
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        fault = ctx.training.due("number")
+        return grad, grad.new_tensor(fault.error if fault else 0.0), None
+
+
 class Training:
     """A net with dropout and batch norm over all ranks, and one step of it that fails on this rank as it is told to.
 
@@ -72,14 +94,19 @@ class Training:
         self.fault: Fault | None = None
         self.calls = 0
         self.net[0].register_forward_hook(self.after_first_layer)
+        self.net[1].register_forward_hook(lambda norm, _, output: Spoilt.apply(output, norm.bias[3], self))
         signal.signal(signal.SIGINT, signal.default_int_handler)  # of a process in the background it would be ignored
         self.x, self.y = shard_of(self.rank, *batch(16))
         torch.manual_seed(100 + self.rank)
         random.seed(self.rank)
 
+    def due(self, place: str) -> Fault | None:
+        fault = self.fault
+        return fault if fault and (fault.place, fault.number) == (place, self.calls - 1) else None
+
     def strike(self, place: str) -> None:
-        if self.fault and self.fault.place == place and self.fault.number == self.calls - 1:
-            raise_it(self.fault.error)
+        if fault := self.due(place):
+            raise_it(fault.error)
 
     def after_first_layer(self, module: nn.Module, x: Any, output: Tensor) -> Tensor:
         self.strike("hook")
@@ -92,11 +119,8 @@ class Training:
         noise = torch.rand(self.x.shape, generator=self.noise) + random.random()
         loss = (self.model(self.x + 0.01 * noise) - self.y).square().mean()
         self.strike("forward")
-        if self.fault and self.fault.number == self.calls - 1:
-            if self.fault.place == "number":
-                loss = loss + next(self.model.parameters()).flatten()[3] * self.fault.error
-            if self.fault.place == "collective":
-                hang_up()
+        if self.due("collective"):
+            hang_up()
         if self.method != "exact":
             loss.backward()
             self.strike("backward")
@@ -119,6 +143,29 @@ class Training:
             "buffers": freeze(dict(self.net.named_buffers())),
             "random": [torch.get_rng_state(), self.noise.get_state(), freeze(random.getstate())],
         }
+
+    def save(self, folder: str) -> None:
+        """A checkpoint: what all ranks share, and what is this rank's own."""
+        dcp.save(self._shared(), checkpoint_id=Path(folder, "shared"))
+        own = {"torch": torch.get_rng_state(), "noise": self.noise.get_state(), "python": random.getstate()}
+        own["buffers"] = dict(self.net.named_buffers())
+        torch.save(own, Path(folder, f"own-{self.rank}"))
+
+    def load(self, folder: str) -> None:
+        shared, own = self._shared(), torch.load(Path(folder, f"own-{self.rank}"), weights_only=False)
+        dcp.load(shared, checkpoint_id=Path(folder, "shared"))
+        set_model_state_dict(self.model, shared["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, shared["optimizer"])
+        with torch.no_grad():
+            for name, buffer in self.net.named_buffers():
+                buffer.copy_(own["buffers"][name])
+        torch.set_rng_state(own["torch"])
+        self.noise.set_state(own["noise"])
+        random.setstate(own["python"])
+
+    def _shared(self) -> dict:
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        return {"model": get_model_state_dict(self.model), "optimizer": optimizer}
 
     def weights(self) -> list[Tensor]:
         return [bits(local(p)) for p in self.model.parameters()]

@@ -56,6 +56,22 @@ def run(world: int, function: Callable, *args: Any) -> list[Any]:
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(world)]
 
 
+def run_to_their_ends(world: int, function: Callable, *args: Any) -> list[int | None]:
+    """As `run`, where ranks may be killed: the exit codes, by rank; negative ones are numbers of signals."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [FORKED.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(TIMEOUT)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+        return [process.exitcode for process in processes]
+
+
 def _rank(rank: int, world: int, folder: str, function: Callable, args: tuple) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
