@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,12 +36,12 @@ class Reads(nn.Module):
         return self.linear(x) * (1 + self.mean)
 
 
-def training(rank, mode, method, **options):
+def training(rank, mode, method, base=torch.optim.SGD, **options):
     seen: list[float] = []
     net = Reads(seen)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["own"])
     model = DistributedDataParallel(net, **options)
-    optimizer = make(model.parameters(), method=method, model=model, perturb_sync=mode)
+    optimizer = make(model.parameters(), base, method, model=model, perturb_sync=mode)
     return model, optimizer, regression(model, *batch(seed=rank + 1)), seen
 
 
@@ -114,3 +115,20 @@ def _after_a_failure(rank, between):
 @pytest.mark.parametrize("between", ["", "load the optimizer", "load buffers"])
 def test_a_rank_that_steps_again_does_not_broadcast_again(between):
     run(2, _after_a_failure, between)
+
+
+def _after_an_update_that_failed(rank, mode, method):
+    """All passes had been made: buffers have moved, and those of rank 0 are what the next step starts from."""
+    model, optimizer, loss_fn, seen = training(rank, mode, method, torch.optim.NAdam)
+    with patch.object(optimizer.base_optimizer, "step", side_effect=MemoryError), pytest.raises(MemoryError):
+        optimizer.step(loss_fn)
+    before = model.module.mean.item()
+    seen.clear()
+    optimizer.step(loss_fn)
+    assert agree(seen)
+    assert (rank == 0) == (seen[0] == before)
+
+
+@pytest.mark.parametrize(("mode", "method"), CASES)
+def test_after_an_update_that_failed_on_all_ranks_buffers_are_broadcast_anew(mode, method):
+    run(2, _after_an_update_that_failed, mode, method)

@@ -138,19 +138,19 @@ class Replicas:
                 stack.callback(setattr, module, "require_forward_param_sync", True)
             try:
                 yield
-            except BaseException:
-                self._end(failed=True)
-                raise
-            self._end(failed=False)
+            finally:
+                for buffers in self._buffers:
+                    buffers.end()
 
     def align_buffers(self) -> None:
         """Before a pass: buffers as rank 0 had them before the step, where DDP is to keep them in line."""
         for buffers in self._buffers:
             buffers.align()
 
-    def _end(self, *, failed: bool) -> None:
+    def agreed(self) -> None:
+        """All ranks have made all passes of this step."""
         for buffers in self._buffers:
-            buffers.end(failed=failed)
+            buffers.agreed()
 
 
 class Exchange:

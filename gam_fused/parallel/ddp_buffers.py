@@ -24,7 +24,7 @@ class SharedBuffers:
     def __init__(self, ddp: DistributedDataParallel):
         self._ddp = ddp
         self._buffers: list[Tensor] = []
-        self._received: Copies | None = None  # in this step, or in one that failed and has not been made up for
+        self._received: Copies | None = None  # in this step, or in one whose passes failed and have not been made yet
         self._left: list[tuple[int, int]] = []  # what the buffers were after that
 
     def begin(self) -> None:
@@ -42,12 +42,13 @@ class SharedBuffers:
         for buffers, values in self._received:
             torch._foreach_copy_(buffers, values)
 
-    def end(self, *, failed: bool) -> None:
+    def agreed(self) -> None:
+        """All passes have been made, and all ranks know it: the next step is another one, whatever becomes of this."""
+        self._received = None
+
+    def end(self) -> None:
         """After a step, or after one that failed and has been undone."""
-        if failed:
-            self._left = _marks(self._buffers)
-        else:
-            self._received = None
+        self._left = _marks(self._buffers)
 
     def _receive(self) -> Copies:
         """The values of rank 0; nothing on rank 0 itself."""
