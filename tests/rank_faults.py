@@ -84,13 +84,12 @@ class Training:
         way: how it is distributed, of `WAYS`.
     """
 
-    def __init__(self, way: str, method: str, base: str = "sgd", **options: Any):
+    def __init__(self, way: str, method: str, base: str = "sgd"):
         self.way, self.method, self.net, self.rank = way, method, mixed_net(), dist.get_rank()
-        self.model: nn.Module = sharded(self.net) if way == "fsdp" else DistributedDataParallel(self.net)
-        kind, of_base = BASES[base]
         self.noise = torch.Generator().manual_seed(self.rank)
-        options = {"perturb_sync": "local" if way == "local" else "global", "generators": [self.noise], **of_base, **options}
-        self.optimizer = make(self.model.parameters(), kind, method, model=self.model, **options)
+        self.base, of_base = BASES[base]
+        self.options = {"perturb_sync": "local" if way == "local" else "global", "generators": [self.noise], **of_base}
+        self.wrap()
         self.fault: Fault | None = None
         self.calls = 0
         self.net[0].register_forward_hook(self.after_first_layer)
@@ -99,6 +98,17 @@ class Training:
         self.x, self.y = shard_of(self.rank, *batch(16))
         torch.manual_seed(100 + self.rank)
         random.seed(self.rank)
+
+    def wrap(self) -> None:
+        self.model: nn.Module = sharded(self.net) if self.way == "fsdp" else DistributedDataParallel(self.net)
+        self.optimizer = make(self.model.parameters(), self.base, self.method, model=self.model, **self.options)
+
+    def wrap_anew(self) -> None:
+        """Another DDP module and another optimizer, which goes on from the state of the first."""
+        state = self.optimizer.state_dict()
+        del self.optimizer, self.model  # with the old hooks
+        self.wrap()
+        self.optimizer.load_state_dict(state)
 
     def due(self, place: str) -> Fault | None:
         fault = self.fault

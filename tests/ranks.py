@@ -30,11 +30,11 @@ multiprocessing.set_forkserver_preload(_PRELOAD)
 FORKED = multiprocessing.get_context("forkserver")
 
 
-def run(world: int, function: Callable, *args: Any) -> list[Any]:
+def run(world: int, function: Callable, *args: Any, limit: float = TIMEOUT) -> list[Any]:
     """function(rank, *args) on `world` processes; what each returned, by rank.
 
     Args:
-        function: at the top of a module, so that a process can find it by name.
+        function: at the top of a module, so that a process can find it by name. limit: seconds until they count as hung.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank raised; with its traceback.
@@ -44,11 +44,11 @@ def run(world: int, function: Callable, *args: Any) -> list[Any]:
         context = torch.multiprocessing.start_processes(
             _rank, (world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
         )
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + limit
         try:
             while not context.join(timeout=1):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{function.__name__} on {world} ranks did not end within {TIMEOUT} s")
+                    raise TimeoutError(f"{function.__name__} on {world} ranks did not end within {limit} s")
         finally:
             for process in context.processes:
                 if process.is_alive():

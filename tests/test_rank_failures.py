@@ -69,6 +69,26 @@ def test_after_a_failure_on_all_ranks_training_goes_on_to_the_same_bits(way):
     run(2, _all_ranks, way)
 
 
+def _inside_backward_of_ddp(rank):
+    """DDP's reducer waits for gradients that never come, and says so; wrapped anew, training goes on to the same bits."""
+    twin = Training("global", "sam", "adamw")
+    expected = [twin.step(), twin.step(), twin.now()][-1]
+    training = Training("global", "sam", "adamw")
+    training.step()
+    fails(training, Fault(1, "inside backward", ValueError))
+    before = training.now()
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+        training.step()
+    same(training.now(), before)
+    training.wrap_anew()
+    training.step()
+    same(training.now(), expected)
+
+
+def test_after_a_failure_inside_backward_ddp_is_wrapped_anew():
+    run(2, _inside_backward_of_ddp)
+
+
 def _in_older_versions(rank):
     del FSDPModule.reset_iter_state
     for places in (["hook"], ["inside backward"]):
