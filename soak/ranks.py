@@ -7,6 +7,7 @@ other failure of one rank ends the process group: both start anew from the last 
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import re
 import tempfile
@@ -37,54 +38,54 @@ TRAININGS = [
     ("fsdp", "finite_difference", "foreign"),
     ("fsdp", "sam", "adamw"),
 ]
-KINDS = {"step": 8, "both": 3, "number": 3, "alone": 3, "end": 1}
+KINDS = {"step": 8, "both": 3, "number": 3, "alone": 3, "end": 2}
 MEMORY = 200  # bytes a turn that Python's memory may grow
 
 
 class Rank:
-    """One rank's part: all trainings, what is random about them (the same on both ranks), and what it has found."""
+    """One rank's part: what is random (the same on both ranks), what trainings have saved, and what was found."""
 
     def __init__(self, rank: int, number: int, turns: Turns, folder: str):
         self.rank, self.turns, self.folder = rank, turns, folder
         self.chance = random.Random(number)
         self.kinds, self.lost = Counter[str](), 0
         self.saved: dict[int, Any] = {}  # what each training held when it was saved
-        self.losses: dict[int, list[float]] = {i: [] for i in range(len(TRAININGS))}
+        self.losses: dict[int, list[float]] = {}
         self.marks: list[tuple[int, int, int]] = []  # turn, traced bytes, resident bytes
 
     def go(self, numbers: Iterator[int]) -> None:
-        """Turns in one process group after another, as long as rank 0 says."""
-        groups = 0
-        while True:
-            groups += 1
-            with group(self.rank, 2, f"{self.folder}/group-{groups}"):
-                trainings = [Training(*kind) for kind in TRAININGS]
-                for i, training in enumerate(trainings):
-                    self.restart(i, training)
-                while True:
-                    going = torch.tensor(int(self.rank == 0 and next(numbers, None) is not None))
-                    dist.broadcast(going, 0)
-                    if not going:
-                        return
-                    if not self.turn(trainings):
-                        break
+        """One training in one process group after another, as long as rank 0 says."""
+        groups, going = itertools.count(), True
+        while going:
+            with group(self.rank, 2, f"{self.folder}/group-{next(groups)}"):
+                i = self.chance.randrange(len(TRAININGS))
+                training = self.begin(i)
+                on = True
+                while on and (going := self.goes_on(numbers)):
+                    on = self.turn(i, training)
 
-    def restart(self, i: int, training: Training) -> None:
+    def goes_on(self, numbers: Iterator[int]) -> bool:
+        going = torch.tensor(int(self.rank == 0 and next(numbers, None) is not None))
+        dist.broadcast(going, 0)
+        return bool(going)
+
+    def begin(self, i: int) -> Training:
+        """A new training, or from its last checkpoint."""
+        training = Training(*TRAININGS[i])
         if i in self.saved:
             training.load(f"{self.folder}/{i}")
             self.note(training, "restart", bits_lost(training.now(), self.saved[i]))
         else:
-            self.losses[i].append(training.step().item())
-            self.save(i, training)
+            self.losses[i] = [training.step().item()]
+        return training
 
     def save(self, i: int, training: Training) -> None:
         training.save(f"{self.folder}/{i}")
         self.saved[i] = training.now()
 
-    def turn(self, trainings: list[Training]) -> bool:
-        """One step, or failure, of one of the trainings. Returns whether the process group goes on."""
-        i = self.chance.randrange(len(trainings))
-        training, kind = trainings[i], self.chance.choices(list(KINDS), list(KINDS.values()))[0]
+    def turn(self, i: int, training: Training) -> bool:
+        """One step, or failure. Returns whether the process group goes on."""
+        kind = self.chance.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == "alone" and training.way != "local":
             kind = "both"
         self.kinds[kind] += 1
@@ -97,8 +98,7 @@ class Rank:
         fault, bad = Fault(number, self.chance.choice(places), error), self.rank == self.chance.randrange(2)
         not_finite = Fault(number, "number", self.chance.choice(NOT_FINITE))
         if kind == "end":
-            for j, other in enumerate(trainings):
-                self.save(j, other)
+            self.save(i, training)
             self.ends(training, fault if bad else None)
             return False
         if kind == "both" or (kind == "alone" and bad):

@@ -103,6 +103,12 @@ class Training:
         self.model: nn.Module = sharded(self.net) if self.way == "fsdp" else DistributedDataParallel(self.net)
         self.optimizer = make(self.model.parameters(), self.base, self.method, model=self.model, **self.options)
 
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The process groups that its passes communicate in."""
+        if self.way == "fsdp":
+            return [p.device_mesh.get_group() for p in self.model.parameters()]
+        return [self.model.process_group]
+
     def wrap_anew(self) -> None:
         """Another DDP module and another optimizer, which goes on from the state of the first."""
         state = self.optimizer.state_dict()

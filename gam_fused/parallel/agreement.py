@@ -7,6 +7,7 @@ process group was made with, while no collective can be trusted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
@@ -50,13 +51,14 @@ def check_all_failed(ranks: Sequence[int], name: str, place: str) -> None:
         return
     store.set(f"gam_fused/{name}/{dist.get_rank()}", place)
     keys = [f"gam_fused/{name}/{rank}" for rank in ranks]
-    try:
-        store.wait(keys)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the last step failed on this rank, {place}, but not on all others: they wait for this rank's part in a pass "
-            f"that it has given up, or have made the update. {_REMEDY}"
-        ) from error
+    end = time.monotonic() + store.timeout.total_seconds()
+    while not store.check(keys):  # `wait` would let no signal through
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"the last step failed on this rank, {place}, but not on all others: they wait for this rank's part in a "
+                f"pass that it has given up, or have made the update. {_REMEDY}"
+            )
+        time.sleep(0.05)
     places = [store.get(key).decode() for key in keys]
     if len(set(places)) > 1:
         told = ", ".join(f"rank {rank}: {where}" for rank, where in zip(ranks, places, strict=True))

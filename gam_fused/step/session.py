@@ -63,7 +63,7 @@ class Session:
         model_state: buffers and frozen parameters, where there is a model.
         replicas: what the optimizer averages over ranks itself. fsdp_modules: those that `fully_shard` was applied to.
         steps_taken: how many, skipped ones included. last: what the last one left behind.
-        failed: where the last step failed, if that was the last; ranks go on only together.
+        failed: where the last step failed; "" if it did not.
         running: held while a step runs.
     """
 
@@ -75,6 +75,7 @@ class Session:
         self.modules, self.generators = list(modules), tuple(generators)
         self.loss_scaling = LossScaling()
         self.steps_taken = 0
+        self._number = next(_numbers)  # the same on all ranks, which make their optimizers in the same order
         self._carried = (0.0, 0.0)  # skipped steps, and the counter of the stochastic rounding, to start a plan from
         self._begin()
 
@@ -85,7 +86,7 @@ class Session:
         self.fsdp_modules: list[Any] = []
         self.last: Record | None = None
         self.failed = ""
-        self._number, self._failures = next(_numbers), 0
+        self._failures = 0  # after which this rank has asked the others
         self.precision = Watch()
         self.running = threading.Lock()
         self._flat_buffers: list[Tensor] = []
@@ -95,7 +96,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Copies of the user's generators would not be the ones that the closure draws from."""
-        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken")
+        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken", "_number")
         return {name: getattr(self, name) for name in kept} | {"generators": (), "_carried": self.counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
