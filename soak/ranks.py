@@ -39,7 +39,7 @@ TRAININGS = [
     ("fsdp", "sam", "adamw"),
 ]
 KINDS = {"step": 8, "both": 3, "number": 3, "alone": 3, "end": 2}
-MEMORY = 200  # bytes a turn that Python's memory may grow
+MEMORY = 200  # bytes a turn that Python's memory may grow, once every training has gone on from its checkpoint
 
 
 class Rank:
@@ -51,7 +51,7 @@ class Rank:
         self.kinds, self.lost = Counter[str](), 0
         self.saved: dict[int, Any] = {}  # what each training held when it was saved
         self.losses: dict[int, list[float]] = {}
-        self.marks: list[tuple[int, int, int]] = []  # turn, traced bytes, resident bytes
+        self.marks: list[tuple[int, int, int]] = []  # turn, traced bytes, resident bytes, between process groups
 
     def go(self, numbers: Iterator[int]) -> None:
         """One training in one process group after another, as long as rank 0 says."""
@@ -63,6 +63,9 @@ class Rank:
                 on = True
                 while on and (going := self.goes_on(numbers)):
                     on = self.turn(i, training)
+            del training  # holds the connections
+            gc.collect()
+            self.marks.append((sum(self.kinds.values()), tracemalloc.get_traced_memory()[0], resident()))
 
     def goes_on(self, numbers: Iterator[int]) -> bool:
         going = torch.tensor(int(self.rank == 0 and next(numbers, None) is not None))
@@ -108,9 +111,6 @@ class Rank:
         self.losses[i][1:] = [training.step().item()]
         if not agree(fingerprint(full(training.model.parameters()))):
             self.turns.fail(f"{self.told(training)}, {kind}: replicas differ")
-        if sum(self.kinds.values()) % 100 == 0:
-            gc.collect()
-            self.marks.append((sum(self.kinds.values()), tracemalloc.get_traced_memory()[0], resident()))
         return True
 
     def fails(self, training: Training, fault: Fault) -> None:
@@ -156,7 +156,7 @@ class Rank:
         fell = [losses[-1] < losses[0] for losses in self.losses.values()]
         if enough and not all(fell):
             self.turns.fail(f"rank {self.rank}: losses fell in {sum(fell)} of {len(fell)} trainings: {self.losses}")
-        traced, whole = memory_slopes(self.marks)
+        traced, whole = memory_slopes(self.marks if len(self.marks) > 6 * len(TRAININGS) else [])
         if traced > MEMORY:
             self.turns.fail(f"rank {self.rank}: Python's memory grows by {traced:.0f} bytes a turn")
         figures = {"kinds": dict(self.kinds), "bits_lost": self.lost, "traced_bytes_per_turn": traced}
