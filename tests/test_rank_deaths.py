@@ -17,8 +17,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 pytestmark = pytest.mark.processes
 PLACES = ("before", "hook", "forward", "inside backward")
-CASES = {way: [(m, k) for m in ("sam", "finite_difference", "exact") if m in methods for k in range(PASSES[m])]
-         for way, methods in WAYS.items()}  # fmt: skip
+METHODS = {"global": ("finite_difference", "exact"), "local": ("accelerated",), "fsdp": ("finite_difference",)}
+CASES = {way: [(method, k) for method in METHODS[way] for k in range(PASSES[method])] for way in WAYS}
 
 
 def _dies(rank, way, method, number, folder):

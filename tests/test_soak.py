@@ -29,7 +29,7 @@ def test_faults_leave_everything_as_it_was():
 
 @pytest.mark.processes
 def test_faults_on_ranks_lose_nothing():
-    figures = ranks.run(number=5, count=50)
+    figures = ranks.run(number=5, count=40)
     assert figures["failed"] == figures["bits_lost"] == 0, figures["failures"]
     assert figures["kinds"].keys() == ranks.KINDS.keys()
 
