@@ -68,7 +68,8 @@ class FusedGAM(Optimizer):
         base_optimizer: class or factory, called with `params` and the base's keywords; or an instance (then `params` may be
             None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer, and one with step
             hooks of its own, gets d in `p.grad` and is stepped; it is the one case where the host waits for the device, to
-            know whether to skip. Where that step fails half-way, weights and state are as it left them.
+            know whether to skip. Where that step raises, weights and state are as it left them, buffers and generators as
+            after one pass.
         method: see above. ``accelerated``, ``gsam`` and ``sam`` have no bound (`max_ratio`): at their defaults, networks
             without batch norm learn more slowly, and transformers ended clearly worse than with their base. Give them a
             smaller `rho` there, or take a bounded method, whose defaults trained every network of the studies.
@@ -119,9 +120,10 @@ class FusedGAM(Optimizer):
         perturb_sync: ``"global"``: all ranks perturb alike, by gradients that DDP averages in every pass.
             ``"local"``: each rank perturbs by its own gradients (m-sharpness, m being a rank's batch), and one all-reduce
             per step averages the combined direction, before it is clipped; DDP reduces nothing (its communication hooks do
-            not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank whose
-            step raised, and which caught that, may step again: the others wait for it. With ``"global"``, as under plain
-            DDP, collectives would mismatch; terminate the rank.
+            not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank in whose
+            pass something raised, and which caught that, may step again: the others wait for it, unless the closure itself
+            communicates, as SyncBatchNorm does. With ``"global"``, and under FSDP2, ranks may go on only where the step
+            failed on all of them; a rank that failed alone and steps again gets an error, and the others a timeout.
         flatten: move parameters into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
         base_kwargs: what the base optimizer is built with, for keywords that FusedGAM has too (RMSprop's ``alpha``,
@@ -220,7 +222,8 @@ class FusedGAM(Optimizer):
             What the closure returned in pass 1, at the unperturbed weights, every tensor in it detached.
 
         Raises:
-            RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients.
+            RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients; the
+                last step failed on this rank alone.
             ValueError: a hyperparameter changed to something that cannot work; `flatness_fraction` below 1 without a batch;
                 a batch whose tensors disagree about its length.
         """
@@ -251,6 +254,8 @@ class FusedGAM(Optimizer):
             method = _method(self.settings)
             settings = session.prepare(self.settings, method)
             check_has_batch(closure, settings.flatness_fraction)
+            if session.failed:
+                interrupts.let_through(session.check_not_alone)
             passes = plain.passes if session.steps_taken % settings.interval else method.passes
             with session.no_sync():
                 step = run.take(session, settings, method, passes, closure, interrupts)
@@ -412,6 +417,7 @@ class FusedGAM(Optimizer):
                 with checkpoint.loading(self.session, before, _method(before), state_dict) as loaded:
                     self.settings = loaded
                     torch_private.after_load(self)
+                self.session.failed = ""
             except BaseException:
                 self.settings = before
                 raise

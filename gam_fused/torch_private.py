@@ -119,6 +119,15 @@ def device_types(group: Any) -> set[str]:
     return {device.type for device in group._device_types}
 
 
+def default_store() -> Any:
+    """The store that the processes found one another by; None where there is none, or not in this version."""
+    get = getattr(sys.modules.get("torch.distributed.distributed_c10d"), "_get_default_store", lambda: None)
+    try:
+        return get()
+    except (RuntimeError, ValueError, AssertionError):  # a backend that does without
+        return None
+
+
 def dtype_cast_to(node: Any) -> torch.dtype:
     """To which dtype a node of autograd's graph that casts has cast."""
     dtype: torch.dtype = node._input_metadata[0].dtype
@@ -148,6 +157,42 @@ def forward_dtypes(fsdp: Iterable[Any]) -> set[torch.dtype]:
     """To which dtypes the mixed-precision policies of FSDP2 modules cast weights. Only an estimate asks."""
     policies = (getattr(getattr(m, "_get_fsdp_state", lambda: None)(), "_mp_policy", None) for m in fsdp)
     return {dtype for policy in policies if (dtype := getattr(policy, "param_dtype", None))}
+
+
+def drop_pass_of_fsdp(module: Any) -> None:
+    """After a pass that failed half-way: an FSDP2 module is sharded as between two passes, and holds no gradients of it."""
+    state = module._get_fsdp_state()
+    for group in _groups_of_fsdp(state):
+        for p in group.fsdp_params:  # the next pass would add to these
+            if (whole := getattr(p, "_unsharded_param", None)) is not None:
+                whole.grad = None
+            p.unsharded_accumulated_grad = None
+    if not state._is_root:
+        return
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+    else:
+        _reset_root_of_fsdp(state)
+
+
+def _groups_of_fsdp(state: Any) -> list[Any]:
+    """What an FSDP2 module shards together; older versions of torch have one group, or none, for a module."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
+
+
+def _reset_root_of_fsdp(root: Any) -> None:
+    """What `reset_iter_state` of newer versions of torch does."""
+    idle = type(root._training_state).IDLE
+    root._comm_ctx.all_gather_state = None
+    root._comm_ctx.post_forward_order.clear()
+    root._state_ctx.iter_forward_root, root._state_ctx.post_backward_final_callback_queued = None, False
+    for state in root._state_ctx.all_states:
+        state._training_state = idle
+        for group in _groups_of_fsdp(state):
+            group._training_state, group._all_gather_result, group._partial_reduce_output = idle, None, None
+            group._post_forward_indices.clear()
+            group.reshard()
 
 
 def is_of_fsdp1(p: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 properties.py    whole steps on random lists of tensors against float64; scale, order, groups, threads, runs
 faults.py        a training with random exceptions, signals and numbers that are not finite
+ranks.py         the same over two ranks, under DDP and FSDP2: on one of them, or on both
 state_dicts.py   state dicts with random damage
 operators.py     the compiled operators with random arguments
 sanitizers.py    the kernels of csrc/cpu under AddressSanitizer with UBSan, and under ThreadSanitizer

@@ -22,12 +22,13 @@ os.environ["GAM_FUSED_CHECK"] = "1"
 
 import torch  # noqa: E402
 
-from soak import faults, operators, properties, sanitizers, state_dicts  # noqa: E402
+from soak import faults, operators, properties, ranks, sanitizers, state_dicts  # noqa: E402
 
 # What runs a part, and its share of the time.
 PARTS = {
-    "properties": (properties.run, 0.4),
-    "faults": (faults.run, 0.25),
+    "properties": (properties.run, 0.35),
+    "faults": (faults.run, 0.2),
+    "ranks": (ranks.run, 0.1),
     "operators": (operators.run, 0.15),
     "state_dicts": (state_dicts.run, 0.05),
     "sanitizers": (sanitizers.run, 0.15),

@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,11 @@ multiprocessing.set_forkserver_preload(_PRELOAD)
 FORKED = multiprocessing.get_context("forkserver")
 
 
-def run(world: int, function: Callable, *args: Any) -> list[Any]:
+def run(world: int, function: Callable, *args: Any, limit: float = TIMEOUT) -> list[Any]:
     """function(rank, *args) on `world` processes; what each returned, by rank.
 
     Args:
-        function: at the top of a module, so that a process can find it by name.
+        function: at the top of a module, so that a process can find it by name. limit: seconds until they count as hung.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank raised; with its traceback.
@@ -42,11 +44,11 @@ def run(world: int, function: Callable, *args: Any) -> list[Any]:
         context = torch.multiprocessing.start_processes(
             _rank, (world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
         )
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + limit
         try:
             while not context.join(timeout=1):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{function.__name__} on {world} ranks did not end within {TIMEOUT} s")
+                    raise TimeoutError(f"{function.__name__} on {world} ranks did not end within {limit} s")
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -54,15 +56,42 @@ def run(world: int, function: Callable, *args: Any) -> list[Any]:
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(world)]
 
 
+def run_to_their_ends(world: int, function: Callable, *args: Any) -> list[int | None]:
+    """As `run`, where ranks may be killed: the exit codes, by rank; negative ones are numbers of signals."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [FORKED.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(TIMEOUT)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+        return [process.exitcode for process in processes]
+
+
 def _rank(rank: int, world: int, folder: str, function: Callable, args: tuple) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
+    with group(rank, world, f"{folder}/rendezvous"):
         torch.save(function(rank, *args), Path(folder, f"result-{rank}"))
-    finally:
+
+
+@contextmanager
+def group(rank: int, world: int, path: str, timeout: float = TIMEOUT) -> Iterator[None]:
+    """The process group of what runs inside; one inside another takes its place. `path`: a file that is not there yet."""
+    if dist.is_initialized():
         dist.destroy_process_group()
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=limit)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -7,7 +7,20 @@ import sys
 
 import pytest
 import torch
-from gam_helpers import METHODS, backend_params, batch, close, freeze, make, mlp, regression, same, trainer, weights
+from gam_helpers import (
+    METHODS,
+    backend_params,
+    batch,
+    close,
+    freeze,
+    make,
+    mixed_net,
+    mlp,
+    regression,
+    same,
+    trainer,
+    weights,
+)
 from torch.optim import SGD, AdamW, RMSprop
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -157,6 +170,35 @@ def test_weights_and_state_of_a_base_that_fails_go_together(base):
     for p, old in zip(model.parameters(), before, strict=True):
         assert bool(optimizer.state.get(p)) == (not torch.equal(freeze(p), old))
         assert p.grad is None
+
+
+class RaisesAfterDrawing(SGD):
+    def step(self, closure=None):
+        torch.rand(3)
+        raise MemoryError
+
+
+@pytest.mark.parametrize("base", [RaisesAfter, RaisesBefore, RaisesAfterDrawing, hooked], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_and_generators_after_a_base_that_fails_are_those_of_torch(method, base):
+    """One pass has moved them, and the base may have drawn; the step is not counted, and a next one goes on from there."""
+    model, twin = mixed_net(), mixed_net()
+    optimizer = make(model.parameters(), lambda params: base(params), method, model=model)
+    plain = base(twin.parameters())
+
+    def torchs_own(loss_fn):
+        loss_fn().backward()
+        plain.step()
+
+    found = []
+    for step, net in ((torchs_own, twin), (optimizer.step, model)):
+        torch.manual_seed(3)
+        for _ in range(1 if base in (RaisesAfter, hooked) else 2):  # their weights differ then, as directions do
+            with pytest.raises(MemoryError):
+                step(regression(net, *batch()))
+        found.append([freeze(dict(net.named_buffers())), torch.get_rng_state()])
+    same(*found)
+    assert (optimizer.session.steps_taken, optimizer.skipped_steps) == (0, 0)
 
 
 def test_a_scheduler_of_the_base_does_not_warn(recwarn):

@@ -11,7 +11,7 @@ pytest.importorskip("hypothesis", reason="random cases need hypothesis")
 
 from gam_fused.backends import cpp
 from soak import __main__ as soak
-from soak import faults, operators, properties, sanitizers, state_dicts
+from soak import faults, operators, properties, ranks, sanitizers, state_dicts
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 
@@ -25,6 +25,13 @@ def test_faults_leave_everything_as_it_was():
     figures = faults.run(count=120)
     assert figures["failed"] == figures["bits_lost"] == 0, figures["failures"]
     assert len(figures["kinds"]) == 4
+
+
+@pytest.mark.processes
+def test_faults_on_ranks_lose_nothing():
+    figures = ranks.run(number=5, count=40)
+    assert figures["failed"] == figures["bits_lost"] == 0, figures["failures"]
+    assert figures["kinds"].keys() == ranks.KINDS.keys()
 
 
 def test_a_lost_bit_is_counted():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gam_fused.backends.tensor_lists import TensorList, flat_views
 from gam_fused.backends.uploads import upload
 from gam_fused.checks import Groups, describe
+from gam_fused.parallel.ddp_buffers import SharedBuffers
 from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.parallel.fsdp import refuse_fsdp1
 
@@ -117,15 +119,38 @@ class Replicas:
     def __init__(self, ddp: list[DistributedDataParallel], local: bool):
         self.ddp, self.local = ddp, local
         self.group = ddp[0].process_group
+        self._buffers = [SharedBuffers(module) for module in ddp]
+
+    def go_on_from(self, other: Replicas) -> None:
+        """Take over what has been received in a step that failed."""
+        if len(self.ddp) == len(other.ddp) and all(map(is_, self.ddp, other.ddp)):
+            self._buffers = other._buffers
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """For the time of a step DDP reduces nothing. Its next forward aligns buffers, as after any step of DDP."""
+        """For the time of a step DDP reduces and broadcasts nothing. Its next forward aligns buffers, as after any step."""
+        for buffers in self._buffers:
+            buffers.begin()
         with ExitStack() as stack:
             for module in self.ddp:
                 stack.enter_context(module.no_sync())
+                module.require_forward_param_sync = False
                 stack.callback(setattr, module, "require_forward_param_sync", True)
-            yield
+            try:
+                yield
+            finally:
+                for buffers in self._buffers:
+                    buffers.end()
+
+    def align_buffers(self) -> None:
+        """Before a pass: buffers as rank 0 had them before the step, where DDP is to keep them in line."""
+        for buffers in self._buffers:
+            buffers.align()
+
+    def agreed(self) -> None:
+        """All ranks have made all passes of this step."""
+        for buffers in self._buffers:
+            buffers.agreed()
 
 
 class Exchange:

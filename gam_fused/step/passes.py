@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gam_fused import torch_private
 from gam_fused.backends.tensor_lists import TensorList
 from gam_fused.memory import gradients
 from gam_fused.parallel import ddp, dtensor
@@ -36,7 +37,7 @@ class Passes:
     Attributes:
         loss: what the closure returned in pass 1, detached.
         seen: of each block, which parameters have had a gradient in any pass.
-        record: what the step leaves behind.
+        record: what the step leaves behind. at: where the step is, for other ranks.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Passes:
         self.blocks = self.plan.blocks
         self.fused = session.fused_now
         self.loss: Any = None
+        self.at = ""
         self.seen = [[False] * len(b.params) for b in self.blocks]
         self._reshard()
         self._model = session.model_state.begin() if session.model_state else None
@@ -119,12 +121,15 @@ class Passes:
         torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
         self._reshard()
         first = not self.record.losses
+        self.at = f"in pass {1 + len(self.record.losses)}"
         if first:
             self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
             for replayed in (self._random, self._model):
                 if replayed:
                     replayed.replay()
+        if self.session.replicas:
+            self.session.replicas.align_buffers()
         watched = self._model.first_pass() if first and self._model else nullcontext()
         with torch.enable_grad(), watched:
             result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate, part)
@@ -216,6 +221,8 @@ class Passes:
                 for part in (self._random, self._model):
                     if part:
                         part.abort()
+        for module in self.session.fsdp_modules:
+            torch_private.drop_pass_of_fsdp(module)
         self._clear_gradients()
         self._reshard()
 

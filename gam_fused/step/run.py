@@ -33,6 +33,7 @@ def take(
         passes(step)
         step.finish()
     except BaseException:
+        session.failed = step.at
         step.abort()
         raise
     return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from gam_fused.constants import Control
 from gam_fused.memory import flattening
 from gam_fused.memory.parameters import check_groups, check_materialized, check_parameters
 from gam_fused.memory.plan import Plan
-from gam_fused.parallel import ddp, fsdp
+from gam_fused.parallel import agreement, ddp, fsdp
 from gam_fused.settings import Settings
 from gam_fused.step.coefficients import tables
 from gam_fused.step.group_entries import GroupEntries
@@ -32,6 +33,8 @@ from gam_fused.step.record import Record
 from gam_fused.transaction.model_state import ModelState
 from gam_fused.transaction.randomness import Generators
 
+IN_UPDATE = "in the update"  # where a step may fail, when all ranks have agreed on the direction
+_numbers = itertools.count()
 _NO_SETTINGS = ("params", "param_names", "gam")  # entries of a param group that no coefficient depends on
 
 
@@ -60,6 +63,7 @@ class Session:
         model_state: buffers and frozen parameters, where there is a model.
         replicas: what the optimizer averages over ranks itself. fsdp_modules: those that `fully_shard` was applied to.
         steps_taken: how many, skipped ones included. last: what the last one left behind.
+        failed: where the last step failed; "" if it did not.
         running: held while a step runs.
     """
 
@@ -71,6 +75,7 @@ class Session:
         self.modules, self.generators = list(modules), tuple(generators)
         self.loss_scaling = LossScaling()
         self.steps_taken = 0
+        self._number = next(_numbers)  # the same on all ranks, which make their optimizers in the same order
         self._carried = (0.0, 0.0)  # skipped steps, and the counter of the stochastic rounding, to start a plan from
         self._begin()
 
@@ -80,6 +85,8 @@ class Session:
         self.replicas: ddp.Replicas | None = None
         self.fsdp_modules: list[Any] = []
         self.last: Record | None = None
+        self.failed = ""
+        self._failures = 0  # after which this rank has asked the others
         self.precision = Watch()
         self.running = threading.Lock()
         self._flat_buffers: list[Tensor] = []
@@ -89,7 +96,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Copies of the user's generators would not be the ones that the closure draws from."""
-        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken")
+        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken", "_number")
         return {name: getattr(self, name) for name in kept} | {"generators": (), "_carried": self.counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,6 +164,21 @@ class Session:
             self._uploaded = _Uploaded(settings, checked, values, list(map(type, values)))
         return checked
 
+    def check_not_alone(self) -> None:
+        """After a step that failed: whether the other ranks failed too, so that this one may step.
+
+        With ``perturb_sync="local"`` they wait, unless they have averaged the direction and go on.
+
+        Raises:
+            RuntimeError: it failed on this rank alone.
+        """
+        waited_for = self.replicas is not None and self.replicas.local and self.failed != IN_UPDATE
+        ranks = agreement.ranks_beside(self.modules, self.param_groups)
+        if len(ranks) > 1 and not waited_for:
+            agreement.check_all_failed(ranks, f"{self._number}/{self.steps_taken}/{self._failures}", self.failed)
+            self._failures += 1
+        self.failed = ""
+
     def tables(self, settings: Settings, method: Method) -> tuple[Settings, dict[str, Any]]:
         """`settings` and the coefficient tables, each number in them checked.
 
@@ -188,7 +210,10 @@ class Session:
         if not plan.params:
             raise RuntimeError("no parameter has requires_grad=True; nothing to optimize")
         self._start_controls(plan)
-        self.replicas = self.check(settings, method)
+        replicas = self.check(settings, method)
+        if replicas and self.replicas:
+            replicas.go_on_from(self.replicas)
+        self.replicas = replicas
         self.fsdp_modules = fsdp.fsdp_modules(self.modules)
         self.model_state = ModelState(self.modules, plan.params, settings.backend) if self.modules else None
         self.plan, self._uploaded, self._generators = plan, None, None

@@ -22,6 +22,7 @@ from gam_fused.parallel import dtensor
 from gam_fused.step.ascents import Ascents
 from gam_fused.step.averaging import average_direction
 from gam_fused.step.direction import Direction, Lists
+from gam_fused.step.session import IN_UPDATE
 
 
 class Step(Ascents):
@@ -55,6 +56,9 @@ class Step(Ascents):
                 self.record.extras["products"] = blocks[0].shared.partials[GUARD].sum(1)
             d = average_direction(session.replicas, blocks, d, self.seen)
             self.reduce_norm(GUARD, d.last)
+        self.at = IN_UPDATE
+        if session.replicas:
+            session.replicas.agreed()
         self._fill_in(d)
         if self.fused:
             self._apply_fused(d)
@@ -155,7 +159,8 @@ def _step_base(base: torch.optim.Optimizer) -> None:
     except BaseException as error:
         note = (
             f"FusedGAM: {type(base).__name__}.step failed after all passes had been made. Weights and optimizer state "
-            "are as it left them: parameters that it had updated stay updated, in both"
+            "are as it left them: parameters that it had updated stay updated, in both. Buffers and generators are as one "
+            "pass leaves them"
         )
         if hasattr(error, "add_note"):
             error.add_note(note)

@@ -1,0 +1,65 @@
+"""Whether this rank may step again after a step that failed: only where all ranks failed at the same place.
+
+Where one fails alone, the others wait in a collective of a later pass. The collectives of its next step would serve them:
+sizes fit, and replicas would differ from then on without a word. So the ranks tell one another through the store that the
+process group was made with, while no collective can be trusted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gam_fused.checks import Groups
+from gam_fused.parallel.dtensor import is_dtensor
+from gam_fused.torch_private import default_store
+
+_REMEDY = (
+    "End this rank, as after any failure of one rank alone, or load a checkpoint into model and optimizer on all ranks. A "
+    "rank whose pass failed may step again alone with perturb_sync='local' only, where the others wait for it"
+)
+
+
+def ranks_beside(modules: Iterable[nn.Module], groups: Groups) -> list[int]:
+    """The ranks that passes communicate with, this one included: of DDP modules, and of the meshes of sharded parameters."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    ranks: set[int] = set()
+    for module in {id(m): m for root in modules for m in root.modules()}.values():
+        if isinstance(module, DistributedDataParallel):
+            ranks |= set(dist.get_process_group_ranks(module.process_group))
+    for mesh in {id(p.device_mesh): p.device_mesh for g in groups for p in g["params"] if is_dtensor(p)}.values():
+        ranks |= set(mesh.mesh.flatten().tolist())
+    return sorted(ranks)
+
+
+def check_all_failed(ranks: Sequence[int], name: str, place: str) -> None:
+    """Wait until all ranks have said where their last step failed, at most for the timeout of the process group.
+
+    Args:
+        name: of this occasion, the same on all ranks. place: where it failed on this one.
+
+    Raises:
+        RuntimeError: others do not say so, or failed elsewhere.
+    """
+    store = default_store()
+    if store is None:
+        return
+    store.set(f"gam_fused/{name}/{dist.get_rank()}", place)
+    keys = [f"gam_fused/{name}/{rank}" for rank in ranks]
+    end = time.monotonic() + store.timeout.total_seconds()
+    while not store.check(keys):  # `wait` would let no signal through
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"the last step failed on this rank, {place}, but not on all others: they wait for this rank's part in a "
+                f"pass that it has given up, or have made the update. {_REMEDY}"
+            )
+        time.sleep(0.05)
+    places = [store.get(key).decode() for key in keys]
+    if len(set(places)) > 1:
+        told = ", ".join(f"rank {rank}: {where}" for rank, where in zip(ranks, places, strict=True))
+        raise RuntimeError(f"the last step failed at different places ({told}). {_REMEDY}")
