@@ -13,6 +13,7 @@
 # make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
 # make torch    the package under one version of torch, in a fresh environment that is removed: VERSION=2.11.0 (KEEP=1 ARGS=...)
+# make wheels   a wheel that is built here, under every supported torch and every Python that is found: a line for each pair
 # make headers  compiles csrc/ against the headers of the oldest and the newest torch (VERSIONS="2.10.0 2.14.1")
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
@@ -21,7 +22,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test soak check docs torch headers bench compare profile gpu sweep interval clients study probe wheel clean
+.PHONY: train test soak check docs torch wheels headers bench compare profile gpu sweep interval clients study probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -94,6 +95,15 @@ VERSIONS := 2.10.0 2.14.1
 headers: $(STAMPS)/environment
 	$(INSTALL) 'fsspec[http]'
 	$(PYTHON) .ci/headers.py $(VERSIONS)
+
+# With the CUDA backend where there is nvcc. The newest patch of every minor version of torch from the oldest supported one on.
+TORCHES := 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+wheels: $(STAMPS)/environment
+	$(INSTALL) uv
+	rm -rf build/wheel
+	$(if $(shell command -v nvcc),FORCE_CUDA=1) GAM_FUSED_REQUIRE_CPP=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" \
+	    $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PYTHON) .ci/wheels.py build/wheel/*.whl --torch $(TORCHES) $(ARGS)
 
 wheel: $(STAMPS)/environment
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -82,7 +82,10 @@ class TensorList:
 
     def written(self) -> None:
         """Tell autograd that a kernel wrote to the tensors: a graph that saved them must not be used any more."""
-        torch.autograd.graph.increment_version(self.tensors)
+        try:
+            torch.autograd.graph.increment_version(self.tensors)
+        except RuntimeError:  # one is missing, which is rare
+            torch.autograd.graph.increment_version([t for t in self.tensors if t is not None])
 
 
 EMPTY = TensorList(())
