@@ -11,7 +11,7 @@ pytest.importorskip("hypothesis", reason="random cases need hypothesis")
 
 from gam_fused.backends import cpp
 from soak import __main__ as soak
-from soak import faults, operators, properties, sanitizers, state_dicts
+from soak import faults, kills, lists, operators, properties, sanitizers, state_dicts
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 
@@ -19,6 +19,30 @@ pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "buil
 @pytest.mark.parametrize("name", properties.PROPERTIES)
 def test_a_property(name):
     assert properties.attempt(name, 6) >= 6
+
+
+def test_lists_hold_and_tell_how_far_they_went():
+    figures = lists.run(count=25)
+    assert figures["failed"] == 0, figures["failures"]
+    done = [told.split(" of ") for told in figures["done"].values()]
+    assert [int(n) for n, _ in done] == [25] * len(lists.LISTS)
+    assert [int(n) for _, n in done] == [len(cases()) for cases, _ in lists.LISTS.values()]
+
+
+def test_a_case_of_a_list_that_fails_is_counted(monkeypatch):
+    def check(case):
+        if case == 3:
+            raise ValueError("three")
+
+    monkeypatch.setattr(lists, "LISTS", {"numbers": (lambda: list(range(5)), check)})
+    figures = lists.run()
+    assert (figures["failed"], figures["failures"]) == (1, ["numbers, 3: ValueError: three"])
+    assert figures["done"] == {"numbers": "5 of 5"}
+
+
+@pytest.mark.processes
+def test_killed_trainings_go_on():
+    assert kills.run(times=2) | {"seconds": 0} == {"turns": 3, "failed": 0, "seconds": 0, "kills": 6, "failures": []}
 
 
 def test_faults_leave_everything_as_it_was():
