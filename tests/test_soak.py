@@ -65,6 +65,21 @@ def test_operators_refuse_or_compute():
     assert {"refused", "right"} <= figures["outcomes"].keys()
 
 
+def test_operands_in_the_memory_of_others_are_among_what_operators_are_given():
+    told = [operators.one_call(0, turn)[1].split(":")[0] for turn in range(300)]
+    assert {name.split(", ")[1] for name in told} == {f"dtype {code}" for code in range(4)}
+    pairs = [name for name in told if " and " in name]
+    assert any("workspace" in name for name in pairs)
+    assert any("last" in name for name in pairs)
+
+
+def test_numbers_that_share_memory_must_be_refused():
+    assert operators.must_be_refused("perturb_", "coefficients and control")
+    assert not operators.must_be_refused("perturb_", "coefficients and partials")
+    assert not operators.must_be_refused("perturb_", "x and y")
+    assert not operators.must_be_refused("perturb_", "control")
+
+
 def test_a_crash_of_an_operator_is_counted(monkeypatch):
     monkeypatch.setattr(operators, "ROOT", operators.ROOT / "nowhere")
     figures = operators.run(count=1, calls=1)
