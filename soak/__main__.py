@@ -22,17 +22,18 @@ os.environ["GAM_FUSED_CHECK"] = "1"
 
 import torch  # noqa: E402
 
-from soak import faults, kills, lists, operators, properties, sanitizers, state_dicts  # noqa: E402
+from soak import faults, kills, large, lists, operators, properties, sanitizers, state_dicts  # noqa: E402
 
 # What runs a part, and its share of the time.
 PARTS = {
-    "lists": (lists.run, 0.4),
-    "properties": (properties.run, 0.27),
+    "lists": (lists.run, 0.3),
+    "properties": (properties.run, 0.3),
     "faults": (faults.run, 0.1),
     "kills": (kills.run, 0.06),
     "operators": (operators.run, 0.07),
     "state_dicts": (state_dicts.run, 0.03),
     "sanitizers": (sanitizers.run, 0.07),
+    "large": (large.run, 0.07),
 }
 
 

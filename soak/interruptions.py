@@ -1,4 +1,4 @@
-"""Complete lists: every exception in every place of every pass, every kind of number that is not finite in every parameter."""
+"""Complete lists: every exception in every place of every pass, numbers that are not finite in every parameter."""
 
 from __future__ import annotations
 

@@ -201,20 +201,22 @@ def test_checkpoints_of_torch_optimizers_load_and_go_back(tmp_path):
 # -- killed again and again -------------------------------------------------------------------------------------------
 
 
+KILLED = {
+    "adamw": (torch.optim.AdamW, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
+    "foreign": (torch.optim.RMSprop, {}),
+}
+
+
 class Run:
     """A training run with everything that has to survive: dropout, batch norm, two schedules, an interval."""
 
     LENGTH = 400
-    BASES = {
-        "adamw": (torch.optim.AdamW, {}),
-        "sgd": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
-        "foreign": (torch.optim.RMSprop, {}),
-    }  # fmt: skip
 
     def __init__(self, base):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
-        kind, options = self.BASES[base]
+        kind, options = KILLED[base]
         self.optimizer = make(self.model.parameters(), kind, model=self.model, interval=3, lr=0.01, **options)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.LENGTH)
         self.radius = ProportionalRho(self.optimizer, max_rho=0.3, min_rho=0.05)
@@ -274,7 +276,7 @@ def _in_a_process(path, base):
 
 
 def kill_and_resume(times, base="adamw", number=0):
-    """A run that is killed so many times, at random, and goes on from its checkpoint, ends in the bits of one that is not."""
+    """A run that is killed so many times and goes on from its checkpoint ends in the bits of one that is not."""
     moments, kills, steps_seen = random.Random(number), 0, set()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "checkpoint.pt")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+import large as elements
 import pytest
 import torch
+from cases import get_backend
 
 pytest.importorskip("hypothesis", reason="random cases need hypothesis")
 
 from gam_fused.backends import cpp
 from soak import __main__ as soak
-from soak import faults, kills, lists, operators, properties, sanitizers, state_dicts
+from soak import faults, kills, large, lists, operators, properties, sanitizers, state_dicts
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 
@@ -84,6 +86,17 @@ def test_a_crash_of_an_operator_is_counted(monkeypatch):
     monkeypatch.setattr(operators, "ROOT", operators.ROOT / "nowhere")
     figures = operators.run(count=1, calls=1)
     assert figures["failed"] == figures["outcomes"]["crashed"] == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", *large.BACKENDS])
+def test_what_a_large_tensor_goes_through_holds_for_a_small_one(monkeypatch, backend):
+    monkeypatch.setattr(elements, "COUNT", 70_001)
+    elements.check(get_backend(backend), torch.device("cpu"))
+
+
+def test_without_the_memory_for_a_large_tensor_it_is_left_out(monkeypatch):
+    monkeypatch.setattr(large, "available", lambda: 3 << 30)
+    assert large.run()["outcomes"] == dict.fromkeys(large.BACKENDS, "needs 16 GiB of memory, 3 are free")
 
 
 def test_damaged_state_dicts_are_refused_or_work():
