@@ -38,6 +38,7 @@ def attempt(wheel: Path, torch: str, python: str, folder: Path) -> tuple[bool, s
     mine = str(target / "bin" / "python")
     # uv takes certificates from its own list unless it is told to ask the system.
     settings = {"UV_CACHE_DIR": str(folder / "cache"), "UV_SYSTEM_CERTS": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    settings["PYTHONDONTWRITEBYTECODE"] = ""  # uv compiles none, and torch is imported twice
     uv = [sys.executable, "-m", "uv", "--quiet"]
     shutil.rmtree(target, ignore_errors=True)
     commands = [
