@@ -1,6 +1,6 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
 # make test     the tests, on all cores (ARGS="-k flatness"; WORKERS=0: in one process)
-# make soak     random cases, faults and arguments for ten minutes, sanitizers; JSON in out/ (ARGS="--minutes 2 --only faults")
+# make soak     long lists, random cases, faults and arguments for ten minutes, sanitizers; JSON in out/ (ARGS="--minutes 2 --only faults")
 # make check    lint, formatting, types
 # make docs     the pages of docs/ as a site in site/, warnings are errors (Python 3.11 or newer)
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
