@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS, SHAPES, Problem, get_backend
+from torch._subclasses import FakeTensorMode
 
 from gam_fused.backends import checks, cpp
 from gam_fused.backends.operands import KERNELS, OfTensors, Restore, Scalar, SquaredNorm
@@ -68,6 +69,26 @@ def arguments(name: str, operands: Any = None) -> dict[str, Any]:
 def test_opcheck(name, dtype):
     operands = record(name, problem(dtype))
     torch.library.opcheck(getattr(OPS, name).default, tuple(arguments(name, operands).values()))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_traced_operands_of_cuda_need_no_gpu(name):
+    """The fake is the same for every device: it gives nothing back, and looks at devices."""
+    kernel, valid = KERNELS[name], arguments(name)
+    on_cpu = {"layout", *kernel.lists}
+    with FakeTensorMode():
+        given = {
+            n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu" if n in on_cpu else "cuda")
+            if isinstance(v, torch.Tensor)
+            else v
+            for n, v in valid.items()
+        }
+        assert getattr(OPS, name)(**given) is None
+        numbers = [n for n, kind in kernel.rest.items() if not isinstance(kind, Scalar)]
+        for field in numbers:
+            elsewhere = given | {field: torch.empty_like(given[field], device="cpu")}
+            with pytest.raises(RuntimeError, match=f"gam_fused: {field} is on cpu, other operands are on cuda"):
+                getattr(OPS, name)(**elsewhere)
 
 
 @pytest.mark.parametrize("name", KERNELS)
