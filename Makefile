@@ -1,6 +1,6 @@
 # make train    trains on real data and shows table, JSON and picture (QUICK=1: under a minute; ARGS="--seeds 3 ...")
 # make test     the tests, on all cores (ARGS="-k flatness"; WORKERS=0: in one process)
-# make soak     random cases, faults and arguments for ten minutes, sanitizers; JSON in out/ (ARGS="--minutes 2 --only faults")
+# make soak     long lists, random cases, faults and arguments for ten minutes, sanitizers; JSON in out/ (ARGS="--minutes 2 --only faults")
 # make check    lint, formatting, types
 # make docs     the pages of docs/ as a site in site/, warnings are errors (Python 3.11 or newer)
 # make bench    what GAM costs on this machine: one table in ten minutes, JSON and pictures in out/ (ARGS="--minutes 40 ...")
@@ -15,6 +15,7 @@
 # make paper    the paper's tables and figures on small data, in under an hour (QUICK=1; ARGS="--only table1 figures")
 # make eigensolvers  Lanczos iteration here against scipy's and torch's eigensolvers
 # make torch    the package under one version of torch, in a fresh environment that is removed: VERSION=2.11.0 (KEEP=1 ARGS=...)
+# make wheels   a wheel that is built here, under every supported torch and every Python that is found: a line for each pair
 # make headers  compiles csrc/ against the headers of the oldest and the newest torch (VERSIONS="2.10.0 2.14.1")
 # make wheel    a wheel in dist/                                    make clean   removes what was built (not .venv)
 #
@@ -23,7 +24,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: train test soak check docs torch headers bench compare profile gpu sweep interval clients study paper eigensolvers probe wheel clean
+.PHONY: train test soak check docs torch wheels headers bench compare profile gpu sweep interval clients study paper eigensolvers probe wheel clean
 
 HAS_TORCH = import importlib.util, sys; print(sys.executable) if importlib.util.find_spec("torch") else sys.exit(1)
 ACTIVE := $(shell python -c '$(HAS_TORCH)' 2>/dev/null || python3 -c '$(HAS_TORCH)' 2>/dev/null)
@@ -102,6 +103,15 @@ VERSIONS := 2.10.0 2.14.1
 headers: $(STAMPS)/environment
 	$(INSTALL) 'fsspec[http]'
 	$(PYTHON) .ci/headers.py $(VERSIONS)
+
+# With the CUDA backend where there is nvcc. The newest patch of every minor version of torch from the oldest supported one on.
+TORCHES := 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
+wheels: $(STAMPS)/environment
+	$(INSTALL) uv
+	rm -rf build/wheel
+	$(if $(shell command -v nvcc),FORCE_CUDA=1) GAM_FUSED_REQUIRE_CPP=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" \
+	    $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PYTHON) .ci/wheels.py build/wheel/*.whl --torch $(TORCHES) $(ARGS)
 
 wheel: $(STAMPS)/environment
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-all}" $(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

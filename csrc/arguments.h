@@ -58,14 +58,14 @@ class Arguments {
                     "gam_fused: layout must be a contiguous int64 CPU tensor [3, T + 1], got ", describe(table));
     STD_TORCH_CHECK(chunk > 0 && chunk <= MAX_CHUNK, "gam_fused: chunk must be 1 to ", MAX_CHUNK, ", got ", chunk);
     tensors_ = table.size(1) - 1;
+    spans_.reserve(8);
     STD_TORCH_CHECK(tensors_ <= MAX_TENSORS, "gam_fused: layout has ", tensors_, " tensors, more than ", MAX_TENSORS);
     starts_ = static_cast<const int64_t*>(table.const_data_ptr());
     check_table();
-    double* scratch = float64("workspace", workspace);
+    workspace_ = float64("workspace", workspace, true);
     STD_TORCH_CHECK(workspace.is_contiguous() && workspace.numel() >= workspace_size(chunks()),
                     "gam_fused: workspace must be what Layout.workspace gives, ", workspace_size(chunks()),
                     " numbers, got ", describe(workspace));
-    workspace_ = scratch;
     if (map.numel() == 0) return;
     STD_TORCH_CHECK(
         map.scalar_type() == ScalarType::Long && map.numel() == 3 * (tensors_ + 1) + chunks() && map.is_contiguous(),
@@ -103,7 +103,7 @@ class Arguments {
 
   // The coefficient table, with a row for every param group of the layout.
   const double* take_Coefficients(const char* name, const Tensor& t) {
-    const double* data = float64(name, t);
+    const double* data = float64(name, t, false);
     STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == COLUMNS && t.is_contiguous(), "gam_fused: ", name,
                     " must be [groups, ", COLUMNS, "], contiguous, got ", describe(t));
     int64_t last = 0;
@@ -113,7 +113,7 @@ class Arguments {
   }
 
   double* take_Control(const char* name, const Tensor& t) {
-    double* data = float64(name, t);
+    double* data = float64(name, t, true);
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == CONTROLS && t.is_contiguous(), "gam_fused: ", name, " must be [",
                     CONTROLS, "], contiguous, got ", describe(t));
     return data;
@@ -122,8 +122,8 @@ class Arguments {
   Matrix take_Norm(const char* name, const Tensor& t) { return column(name, t, {2}); }
   Matrix take_Products(const char* name, const Tensor& t) { return column(name, t, {2, 6}); }
   Matrix take_Squares(const char* name, const Tensor& t) { return column(name, t, {1}); }
-  Matrix take_NormTotals(const char* name, const Tensor& t) { return sums(name, t, {2}); }
-  Matrix take_ProductTotals(const char* name, const Tensor& t) { return sums(name, t, {2, 6}); }
+  Matrix take_NormTotals(const char* name, const Tensor& t) { return sums(name, t, {2}, false); }
+  Matrix take_ProductTotals(const char* name, const Tensor& t) { return sums(name, t, {2, 6}, false); }
 
   int take_Ascent(const char* name, int64_t value) {
     STD_TORCH_CHECK(value >= 0 && value <= 2, "gam_fused: ", name, " must be 0, 1 or 2, got ", value);
@@ -153,6 +153,12 @@ class Arguments {
   // Kernels count elements of a chunk, chunks, tensors and groups in 32 bits, and bytes of the flat vector in 64.
   static constexpr int64_t MAX_CHUNK = int64_t(1) << 30, MAX_TENSORS = int64_t(1) << 26, MAX_GROUP = 0x7FFFFFFF;
   static constexpr int64_t MAX_ELEMENTS = int64_t(1) << 59;
+
+  struct Span {
+    const char* name;
+    const double *begin, *end;
+    bool written;
+  };
 
   // Kernels follow its numbers without looking.
   void check_table() const {
@@ -189,13 +195,19 @@ class Arguments {
     return list;
   }
 
-  double* float64(const char* name, const Tensor& t) {
+  // An operand in float64. None lies in the memory of another, unless both are only read.
+  double* float64(const char* name, const Tensor& t, bool written) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double, "gam_fused: ", name, " must be float64, got ", describe(t));
     check_device(name, t);
     double* data = static_cast<double*>(t.mutable_data_ptr());
-    STD_TORCH_CHECK(!workspace_ || t.numel() == 0 || data + extent(t) <= workspace_ ||
-                        workspace_ + workspace_size(chunks()) <= data,
-                    "gam_fused: ", name, " lies in the memory of workspace; kernels write there meanwhile");
+    if (t.numel() == 0) return data;
+    const Span span{name, data, data + extent(t), written};
+    for (const Span& other : spans_) {
+      const bool apart = span.end <= other.begin || other.end <= span.begin;
+      STD_TORCH_CHECK(apart || !(written || other.written), "gam_fused: ", name, " lies in the memory of ", other.name,
+                      "; kernels write there meanwhile");
+    }
+    spans_.push_back(span);
     return data;
   }
 
@@ -208,14 +220,14 @@ class Arguments {
 
   // A single column of sums, to be written.
   Matrix column(const char* name, const Tensor& t, std::initializer_list<int64_t> rows) {
-    const Matrix matrix = sums(name, t, rows);
+    const Matrix matrix = sums(name, t, rows, true);
     STD_TORCH_CHECK(matrix.columns == 1, "gam_fused: ", name, " must have one column, got ", describe(t));
     return matrix;
   }
 
   // float64 sums: [rows, columns], or [columns], with unit stride.
-  Matrix sums(const char* name, const Tensor& t, std::initializer_list<int64_t> rows) {
-    double* data = float64(name, t);
+  Matrix sums(const char* name, const Tensor& t, std::initializer_list<int64_t> rows, bool written) {
+    double* data = float64(name, t, written);
     const int64_t last = t.dim() - 1;
     STD_TORCH_CHECK((last == 0 || last == 1) && t.size(last) >= 1 && (t.size(last) == 1 || t.stride(last) == 1),
                     "gam_fused: ", name, " must have columns of unit stride, got ", describe(t));
@@ -231,6 +243,7 @@ class Arguments {
   const int64_t *starts_ = nullptr, *map_ = nullptr;
   double* workspace_ = nullptr;
   const Tensor* like_ = nullptr;
+  std::vector<Span> spans_;
 };
 
 }  // namespace gam

@@ -22,16 +22,19 @@ os.environ["GAM_FUSED_CHECK"] = "1"
 
 import torch  # noqa: E402
 
-from soak import faults, operators, properties, ranks, sanitizers, state_dicts  # noqa: E402
+from soak import faults, kills, large, lists, operators, properties, ranks, sanitizers, state_dicts  # noqa: E402
 
 # What runs a part, and its share of the time.
 PARTS = {
-    "properties": (properties.run, 0.35),
-    "faults": (faults.run, 0.2),
-    "ranks": (ranks.run, 0.1),
-    "operators": (operators.run, 0.15),
-    "state_dicts": (state_dicts.run, 0.05),
-    "sanitizers": (sanitizers.run, 0.15),
+    "lists": (lists.run, 0.3),
+    "properties": (properties.run, 0.25),
+    "faults": (faults.run, 0.08),
+    "ranks": (ranks.run, 0.07),
+    "kills": (kills.run, 0.06),
+    "operators": (operators.run, 0.07),
+    "state_dicts": (state_dicts.run, 0.03),
+    "sanitizers": (sanitizers.run, 0.07),
+    "large": (large.run, 0.07),
 }
 
 

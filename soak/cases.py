@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ ORDERS = ["contiguous", "transposed", "misaligned", "channels_last"]
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 WITH_ORACLE = ("finite_difference", "exact", "gradient_penalty")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RUNS = Counter[str]()  # optimizers that were run, by backend
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Case:
 
     def run(self, backend: str, steps: int = 3, threads: int = 1, groups: Any = None, **changes: Any) -> list[Tensor]:
         """The parameters after some steps. `groups`: makes param groups of the parameters."""
+        RUNS[backend] += 1
         params = self.parameters()
         if groups is not None:
             changes["groups"] = groups(params)

@@ -9,17 +9,22 @@ import signal
 import time
 import tracemalloc
 from collections import Counter
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gam_helpers import PASSES, batch, frozen_without_counters, make, mixed_net, regression, snapshot
 from torch import Tensor
 
+from gam_fused import available_backends
 from soak.turns import Turns
 
+BACKENDS = [name for name in ("reference", "torch", "cpp") if not available_backends()[name]]
 BASES: dict[str, tuple[Any, dict]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "lr": 0.01}),
+    "dampened": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "lr": 0.01}),
+    "adam": (torch.optim.Adam, {"amsgrad": True, "lr": 1e-3}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
     "foreign": (torch.optim.NAdam, {"lr": 1e-3}),
 }
@@ -46,19 +51,22 @@ def bits_lost(a: Any, b: Any) -> int:
 class Training:
     """A net with dropout and batch norm, and one step of it that fails as it is told to."""
 
-    def __init__(self, method: str, base: str):
-        self.model, self.method, self.base = mixed_net(), method, base
+    def __init__(self, method: str, base: str, backend: str):
+        self.model, self.method, self.base, self.backend = mixed_net(), method, base, backend
         kind, options = BASES[base]
-        self.optimizer = make(self.model.parameters(), kind, method, model=self.model, **options)
+        self.optimizer = make(self.model.parameters(), kind, method, model=self.model, backend=backend, **options)
         self.loss_fn = regression(self.model, *batch(32))
         self.losses: list[float] = []
-        self.fault: tuple[int, str, Any] | None = None  # pass, place, exception or number
+        self.fault: tuple[int, str, Any] | None = None  # pass, place, and the exception, or Number
         self.calls = 0
         self.model[0].register_forward_hook(lambda *_: self.strike("forward hook"))
         self.optimizer.register_step_pre_hook(lambda *_: self.strike("step hook"))
         if base == "foreign":
             step = self.optimizer.base_optimizer.step
             self.optimizer.base_optimizer.step = lambda *args: (self.strike("base"), step(*args))[1]
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.base}, {self.backend}"
 
     def strike(self, place: str) -> None:
         if self.fault and self.fault[1] == place and (place in ("step hook", "base") or self.fault[0] == self.calls - 1):
@@ -70,12 +78,12 @@ class Training:
         self.strike("before")
         loss = self.loss_fn()
         self.strike("forward")
-        first = self.model[0].weight
         if self.fault and self.fault[0] == self.calls - 1:
             if self.fault[1] == "inside backward":
                 loss = Struck.apply(loss, self)
             if self.fault[1] == "number":
-                loss = loss + first.flatten()[3] * self.fault[2]
+                number: Number = self.fault[2]
+                loss = loss + list(self.model.parameters())[number.tensor].flatten()[number.element] * number.value
         if self.method != "exact":
             loss.backward()
             self.strike("backward")
@@ -100,6 +108,14 @@ class Training:
         torch.set_rng_state(rng)
 
 
+class Number(NamedTuple):
+    """The gradient of one element of one parameter."""
+
+    value: float
+    tensor: int
+    element: int
+
+
 class Struck(torch.autograd.Function):
     """Fails in backward."""
 
@@ -115,10 +131,19 @@ class Struck(torch.autograd.Function):
 
 def with_exception(training: Training, chance: random.Random) -> int:
     """One of the exceptions, in some pass or around them. Returns the bits that are not as before."""
-    places = [p for p in PLACES if p != "base" or training.base == "foreign"]
-    places = [p for p in places if p != "backward" or training.method != "exact"]  # its closure does not call it
-    error, before = chance.choice(EXCEPTIONS), training.now()
-    fault = chance.randrange(PASSES[training.method]), chance.choice(places), error
+    place = chance.choice(places_of(training.method, training.base))
+    return with_fault(training, chance.randrange(PASSES[training.method]), place, chance.choice(EXCEPTIONS))
+
+
+def places_of(method: str, base: str) -> list[str]:
+    """Where something may be raised."""
+    places = [p for p in PLACES if p != "base" or base == "foreign"]
+    return [p for p in places if p != "backward" or method != "exact"]  # its closure does not call it
+
+
+def with_fault(training: Training, k: int, place: str, error: type[BaseException]) -> int:
+    """An exception in pass `k`. Returns the bits that are not as before."""
+    fault, before = (k, place, error), training.now()
     try:
         training.step(fault)
     except error:
@@ -130,9 +155,16 @@ def with_exception(training: Training, chance: random.Random) -> int:
 
 
 def with_number(training: Training, chance: random.Random) -> int:
-    """A number that is not finite in one element of one pass: the step is skipped, and counted."""
+    """A number that is not finite in one element of one pass."""
+    tensor = chance.randrange(len(shapes := [p.numel() for p in training.model.parameters()]))
+    number = Number(chance.choice(NOT_FINITE), tensor, chance.randrange(shapes[tensor]))
+    return with_gradient(training, chance.randrange(PASSES[training.method]), number)
+
+
+def with_gradient(training: Training, k: int, number: Number) -> int:
+    """The step is skipped, and counted. Returns the bits that are not as before."""
     before, skipped = frozen_without_counters(training.optimizer), int(training.optimizer.skipped_steps)
-    training.step((chance.randrange(PASSES[training.method]), "number", chance.choice(NOT_FINITE)))
+    training.step((k, "number", number))
     now = int(training.optimizer.skipped_steps)
     assert now == skipped + 1, f"{now - skipped} steps were counted as skipped"
     return bits_lost(frozen_without_counters(training.optimizer), before)
@@ -171,7 +203,7 @@ def run(seconds: float = float("inf"), number: int = 0, count: int | None = None
     """Turn by turn: one training takes a step, or fails to."""
     turns, chance = Turns("faults", seconds, count), random.Random(number)
     torch.manual_seed(number)
-    trainings = [Training(method, base) for method in PASSES for base in BASES]
+    trainings = [Training(*which) for which in product(PASSES, BASES, BACKENDS)]
     kinds, lost, lasts = Counter[str](), 0, {}
     for training in trainings:
         start = time.perf_counter()
@@ -198,9 +230,9 @@ def run(seconds: float = float("inf"), number: int = 0, count: int | None = None
                     bits = with_signal(training, chance, lasts[training])
                 lost += bits
                 if bits:
-                    turns.fail(f"{training.method}, {training.base}, {kind}: {bits} bits are not as they should be")
+                    turns.fail(f"{training}, {kind}: {bits} bits are not as they should be")
             except Exception as error:
-                turns.fail(f"{training.method}, {training.base}, {kind}: {type(error).__name__}: {error}")
+                turns.fail(f"{training}, {kind}: {type(error).__name__}: {error}")
             if turn % 250 == 249:
                 gc.collect()
                 marks.append((turn, tracemalloc.get_traced_memory()[0], resident()))
@@ -208,7 +240,7 @@ def run(seconds: float = float("inf"), number: int = 0, count: int | None = None
         tracemalloc.stop()
     for t in trainings:
         if turns.done > 100 * len(trainings) and not t.losses[-1] < t.losses[0]:
-            turns.fail(f"{t.method}, {t.base}: the loss went from {t.losses[0]:.4f} to {t.losses[-1]:.4f}")
+            turns.fail(f"{t}: the loss went from {t.losses[0]:.4f} to {t.losses[-1]:.4f}")
     slopes = dict(zip(("traced_bytes_per_turn", "resident_bytes_per_turn"), memory_slopes(marks), strict=True))
     if slopes["traced_bytes_per_turn"] > 50:
         turns.fail(f"Python's memory grows by {slopes['traced_bytes_per_turn']:.0f} bytes a turn")

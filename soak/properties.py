@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import Tensor
 
 from gam_fused import available_backends
-from soak.cases import DTYPES, Case, cases
+from soak.cases import DTYPES, RUNS, Case, cases
 from soak.turns import Turns
 
 FLOAT64 = 1e-9  # of a tensor's norm, as in tests/test_against_float64.py
@@ -59,10 +59,12 @@ def scale_invariance(case: Case) -> None:
     plain = [{**g, "weight_decay": 0.0} for g in case.group_options]
     options = {k: v for k, v in case.options.items() if k != "max_grad_norm"} | {"xi": 0.0}
     case = replace(case, base="sgd", options=options, group_options=[sgd(g) for g in plain])
-    wanted = case.run(FAST)
-    for factor in (2.0**6, 2.0**-5):
-        groups = [{**g, "lr": g["lr"] / factor} for g in case.group_options]
-        equal_bits(replace(case, scale=factor, group_options=groups).run(FAST), wanted, f"loss times {factor}")
+    for backend in BACKENDS:
+        wanted = case.run(backend)
+        for factor in (2.0**6, 2.0**-5):
+            groups = [{**g, "lr": g["lr"] / factor} for g in case.group_options]
+            scaled = replace(case, scale=factor, group_options=groups)
+            equal_bits(scaled.run(backend), wanted, f"{backend}, loss times {factor}")
 
 
 def sgd(group: dict) -> dict:
@@ -73,10 +75,9 @@ def sgd(group: dict) -> dict:
 
 def order_and_groups(case: Case) -> None:
     """Another order of the parameters, and groups cut in two, change rounding only."""
-    wanted, chance = case.run(FAST), random.Random(case.seed)
+    chance = random.Random(case.seed)
     order = list(range(len(case.tensors)))
     chance.shuffle(order)
-    near(case.run(FAST, groups=lambda params: case.param_groups(params, order)), wanted, "another order")
 
     def halves(params: list[Tensor]) -> list[dict]:
         cut = []
@@ -86,7 +87,11 @@ def order_and_groups(case: Case) -> None:
             cut += [{**group, "params": part} for part in parts if part]
         return cut
 
-    near(case.run(FAST, groups=halves), wanted, "groups cut in two")
+    for backend in BACKENDS:
+        wanted = case.run(backend)
+        ordered = case.run(backend, groups=lambda params: case.param_groups(params, order))
+        near(ordered, wanted, f"{backend}, another order")
+        near(case.run(backend, groups=halves), wanted, f"{backend}, groups cut in two")
 
 
 def threads_and_runs(case: Case) -> None:
@@ -131,10 +136,11 @@ def attempt(name: str, examples: int, number: int | None = None) -> int:
 
 def run(seconds: float, number: int = 0) -> dict[str, Any]:
     turns, tried = Turns("properties", seconds), dict.fromkeys(PROPERTIES, 0)
+    RUNS.clear()
     for turn in turns:
         name = list(PROPERTIES)[turn % len(PROPERTIES)]
         try:
             tried[name] += attempt(name, 10, 1000 * number + turn)
         except Exception as error:
             turns.fail(f"{name}: {error}\n" + "\n".join(getattr(error, "__notes__", [])))
-    return turns.figures(cases=tried)
+    return turns.figures(cases=tried, runs=dict(RUNS))

@@ -22,6 +22,7 @@ BASES = {
     "Adamax": (torch.optim.Adamax, {"lr": 0.01}),
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.01}),
     "Adadelta": (torch.optim.Adadelta, {"lr": 0.5}),
+    "Adafactor": (torch.optim.Adafactor, {"lr": 0.01}),
     "ASGD": (torch.optim.ASGD, {"lr": 0.01}),
     "Rprop": (torch.optim.Rprop, {"lr": 0.01}),
 }
@@ -35,6 +36,7 @@ LATER_KEYS = (
     "amsgrad",
     "momentum",
 )
+FROM_THE_FIRST = {("SGD", "momentum"), ("Adafactor", "maximize")}
 
 
 def pair(base, backend="auto", **options):
@@ -84,7 +86,7 @@ def old_checkpoint_agrees(base, through, backend):
     saved = copy.deepcopy(plain.state_dict())
     for group in saved["param_groups"]:
         for key in LATER_KEYS:
-            if key in group and not (base == "SGD" and key == "momentum"):
+            if key in group and (base, key) not in FROM_THE_FIRST:
                 del group[key]
     if base in ("Adam", "NAdam"):  # what stays on must be said
         for group in saved["param_groups"]:

@@ -15,11 +15,13 @@ import pickle
 import pytest
 import torch
 from cases import DTYPES
-from gam_helpers import bits, freeze, same, weights
+from gam_helpers import METHODS, bits, freeze, same, weights
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch_optim import BACKENDS, OURS, Linear, Rosenbrock, info_of
+
+from soak import conformance
 
 all_of_ours = pytest.mark.parametrize("which", OURS.values(), ids=OURS)
 
@@ -41,15 +43,29 @@ def trained(problem, optimizer, steps=3, schedulers=()):
 
 @all_of_ours
 def test_the_loss_goes_where_it_should_with_and_without_schedulers(which):
-    info = info_of(*which)
-    inputs = info.optim_inputs_func("cpu")
-    for given, schedulers in [*((i, ()) for i in inputs), *((inputs[1], s) for s in info.scheduler_inputs)]:
-        problem = Linear()
-        optimizer = info.optim_cls(problem.params, **copy.deepcopy(given.kwargs))
-        first = problem().item()
-        trained(problem, optimizer, 8, [make(optimizer) for make in schedulers])
-        risen = problem().item() - first
-        assert risen * (1 if given.kwargs["base_kwargs"].get("maximize") else -1) > 0, f"{given.desc}: {risen}"
+    """In every configuration of torch's; in one of them with every set of schedulers. In all with all: `make soak`."""
+    for case in conformance.directions():
+        if case[:3] == which and (case.schedulers == -1 or case.configuration == 1):
+            conformance.goes_where_it_should(case)
+
+
+@pytest.mark.parametrize("scheduler", conformance.SCHEDULERS)
+def test_schedulers_act_as_on_torchs_optimizers(scheduler):
+    for case in conformance.scheduled():
+        if case[0] == scheduler:
+            conformance.follows_torch(case)
+
+
+def test_no_scheduler_of_torch_is_left_out():
+    public = {name for name in torch.optim.lr_scheduler.__all__ if name != "LRScheduler"}
+    assert public <= {name.split(",")[0] for name in conformance.SCHEDULERS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_goes_on_in_another_backend(method):
+    for case in conformance.loads():
+        if case[0] == method:
+            conformance.goes_on_elsewhere(case)
 
 
 @all_of_ours

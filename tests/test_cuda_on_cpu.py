@@ -19,7 +19,7 @@ from test_kernels import ADAM, KERNELS, SGD, TWO, check
 
 from gam_fused import backends
 from gam_fused.backends import reference
-from gam_fused.backends.operands import CombinedUpdate, Restore, SquaredNorm
+from gam_fused.backends.operands import Combine, CombinedUpdate, DirectionProducts, Perturb, Restore, SquaredNorm
 from gam_fused.backends.tensor_lists import GROUP, Layout, TensorList
 from gam_fused.constants import Algorithm, Column, Control, Flag
 from gam_fused.methods import TAKES as METHOD_TAKES
@@ -219,10 +219,59 @@ def test_what_follows_a_norm_walks_backwards(backend):
     """The first block takes the last chunk, which is still in the cache; norms begin with the first."""
     for name, written, seed in (("first ascent", "theta", 0), ("sgd momentum", "theta", 0), ("combine two", "out", 2)):
         problem = Problem("many chunks", torch.float32, torch.float32, missing=False)
-        with backend.first_block_only():
+        with backend.one_block_only():
             results = KERNELS[name](backend, problem)
         moved = (cases._flat(results[written]) != cases._flat(problem.values(seed))).nonzero()
         assert moved.min() >= (problem.layout.chunks - 1) * problem.layout.chunk, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_last_chunk_of_a_tensor_of_more_elements_than_32_bits_count(backend, dtype):
+    """Nobody touches the memory before it, so it costs none. Norms and copies take the last chunk in the last block."""
+    count = 2**31 + 4099
+    theta, backup, ones = (torch.empty(count, dtype=dtype) for _ in range(3))
+    row = torch.zeros(1, len(Column), dtype=torch.float64)
+    row[0, Column.RADIUS_0], row[0, Column.DIRECTION_LAST], row[0, Column.LR] = 0.5, 1.0, 0.125
+    control, sums = torch.zeros(len(Control), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    control[Control.LOSS_SCALE] = 1.0
+
+    def chunk_of_its_own():
+        """A layout, whose workspace no other launch has left in the middle, and the elements of its last chunk."""
+        layout = Layout([count], [0], [True])
+        return layout, slice((layout.chunks - 1) * layout.chunk, count)
+
+    def sum_of_chunk(layout):
+        """Where a block leaves its chunk's: behind the tickets."""
+        return layout.workspace(torch.device("cpu"))[-(-layout.chunks // GROUP) + layout.chunks].item()
+
+    layout, last = chunk_of_its_own()
+    theta[last], backup[last], ones[last] = 0.0, 7.0, 1.0
+    before, x = theta[last.start - 1].item(), TensorList([ones])
+    tables = {"coefficients": row, "partials": torch.tensor([[4.0], [1.0]], dtype=torch.float64), "control": control}
+    with backend.one_block_only(last=True):
+        backend.squared_norm(SquaredNorm(layout=layout, x=x, partials=torch.zeros(2, 1, dtype=torch.float64)))
+        assert sum_of_chunk(layout) == count - last.start
+        layout, _ = chunk_of_its_own()
+        products = torch.zeros(2, 1, dtype=torch.float64)
+        backend.direction_products(DirectionProducts(layout=layout, last=x, coefficients=row, partials=products))
+        assert sum_of_chunk(layout) == count - last.start
+    weights, saved = TensorList([theta]), TensorList([backup])
+    with backend.one_block_only():
+        lists = {"theta": weights, "x": x, "backup": saved}
+        backend.perturb_(Perturb(layout=chunk_of_its_own()[0], **lists, **tables, realised=sums, ascent=0))
+        assert (theta[last] == 0.25).all()
+        assert (backup[last] == 0.0).all()
+        lists = {"theta": weights, "last": x, "backup": saved, "steps": TensorList([torch.tensor(0.0)])}
+        kwargs = {"direction": sums, "algorithm": Algorithm.SGD}
+        backend.combined_update_(CombinedUpdate(layout=chunk_of_its_own()[0], **lists, **tables, **kwargs))
+        assert (theta[last] == -0.125).all()
+        row[0, Column.DIRECTION_LAST] = 0.5
+        backend.combine_(Combine(layout=chunk_of_its_own()[0], out=saved, last=x, **tables, direction=sums))
+        assert (backup[last] == 0.5).all()
+    with backend.one_block_only(last=True):
+        backend.restore_(Restore(layout=chunk_of_its_own()[0], theta=weights, backup=x))
+        assert (theta[last] == 1.0).all()
+    assert theta[last.start - 1].item() == before
 
 
 @dataclass

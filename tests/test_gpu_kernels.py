@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+import large
 import pytest
 import torch
 from cases import DTYPES, SHAPES, Problem, assert_as_precise_as_torch, assert_same_bits, get_backend
 from on_gpu import CUDA, OnDevice, gpu_backends
 from test_kernels import KERNELS, reference, torch_error
+from test_operators import record
 
-from gam_fused.backends.operands import CombinedUpdate, Perturb, Restore, SquaredNorm
+from gam_fused.backends.operands import KERNELS as OPERATORS
+from gam_fused.backends.operands import Restore, SquaredNorm
 from gam_fused.backends.tensor_lists import Layout, TensorList
-from gam_fused.constants import Algorithm, Column, Control, Flag
+from gam_fused.constants import Flag
 
 pytestmark = pytest.mark.gpu
 
@@ -50,40 +55,24 @@ def test_options_of_the_base_optimizers(backend_name, dtype):
             check(backend_name, "adam", "chunk edges", dtype, flags=flags, steps_so_far=steps)
 
 
-def holds(t: torch.Tensor, value: float) -> bool:
-    return all(bool((part == value).all()) for part in t.split(2**30))
-
-
 @gpu_backends()
 def test_more_elements_than_32_bits_count(backend_name):
-    """2^31 + 4,099 elements in bfloat16; every value is exact, so each element can be told right from wrong."""
-    count = 2**31 + 4099
-    needed = (12 if backend_name != "torch" else 40) * count
+    needed = 2 * large.BYTES if backend_name != "torch" else 40 * large.COUNT
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
-    backend, layout = get_backend(backend_name), Layout([count], [0], [True])
-    theta, backup, ones = (torch.full((count,), v, dtype=torch.bfloat16, device=CUDA) for v in (0.0, 7.0, 1.0))
-    partials = torch.zeros(2, 1, dtype=torch.float64, device=CUDA)
-    sums = torch.zeros(1, dtype=torch.float64, device=CUDA)
-    control = torch.zeros(len(Control), dtype=torch.float64, device=CUDA)
-    control[Control.LOSS_SCALE] = 1.0
-    row = torch.zeros(1, len(Column), dtype=torch.float64, device=CUDA)
-    row[0, Column.RADIUS_0], row[0, Column.DIRECTION_LAST], row[0, Column.LR] = 0.5, 1.0, 0.125
-    total = torch.tensor([[4.0], [1.0]], dtype=torch.float64, device=CUDA)
-    lists = [TensorList([t]) for t in (theta, backup, ones)]
-    shared = {"layout": layout, "theta": lists[0], "coefficients": row, "partials": total, "control": control}
+    large.check(get_backend(backend_name), CUDA)
 
-    backend.squared_norm(SquaredNorm(layout=layout, x=lists[2], partials=partials))
-    assert partials[0].sum().item() == pytest.approx(count, rel=1e-12)
-    backend.perturb_(Perturb(**shared, x=lists[2], backup=lists[1], realised=sums, ascent=0))
-    assert holds(theta, 0.25)
-    assert holds(backup, 0.0)
-    steps = TensorList([torch.zeros((), device=CUDA)])
-    update = {"backup": lists[1], "last": lists[2], "steps": steps, "direction": sums, "algorithm": Algorithm.SGD}
-    backend.combined_update_(CombinedUpdate(**shared, **update))
-    assert holds(theta, -0.125)
-    backend.restore_(Restore(layout=layout, theta=lists[0], backup=lists[2]))
-    assert holds(theta, 1.0)
+
+@gpu_backends("cuda")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(backend_name, name, dtype):
+    """Of the operators on CPU tensors, and on traced ones of CUDA: test_operators.py."""
+    device = OnDevice(backend_name)
+    kept, operands = {}, record(name, Problem("empty tensors", dtype, dtype))
+    moved = type(operands)(**{f.name: device._moved(getattr(operands, f.name), kept) for f in fields(operands)})
+    operator = getattr(torch.ops.gam_fused, name).default
+    torch.library.opcheck(operator, device.backend._arguments(OPERATORS[name], moved))
 
 
 @gpu_backends()

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import BACKENDS, SHAPES, Problem, get_backend
+from torch._subclasses import FakeTensorMode
 
 from gam_fused.backends import checks, cpp
-from gam_fused.backends.operands import KERNELS, OfTensors, Restore, SquaredNorm
+from gam_fused.backends.operands import KERNELS, OfTensors, Restore, Scalar, SquaredNorm
 from gam_fused.backends.operators import DTYPES, schema
 from gam_fused.backends.tensor_lists import EMPTY, Layout, TensorList
 from gam_fused.constants import Algorithm
 
 pytestmark = pytest.mark.skipif(bool(cpp.reason()), reason=cpp.reason() or "built")
 OPS = torch.ops.gam_fused
-FLOAT32 = DTYPES[torch.float32]
 NO_MAP = torch.empty(0, dtype=torch.int64)
 CSRC = Path(__file__).parents[1] / "csrc"
 
 
-def problem(**options) -> Problem:
-    return Problem("empty tensors", torch.float32, torch.float32, **options)
+def problem(dtype: torch.dtype = torch.float32, **options) -> Problem:
+    return Problem("empty tensors", dtype, dtype, **options)
 
 
 def record(name: str, p: Problem | None = None, **changes: Any) -> Any:
     """Operands of the kernel `name`. Run again, it gives the same: it begins at lists that it does not write to."""
     p = p or problem()
-    x, y, g = (p.values(seed, gradient=True) for seed in range(3))
+    x, y = (p.values(seed, gradient=True) for seed in range(2))
+    g = p.values(2, gradient=True, compute=True)
     theta, base, backup = (p.values(seed) for seed in range(4, 7))
     tables = {"coefficients": p.coefficients, "partials": p.finished(9.0, 1.0), "control": p.control}
     operands: dict[str, Any] = {
@@ -57,14 +59,36 @@ def arguments(name: str, operands: Any = None) -> dict[str, Any]:
     rows = {n: lst.addresses for n, lst in zip(kernel.lists, kernel.lists_of(operands), strict=True)}
     layout = operands.layout
     head = {"layout": layout.table, "map": NO_MAP, "workspace": layout.workspace(torch.device("cpu"))}
-    head |= {"chunk": layout.chunk, "dtype": FLOAT32}
+    storage = next(t.dtype for t in kernel.lists_of(operands)[0].tensors if t is not None)
+    head |= {"chunk": layout.chunk, "dtype": DTYPES[storage]}
     return head | rows | dict(zip(kernel.rest, kernel.rest_of(operands), strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_opcheck(name):
-    operands = record(name)
+def test_opcheck(name, dtype):
+    operands = record(name, problem(dtype))
     torch.library.opcheck(getattr(OPS, name).default, tuple(arguments(name, operands).values()))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_traced_operands_of_cuda_need_no_gpu(name):
+    """The fake is the same for every device: it gives nothing back, and looks at devices."""
+    kernel, valid = KERNELS[name], arguments(name)
+    on_cpu = {"layout", *kernel.lists}
+    with FakeTensorMode():
+        given = {
+            n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu" if n in on_cpu else "cuda")
+            if isinstance(v, torch.Tensor)
+            else v
+            for n, v in valid.items()
+        }
+        assert getattr(OPS, name)(**given) is None
+        numbers = [n for n, kind in kernel.rest.items() if not isinstance(kind, Scalar)]
+        for field in numbers:
+            elsewhere = given | {field: torch.empty_like(given[field], device="cpu")}
+            with pytest.raises(RuntimeError, match=f"gam_fused: {field} is on cpu, other operands are on cuda"):
+                getattr(OPS, name)(**elsewhere)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -240,17 +264,40 @@ def test_layouts_that_kernels_cannot_follow_are_refused(change, chunk, message):
         OPS.restore_(**given | {"layout": change(p.layout.table), "chunk": chunk})
 
 
-@pytest.mark.parametrize(("name", "field"), [("direction_products", "coefficients"), ("combined_update_", "partials")])
-def test_a_workspace_in_the_memory_of_an_operand_is_refused(name, field):
-    operands = record(name)
-    given = arguments(name, operands)
-    memory = torch.zeros(1000, dtype=torch.float64)
-    given["workspace"] = memory[:900]
-    shared = memory[800:].as_strided(given[field].shape, (given[field].shape[-1], 1)).copy_(given[field])
-    getattr(OPS, name)(**given | {field: memory[900:].as_strided(shared.shape, shared.stride())})
-    given["workspace"] = memory
-    with pytest.raises(RuntimeError, match=f"{field} lies in the memory of workspace"):
-        getattr(OPS, name)(**given | {field: memory[:].as_strided(shared.shape, shared.stride())})
+def numbers_of(name: str) -> dict[str, bool]:
+    """The operands in float64, and whether the kernel writes to them."""
+    rest = {n: kind.written for n, kind in KERNELS[name].rest.items() if not isinstance(kind, Scalar)}
+    return {"workspace": True} | rest
+
+
+PAIRS = [(name, *pair) for name in KERNELS for pair in combinations(numbers_of(name), 2)]
+
+
+@pytest.mark.parametrize("shift", ["the same begin", "the last number"])
+@pytest.mark.parametrize(("name", "first", "second"), PAIRS)
+def test_numbers_in_the_memory_of_others_are_refused_where_one_is_written(name, first, second, shift):
+    given = arguments(name, operands := record(name))
+    a, b = given[first].contiguous(), given[second].contiguous()
+    begin = 0 if shift == "the same begin" else a.numel() - 1
+    memory = torch.zeros(begin + max(a.numel(), b.numel()), dtype=torch.float64)
+    shared = memory[: a.numel()].view(a.shape).copy_(a), memory[begin : begin + b.numel()].view(b.shape).copy_(b)
+    apart = {n: t.clone() for n, t in zip((first, second), shared, strict=True)}
+    run = getattr(OPS, name)
+    if numbers_of(name)[first] or numbers_of(name)[second]:
+        with pytest.raises(RuntimeError, match=f"{second} lies in the memory of {first}; kernels write there meanwhile"):
+            run(**given | dict(zip((first, second), shared, strict=True)))
+        run(**given | apart)
+        return
+    kernel, results = KERNELS[name], []
+    written = [lst for n, lst in zip(kernel.lists, kernel.lists_of(operands), strict=True) if kernel.lists[n].written]
+    before = [t.clone() for lst in written for t in lst.tensors if t is not None]
+    for numbers in (apart, dict(zip((first, second), shared, strict=True))):
+        tensors = [t for lst in written for t in lst.tensors if t is not None]
+        for t, old in zip(tensors, before, strict=True):
+            t.copy_(old)
+        run(**given | numbers)
+        results.append([t.clone() for t in tensors])
+    assert all(map(torch.equal, *results))
 
 
 def test_unsupported_dtype_is_named():

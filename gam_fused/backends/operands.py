@@ -37,7 +37,7 @@ class OfTensors:
         dtype: "storage" (the parameters' own), "compute" (float64 for float64, else float32) or "counter" (0-d float32).
         complete: whether no tensor may be missing, if the list is there.
         written: whether the kernel writes to it.
-        saved: whether a graph of autograd may have saved the tensors, and has to be told that they changed.
+        saved: whether others see the tensors: a graph of autograd may have saved them, and has to be told that they changed.
     """
 
     dtype: str = "storage"
@@ -76,8 +76,8 @@ Gradients = Annotated[TensorList, OfTensors()]
 Directions = Annotated[TensorList, OfTensors(written=True)]
 Folded = Annotated[TensorList, OfTensors("compute")]
 Folding = Annotated[TensorList, OfTensors("compute", written=True)]
-State = Annotated[TensorList, OfTensors(written=True)]
-Counters = Annotated[TensorList, OfTensors("counter", written=True)]
+State = Annotated[TensorList, OfTensors(written=True, saved=True)]
+Counters = Annotated[TensorList, OfTensors("counter", written=True, saved=True)]
 Coefficients = Annotated[Tensor, OfNumbers()]
 Control = Annotated[Tensor, OfNumbers(written=True)]
 Norm = Annotated[Tensor, OfSums((2,), written=True)]
@@ -243,7 +243,7 @@ class Kernel:
         self.rest_of: Callable[[Any], tuple[Any, ...]] = _getter(*self.rest)
 
     def tell_autograd(self, operands: Any) -> None:
-        """That the weights in `operands` changed: a graph that saved them must not be used any more."""
+        """That weights and state in `operands` changed: a graph that saved them must not be used any more."""
         for name in self.saved:
             getattr(operands, name).written()
 
@@ -273,4 +273,4 @@ class LaunchingBackend(Backend, ABC):
 
     @abstractmethod
     def launch(self, kernel: Kernel, operands: Any, *, saved: bool = True) -> None:
-        """Run `kernel`. `saved`: whether a graph of autograd may have saved the weights, and is told of their change."""
+        """Run `kernel`. `saved`: whether a graph of autograd may have saved what it writes, and is told of the change."""

@@ -35,15 +35,24 @@ class TensorList:
         empty: the address of tensors without elements. With 0 the kernels take them for missing; with 1 for present, so that
             their step counts advance: an empty shard is part of a parameter that is updated.
         complete: whether it is known that none is missing.
+        views_of: what all are views of, where it is one tensor: they share its version counter.
     """
 
-    __slots__ = ("_empty", "_tables", "addresses", "complete", "facts", "lasting", "tensors")
+    __slots__ = ("_empty", "_tables", "_views_of", "addresses", "complete", "facts", "lasting", "tensors")
 
     addresses: Tensor  # int64 [T] on the CPU: the address of each tensor, 0 for `None`; made when first asked for
 
-    def __init__(self, tensors: Iterable[Tensor | None], *, lasting: bool = False, empty: int = 0, complete: bool = False):
+    def __init__(
+        self,
+        tensors: Iterable[Tensor | None],
+        *,
+        lasting: bool = False,
+        empty: int = 0,
+        complete: bool = False,
+        views_of: Tensor | None = None,
+    ):
         self.tensors: list[Any] = list(tensors)  # Tensor | None; backends know from the layout which may be None
-        self.lasting, self.complete, self._empty = lasting, complete, empty
+        self.lasting, self.complete, self._empty, self._views_of = lasting, complete, empty, views_of
         self.facts: Any = None  # what `checks` has found out
         self._tables: dict[torch.device, Tensor] = {}
 
@@ -82,7 +91,10 @@ class TensorList:
 
     def written(self) -> None:
         """Tell autograd that a kernel wrote to the tensors: a graph that saved them must not be used any more."""
-        torch.autograd.graph.increment_version(self.tensors)
+        try:
+            torch.autograd.graph.increment_version(self.tensors if self._views_of is None else self._views_of)
+        except RuntimeError:  # one is missing, which is rare
+            torch.autograd.graph.increment_version([t for t in self.tensors if t is not None])
 
 
 EMPTY = TensorList(())

@@ -37,7 +37,7 @@ class BlockState:
     def __init__(self, block: Block):
         self._block = block
         self.counts = torch.zeros(len(block.params), dtype=torch.float32, device=block.device)
-        self.steps = TensorList(list(self.counts), lasting=True)
+        self.steps = TensorList(list(self.counts), lasting=True, views_of=self.counts)
         self.lists: tuple[TensorList, ...] = (EMPTY, EMPTY, EMPTY)
         self._unstarted: dict[int, dict[str, Any]] = {}  # entries made here, by parameter, that may not have been used yet
         self._refs: list[tuple[dict[str, Any], str, Tensor]] = []

@@ -90,13 +90,13 @@ class CudaOnCpu(CompiledBackend):
         return layout.on(torch.device("cpu"))
 
     @contextmanager
-    def first_block_only(self) -> Iterator[None]:
-        """Of every launch one block alone is run."""
-        self._shim.shim_run_blocks(1)
+    def one_block_only(self, *, last: bool = False) -> Iterator[None]:
+        """Of every launch one block alone is run, the first or the last."""
+        self._shim.shim_run_blocks(-1 if last else 0, 1)
         try:
             yield
         finally:
-            self._shim.shim_run_blocks(-1)
+            self._shim.shim_run_blocks(0, -1)
 
     def drop_block_barriers(self, dropped: bool) -> None:
         """Make __syncthreads do nothing."""

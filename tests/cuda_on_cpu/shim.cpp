@@ -12,7 +12,7 @@ thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-unsigned int most_blocks = ~0u;
+unsigned int first_block = 0, most_blocks = ~0u;
 
 namespace {
 
@@ -117,8 +117,11 @@ void exchange(void* value, size_t size, unsigned int other_lane) {
 
 }  // namespace shim
 
-// For tests of the order in which blocks take the chunks.
-extern "C" __attribute__((visibility("default"))) void shim_run_blocks(unsigned int most) { shim::most_blocks = most; }
+// For tests of the order in which blocks take the chunks, and of vectors that are too long to walk.
+extern "C" __attribute__((visibility("default"))) void shim_run_blocks(unsigned int first, unsigned int most) {
+  shim::first_block = first;
+  shim::most_blocks = most;
+}
 
 // For a test that the shim can fail.
 extern "C" __attribute__((visibility("default"))) void shim_drop_block_barriers(int dropped) {

@@ -35,7 +35,7 @@ namespace shim {
 // Runs thread(context) once for each of `threads` fibers, until all have returned.
 void run_block(unsigned int threads, void (*thread)(void*), void* context);
 
-extern unsigned int most_blocks;  // of a grid that are run, the first ones
+extern unsigned int first_block, most_blocks;  // of a grid, those that are run
 
 void wait_for_block();
 void wait_for_warp();
@@ -103,6 +103,7 @@ void cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, void** p
   } call = {kernel, static_cast<Arguments*>(pointers[0])};
   gridDim = grid;
   blockDim = block;
-  for (blockIdx = dim3(0); blockIdx.x < grid.x && blockIdx.x < shim::most_blocks; ++blockIdx.x)
+  blockIdx = dim3(shim::first_block < grid.x ? shim::first_block : grid.x - 1);
+  for (unsigned int i = 0; blockIdx.x < grid.x && i < shim::most_blocks; ++blockIdx.x, ++i)
     shim::run_block(block.x, [](void* p) { static_cast<Call*>(p)->kernel(*static_cast<Call*>(p)->arguments); }, &call);
 }
