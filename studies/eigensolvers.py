@@ -194,7 +194,7 @@ def one(solver: Solver, loss: Callable[[], Tensor], net: nn.Module, k: int, exac
 
 def study(nets: list[str], ks: list[int], rounds: int, epochs: int) -> dict[str, Any]:
     """The document: a row for each net, k and solver; times are the least of `rounds`, in turn."""
-    rows, truths = [], {}
+    start, rows, truths = machine(), [], {}  # of the code that runs, whatever is committed meanwhile
     for name in nets:
         net = NETS[name]()
         of_net = trained(net, epochs)
@@ -211,7 +211,7 @@ def study(nets: list[str], ks: list[int], rounds: int, epochs: int) -> dict[str,
             rows += [{"net": name, "parameters": size, "k": k, "solver": s, **found} for s, found in best.items()]
             print(table(rows[-len(SOLVERS) :]), flush=True)
     facts = {"scipy": scipy.__version__, "tolerance": TOLERANCE, "rounds": rounds, "epochs": epochs}
-    return {"machine": machine(), **facts, "rows": rows, "truth": truths}
+    return {"machine": start, **facts, "rows": rows, "truth": truths}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -242,5 +242,7 @@ def test_wrappers_are_taken_off():
     model, (x, y) = mlp(torch.float64), batch(dtype=torch.float64)
     expected = flatness.hessian_trace(flatness.over_batches(model, mse, [(x, y)]))
     compiled = torch.compile(nn.DataParallel(model), backend="eager")
-    found = flatness.hessian_trace(flatness.over_batches(compiled, mse, [(x, y)]))
+    loss = flatness.over_batches(compiled, mse, [(x, y)])
+    assert loss.model is model
+    found = flatness.hessian_trace(loss)
     assert found == expected
