@@ -39,8 +39,7 @@ TRAININGS = [
     ("global", "gsam", "foreign"),
 ]
 KINDS = {"step": 8, "both": 3, "number": 3, "alone": 3, "end": 2}
-# Bytes a turn that Python's memory may grow: torch itself keeps some 2 KB of every process group, one in 9 turns.
-MEMORY = 500
+MEMORY = 500  # bytes a turn that Python's memory may grow; torch keeps 2 KB of each process group, one in 9 turns
 
 
 class Rank:
