@@ -158,6 +158,8 @@ def test_differences_are_of_the_seeds_means_over_networks():
     assert found["value"] == pytest.approx(0.05)
     assert (found["low"], found["high"]) == (pytest.approx(0.05), pytest.approx(0.05))
     assert difference(runs, networks, "sam", "base") is None
+    alone = difference([*runs, *made_up(SAM, [0.6, 0.7, 0.8])], networks, "sam", "base")
+    assert alone["value"] == pytest.approx(0.1), "of the network that has both"
 
 
 def test_verdicts():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from studies.interval.estimates import Estimate, part_kept
 from studies.paper.networks import NOISE, NOISE_LEVELS, TABLE1, TRANSFER
 from studies.paper.parts import RATIOS, tuned_networks
-from studies.paper.tables import accuracies, difference, verdict
+from studies.paper.tables import accuracies, difference, verdict, with_both
 from studies.store import Run
 
 PUBLISHED = Path(__file__).parents[2] / "examples" / "paper" / "published.json"
@@ -62,6 +62,8 @@ def of_tables(parts: Mapping[str, Sequence[Run]]) -> list[Claim]:
             for kind, other in CLAIMED:
                 found = difference(parts[part], networks, kind, other)
                 text = f"{NAMES[kind]} above {NAMES[other]}".replace("SGD", "SGD" if table == 1 else "base")
+                count = len(with_both(parts[part], networks, kind, other))
+                text += f" (on {count} of {len(networks)} networks)" if count < len(networks) else ""
                 paper = f"{published_gain(table, kind, other):+.1f}"
                 result.append(Claim(f"table {table}", text, paper, points(found), verdict(found)))
     return result

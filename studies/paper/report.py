@@ -128,5 +128,5 @@ def _figures(runs: Sequence[Run]) -> str:
 
 
 def _chosen(runs: Sequence[Run]) -> str:
-    lines = [[row["network"], row["label"]] for row in rows(runs, (*TABLE1, *TRANSFER))]
+    lines = [[row["network"], row["label"].replace(", kappa None", "")] for row in rows(runs, (*TABLE1, *TRANSFER))]
     return f"## What was chosen\n\n{_markdown(('', 'hyperparameters'), lines)}"

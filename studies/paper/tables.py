@@ -39,16 +39,19 @@ def rows(runs: Sequence[Run], networks: Iterable[Network]) -> list[Row]:
     return result
 
 
-def difference(runs: Sequence[Run], networks: Iterable[Network], kind: str, other: str) -> Estimate | None:
-    """Mean over networks of kind - other in test accuracy; the 95 % interval is Student's, of the seeds' own means.
+def with_both(runs: Sequence[Run], networks: Iterable[Network], kind: str, other: str) -> list[Network]:
+    """The networks that have runs of both on test data: not those of which every setting of one failed in validation."""
+    return [network for network in networks if {kind, other} <= on_test(runs, network).keys()]
 
-    None where a network has no runs of one of them. The networks are fixed: the interval says nothing of other networks.
+
+def difference(runs: Sequence[Run], networks: Iterable[Network], kind: str, other: str) -> Estimate | None:
+    """Mean over the networks `with_both` of kind - other in test accuracy; None without one.
+
+    The 95 % interval is Student's, of the seeds' own means. The networks are fixed: it says nothing of other networks.
     """
     by_seed: dict[int, list[tuple[float, float]]] = {}
-    for network in networks:
+    for network in with_both(runs, networks, kind, other):
         groups = on_test(runs, network)
-        if kind not in groups or other not in groups:
-            return None
         those = {run["seed"]: run["value"] for run in groups[other]}
         for run in groups[kind]:
             by_seed.setdefault(run["seed"], []).append((run["value"], those[run["seed"]]))
