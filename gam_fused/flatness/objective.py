@@ -120,7 +120,7 @@ class Objective:
         return grads, lambda vectors: [derivative_along(grads, self.params, v) for v in vectors]
 
     def _mean(self, of_term: Callable[[Tensor], list[Tensor]], vectors: int) -> tuple[float, list[Tensor]]:
-        """One pass: the mean loss, and the mean over terms of what `of_term` makes of each, `vectors` shaped like `params`."""
+        """One pass: the mean loss, and the mean over terms of what `of_term` makes of each: `vectors` times N elements."""
         self._kept.start_pass()
         total, count = 0.0, 0
         # Laid out as the parameters are, and there without a term too: ranks add up memory, each as many tensors.
