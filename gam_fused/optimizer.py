@@ -417,7 +417,7 @@ class FusedGAM(Optimizer):
                 with checkpoint.loading(self.session, before, _method(before), state_dict) as loaded:
                     self.settings = loaded
                     torch_private.after_load(self)
-                self.session.failed = ""
+                self.session.forget_failure()
             except BaseException:
                 self.settings = before
                 raise

@@ -233,6 +233,21 @@ def test_all_ranks_measure_the_mean_over_all_their_data():
     same(grads, others)
 
 
+def with_nothing_on_one(rank, data):
+    model, loader = mlp(torch.float64), [data] if rank == 0 else []
+    loss = flatness.over_batches(model, mse, loader, all_ranks=True)
+    return freeze([measure(loss) for measure in MEASURES.values()])
+
+
+@pytest.mark.processes
+def test_a_rank_without_samples_takes_part():
+    data = batch(8, dtype=torch.float64)
+    first, second = run(2, with_nothing_on_one, data)
+    for found, expected in zip(first, of_one_process(data), strict=True):
+        thaw(found, expected)
+    same(first, second)
+
+
 def thaw(bits, expected):
     found = bits.view(expected.dtype) if isinstance(bits, torch.Tensor) else bits
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

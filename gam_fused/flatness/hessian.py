@@ -1,4 +1,4 @@
-"""Products of the Hessian with flat vectors, and Lanczos iteration on them."""
+"""Products of the Hessian with flat vectors."""
 
 from __future__ import annotations
 

@@ -83,11 +83,11 @@ class Objective:
     def value(self) -> float:
         """L, without a graph."""
         with torch.no_grad():
-            return self._mean(lambda loss: [])[0]
+            return self._mean(lambda loss: [], vectors=0)[0]
 
     def gradient(self) -> tuple[float, list[Tensor]]:
         """L and its gradient."""
-        return self._mean(lambda loss: gradient(loss, self.params))
+        return self._mean(lambda loss: gradient(loss, self.params), vectors=1)
 
     def norm_and_ascent(self) -> tuple[float, list[Tensor]]:
         """|grad L| and its own gradient, Hessian . g / |g| (equation 8); zeros where |g| is 0 or not finite."""
@@ -107,7 +107,7 @@ class Objective:
                 grads = gradient(loss, self.params, create_graph=True)
                 return [h for v in vectors for h in derivative_along(grads, self.params, v)]
 
-            flat, width = self._mean(of_batch)[1], len(self.params)
+            flat, width = self._mean(of_batch, len(vectors))[1], len(self.params)
             return [flat[i : i + width] for i in range(0, len(flat), width)]
 
         return products
@@ -119,15 +119,17 @@ class Objective:
         grads = gradient(loss, self.params, create_graph=True)
         return grads, lambda vectors: [derivative_along(grads, self.params, v) for v in vectors]
 
-    def _mean(self, of_term: Callable[[Tensor], list[Tensor]]) -> tuple[float, list[Tensor]]:
-        """One pass: the mean loss, and the mean over terms of what `of_term` makes of each."""
+    def _mean(self, of_term: Callable[[Tensor], list[Tensor]], vectors: int) -> tuple[float, list[Tensor]]:
+        """One pass: the mean loss, and the mean over terms of what `of_term` makes of each: `vectors` times N elements."""
         self._kept.start_pass()
-        total, count, sums = 0.0, 0, list[Tensor]()
+        total, count = 0.0, 0
+        # Laid out as the parameters are, and there without a term too: ranks add up memory, each as many tensors.
+        sums = [torch.zeros_like(p, dtype=wide(p.dtype)) for _ in range(vectors) for p in self.params]
         for n, loss in self._terms():
             total, count = total + n * float(loss.detach()), count + n
-            found = [t.detach().to(wide(t.dtype)) for t in of_term(loss)]
-            sums = [s.add_(t, alpha=n) for s, t in zip(sums, found, strict=True)] if sums else [t * n for t in found]
-            del loss, found
+            for s, t in zip(sums, of_term(loss), strict=True):
+                s.add_(t.detach().to(s.dtype), alpha=n)
+            del loss
         if self._group is not None:
             both = torch.tensor([total, count], dtype=torch.float64, device=self.params[0].device)
             for t in (both, *sums):

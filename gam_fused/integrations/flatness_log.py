@@ -34,7 +34,8 @@ def figures(
     Raises:
         TypeError, ValueError: as `gam_fused.flatness.report`.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    # One of ours hands attributes of its base optimizer on, which may be a wrapper with an `optimizer` too.
+    inner = optimizer if isinstance(optimizer, FusedGAM) else getattr(optimizer, "optimizer", None)
     seen = inner.diagnostics() if isinstance(inner, FusedGAM) and inner.session.last is not None else {}
     found = {f"gam/{name}": float(value) for name, value in seen.items()}
     return found | {f"flatness/{name}": value for name, value in report(model, criterion, loader, **how).items()}

@@ -86,7 +86,7 @@ class Session:
         self.fsdp_modules: list[Any] = []
         self.last: Record | None = None
         self.failed = ""
-        self._failures = 0  # after which this rank has asked the others
+        self._failures = 0  # so many are settled, by the ranks or by a checkpoint
         self.precision = Watch()
         self.running = threading.Lock()
         self._flat_buffers: list[Tensor] = []
@@ -176,8 +176,13 @@ class Session:
         ranks = agreement.ranks_beside(self.modules, self.param_groups)
         if len(ranks) > 1 and not waited_for:
             agreement.check_all_failed(ranks, f"{self._number}/{self.steps_taken}/{self._failures}", self.failed)
-            self._failures += 1
+            self.forget_failure()
         self.failed = ""
+
+    def forget_failure(self) -> None:
+        """On all ranks: what they have told of this failure must not be taken for the next one, at the same step."""
+        self.failed = ""
+        self._failures += 1
 
     def tables(self, settings: Settings, method: Method) -> tuple[Settings, dict[str, Any]]:
         """`settings` and the coefficient tables, each number in them checked.

@@ -34,7 +34,7 @@ def measured(model: nn.Module, data: Data, converged: bool, quick: bool = False)
         return loss(model, x, y)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the last of 50 eigenvalues need not have converged to 1e-4
+        warnings.simplefilter("ignore", RuntimeWarning)  # the last of 50 eigenvalues need not have converged
         try:
             eigenvalues = flatness.hessian_eigenvalues(loss_fn, params, count, tolerance=1e-3).tolist()
             trace = flatness.hessian_trace(loss_fn, params, samples=count).estimate.item()
