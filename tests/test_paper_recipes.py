@@ -165,6 +165,7 @@ REFUSED = {
     "--preset and --ratio are for gam": ["--method", "sam", "--ratio", "0.1"],
     "--set gives arguments to FusedGAM": ["--set", "rho=0.1"],
     "--ratio 0 must be over 0": ["--method", "gam", "--ratio", "0"],
+    "--ratio 0.75 is not every n-th step": ["--method", "gam", "--ratio", "0.75"],
     "cannot be divided among 3 processes": [],
     "--cuda-graphs is for sam and gam": ["--cuda-graphs"],
     "--cuda-graphs needs a CUDA device": ["--cuda-graphs", "--method", "gam"],

@@ -71,7 +71,10 @@ def settings(options: Namespace) -> dict[str, Any]:
         return {"method": "sam", "rho": sam_rho, **options.set}
     if not 0 < options.ratio <= 1:
         raise ValueError(f"--ratio {options.ratio:g} must be over 0 and at most 1")
-    chosen = {**preset(options), "interval": round(1 / options.ratio)}
+    interval = round(1 / options.ratio)
+    if abs(interval * options.ratio - 1) > 0.02:
+        raise ValueError(f"--ratio {options.ratio:g} is not every n-th step; the nearest is {1 / interval:.3g}")
+    chosen = {**preset(options), "interval": interval}
     if options.method == "sam+gam":
         chosen |= {"oracle": "sam", "rho_prime": sam_rho}  # SAM's gradient is then that of the probe, and costs no pass
     return {**chosen, **options.set}

@@ -119,6 +119,8 @@ def launch(options: Namespace, make: Callable[[Namespace], Job]) -> None:
         if rank():
             dist.barrier()  # the first process downloads
         job = make(options)
+        if not job.steps:
+            raise SystemExit(f"{len(job.images.samples)} images do not fill a batch of {options.batch_size}: --batch-size")
         if ranks() > 1 and not rank():
             dist.barrier()
         with algorithms(options.deterministic):

@@ -149,17 +149,18 @@ class Training:
     # Checkpoints.
 
     def _checkpoint(self) -> None:
+        self._count_seconds()
         own: dict[str, Any] = {"losses": self.losses.cpu(), "random": [torch.get_rng_state()]}
         if self.device.type == "cuda":
             own["random"].append(torch.cuda.get_rng_state(self.device))
         of_ranks = [own] * ranks()
         if ranks() > 1:
             dist.all_gather_object(of_ranks, own)
-        self._count_seconds()
         if rank() == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows}
             self.files.save({"settings": self.settings, "of_ranks": of_ranks, **progress, **states})
+        self.clock = time.perf_counter()  # what was written is not of a step's time
 
     def resume(self, saved: dict[str, Any]) -> None:
         for name, part in self.parts.items():

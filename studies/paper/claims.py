@@ -126,7 +126,9 @@ def of_figures(parts: Mapping[str, Sequence[Run]]) -> list[Claim]:
 
 
 def rise(record: Mapping[str, Any]) -> float:
-    """Mean over the landscape of the loss above that at its centre."""
+    """Mean over the landscape of the loss above that at its centre; NaN where it was not measured or not finite."""
+    if "landscape" not in record:
+        return math.nan
     rows = record["landscape"]
     middle = len(rows) // 2
     return statistics.fmean(value for row in rows for value in row) - rows[middle][middle]
@@ -135,7 +137,7 @@ def rise(record: Mapping[str, Any]) -> float:
 def _lower(words: str, these: Mapping[str, Any], those: Mapping[str, Any], measure: str, title: str) -> Claim:
     a, b = (rise(r) if measure == "rise" else r[measure] for r in (these, those))
     text = f"{words} lower with {NAMES[these['kind']]} than with {NAMES[those['kind']]}, {title}"
-    agrees = "agrees" if a < b else "disagrees"
+    agrees = "agrees" if a < b else "disagrees" if b <= a else "undecided"
     return Claim("figure 5" if measure == "rise" else "figure 3", text, "lower", f"{a:.3g} against {b:.3g}", agrees)
 
 

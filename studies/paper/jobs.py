@@ -69,4 +69,5 @@ def with_nan(record: dict[str, Any]) -> dict[str, Any]:
     lost = {key for key in ("value", "loss", "R0", "R1", "trace", "eigenvalue") if key in record and record[key] is None}
     if record["split"] != "figure":
         lost -= {"eigenvalue"}  # not measured
-    return record | dict.fromkeys(lost, math.nan)
+    rows = [[math.nan if value is None else value for value in row] for row in record.get("landscape", ())]
+    return record | dict.fromkeys(lost, math.nan) | ({"landscape": rows} if rows else {})
