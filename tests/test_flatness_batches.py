@@ -9,7 +9,7 @@ from gam_helpers import batch, batch_norm_net, freeze, mlp, regression, same
 from ranks import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from gam_fused import flatness
 
@@ -152,6 +152,20 @@ def test_a_loader_that_accelerate_has_prepared_does_not_count_passes(batches):
         assert values[0] == values[1]
         assert values[2] == values[3]
         assert not accelerate.state.GradientState().in_dataloader
+
+
+def test_mini_batches_that_accelerate_skips_are_not_measured():
+    accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate")
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.full((1,), float(i)), torch.zeros(1)) for i in range(12)])
+
+    whole = accelerate.data_loader.prepare_data_loader(DataLoader(Stream(), 3), num_processes=1, process_index=0)
+    loader, model = accelerate.skip_first_batches(whole, 2), nn.Linear(1, 1)
+    for batches in (None, 1):
+        expected = flatness.over_batches(model, mse, list(loader), batches=batches)()
+        assert flatness.over_batches(model, mse, loader, batches=batches)() == expected
 
 
 @pytest.mark.parametrize("how", [{"dispatch_batches": True, "put_on_device": True}, {"rng_types": ["torch"]}])
