@@ -9,7 +9,7 @@ from gam_helpers import batch, batch_norm_net, freeze, mlp, regression, same
 from ranks import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from gam_fused import flatness
 
@@ -91,6 +91,92 @@ def test_params_may_be_some_of_the_models():
     model[0].requires_grad_(False)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert flatness.hessian_trace(loss)[0] == flatness.hessian_trace(loss, trainable)[0]
+
+
+class Augmented(Dataset):
+    """Samples with noise of the worker's generator."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return torch.full((3,), float(i)) + torch.randn(3), torch.zeros(2)
+
+
+def test_persistent_workers_augment_alike_in_every_pass_and_go_on_with_the_epoch_under_way():
+    torch.manual_seed(0)
+    loader = DataLoader(Augmented(), 3, num_workers=1, persistent_workers=True)
+    torch.manual_seed(1)
+    expected = [x for x, _ in loader]
+    torch.manual_seed(1)
+    epoch = iter(DataLoader(Augmented(), 3, num_workers=1, persistent_workers=True))
+    seen = [next(epoch)[0]]
+    loss = flatness.over_batches(mlp(), mse, loader)
+    workers = loader._iterator
+    assert loss() == loss()
+    assert loader._iterator is workers
+    seen += [x for x, _ in epoch]
+    assert all(map(torch.equal, seen, expected))
+
+
+def order(loader):
+    return [x.flatten().tolist() for x, _ in loader]
+
+
+@pytest.mark.parametrize("batches", [None, 2])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_loader_that_accelerate_has_prepared_does_not_count_passes(batches):
+    accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate")
+    from accelerate.data_loader import DataLoaderDispatcher, prepare_data_loader
+
+    x, y = torch.arange(12.0).unsqueeze(1), torch.zeros(12, 1)
+    plain = DataLoader(TensorDataset(x, y), 3, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    def prepared(**how):
+        return prepare_data_loader(plain, use_seedable_sampler=True, data_seed=5, num_processes=1, process_index=0, **how)
+
+    for how in ({}, {"dispatch_batches": True, "put_on_device": True}):
+        reference, loader = prepared(**how), prepared(**how)
+        assert isinstance(loader, DataLoaderDispatcher) == bool(how)
+        expected = [order(reference) for _ in range(3)]
+        assert expected[0] != expected[1]
+        loss = flatness.over_batches(nn.Linear(1, 1), mse, loader, batches=batches)
+        found = [order(loader)]
+        values, epoch = [loss(), loss()], iter(loader)
+        assert not accelerate.state.GradientState().in_dataloader
+        second = [next(epoch)[0].flatten().tolist()]
+        values += [loss(), loss()]
+        assert accelerate.state.GradientState().active_dataloader is loader
+        found += [second + [x.flatten().tolist() for x, _ in epoch], order(loader)]
+        assert found == expected
+        assert values[0] == values[1]
+        assert values[2] == values[3]
+        assert not accelerate.state.GradientState().in_dataloader
+
+
+def test_mini_batches_that_accelerate_skips_are_not_measured():
+    accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate")
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.full((1,), float(i)), torch.zeros(1)) for i in range(12)])
+
+    whole = accelerate.data_loader.prepare_data_loader(DataLoader(Stream(), 3), num_processes=1, process_index=0)
+    loader, model = accelerate.skip_first_batches(whole, 2), nn.Linear(1, 1)
+    for batches in (None, 1):
+        expected = flatness.over_batches(model, mse, list(loader), batches=batches)()
+        assert flatness.over_batches(model, mse, loader, batches=batches)() == expected
+
+
+@pytest.mark.parametrize("how", [{"dispatch_batches": True, "put_on_device": True}, {"rng_types": ["torch"]}])
+def test_over_all_ranks_a_loader_that_communicates_is_refused(how, monkeypatch):
+    data_loader = pytest.importorskip("accelerate.data_loader", reason="needs the package accelerate")
+    loader = data_loader.prepare_data_loader(DataLoader(Augmented(), 3), num_processes=1, process_index=0, **how)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(TypeError, match=f"{type(loader).__name__} that Accelerate has prepared.*give a plain DataLoader"):
+        flatness.over_batches(mlp(), mse, loader, all_ranks=True)
+    flatness.over_batches(mlp(), mse, DataLoader(Augmented(), 3), all_ranks=True)
 
 
 class Names(nn.Module):

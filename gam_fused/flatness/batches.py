@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gam_fused.checks import whole
+from gam_fused.flatness.loaders import check_all_ranks, generators_of, one_pass
 from gam_fused.flatness.objective import BatchedLoss
 from gam_fused.torch_private import tree_flatten, tree_unflatten
 
@@ -53,8 +53,8 @@ def over_batches(
         generators: others that the loader or the model draws from, as for `FusedGAM`.
 
     Raises:
-        TypeError: a loader that can be gone over only once; `criterion` and `batch_loss`, or neither where the model is not
-            given its arguments by name.
+        TypeError: a loader that can be gone over only once, or, with `all_ranks`, whose ranks communicate; `criterion` and
+            `batch_loss`, or neither where the model is not given its arguments by name.
         RuntimeError: `all_ranks` without a process group.
     """
     if isinstance(loader, Iterator):  # iter(loader) would draw a random number from a DataLoader's generator
@@ -67,10 +67,10 @@ def over_batches(
     if all_ranks:
         if not dist.is_initialized():
             raise RuntimeError("all_ranks=True needs a process group: torch.distributed.init_process_group")
+        check_all_ranks(loader)
         group = model.process_group if isinstance(model, DistributedDataParallel) else dist.group.WORLD
     loss = batch_loss or (_by_name if criterion is None else _with_target(criterion))
-    own = [g for g in _generators_of(loader) if isinstance(g, torch.Generator)]
-    return _OverBatches(_bare(model), loss, loader, batches, training, group, [*own, *generators])
+    return _OverBatches(_bare(model), loss, loader, batches, training, group, [*generators_of(loader), *generators])
 
 
 class _OverBatches(BatchedLoss):
@@ -92,7 +92,7 @@ class _OverBatches(BatchedLoss):
 
     def terms(self) -> Iterator[tuple[int, Tensor]]:
         device = next(self.model.parameters()).device
-        for batch in itertools.islice(self._loader, self._batches):
+        for batch in one_pass(self._loader, self._batches):
             if n := _samples(batch):
                 yield n, self._loss(self.model, _on(device, batch))
 
@@ -149,11 +149,3 @@ def _bare(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def _generators_of(loader: Any) -> list[Any]:
-    """What a DataLoader and its samplers draw from."""
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    owners = [loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
-    found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
-    return list(found.values())

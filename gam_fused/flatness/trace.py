@@ -81,10 +81,17 @@ def _hutchinson(hessian: Hessian, random: torch.Generator, samples: int, q: Tens
     draws = []
     for v in _signs(hessian, random, samples):
         if q is not None:
-            v = v - q @ (q.T @ v)
+            v = _outside(q, v)
         draws.append(torch.sum(v.double() * (hessian @ v).double(), dim=0))
     values = torch.cat(draws)
     return TraceEstimate(values.mean(), values.std() / samples**0.5)
+
+
+def _outside(q: Tensor, v: Tensor) -> Tensor:
+    """`v` without its part in the space of the columns of `q`; in float64, whatever TF32 is allowed, by rows."""
+    rows = 1 << 16
+    along = sum((a.double().T @ b.double() for a, b in zip(q.split(rows), v.split(rows), strict=True)), start=0.0)
+    return torch.cat([(b - a.double() @ along).to(v.dtype) for a, b in zip(q.split(rows), v.split(rows), strict=True)])
 
 
 def _signs(hessian: Hessian, random: torch.Generator, count: int) -> Iterator[Tensor]:
