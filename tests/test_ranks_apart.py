@@ -97,15 +97,18 @@ def test_ranks_that_failed_at_different_places_go_on_from_a_checkpoint():
     run(2, _elsewhere)
 
 
-def _one_after_the_other(rank):
-    """Both fail alone at the same step and place; in between, a checkpoint is loaded."""
+def _one_after_the_other(rank, between):
+    """Both fail alone at the same step and place; in between, a checkpoint is loaded, or a copy takes the place."""
     training = Training("global", "finite_difference")
     training.step()
     saved = copy.deepcopy((training.model.state_dict(), training.optimizer.state_dict()))
+    optimizers = {1: training.optimizer, 0: copy.copy(training.optimizer) if between == "copy" else training.optimizer}
+    optimizers[0].generators = [training.noise]  # which a copy does not have
     default_store().set_timeout(timedelta(seconds=1))
-    for bad in (1, 0):
+    for bad, training.optimizer in optimizers.items():
         training.model.load_state_dict(saved[0])
-        training.optimizer.load_state_dict(saved[1])
+        if between == "load":
+            training.optimizer.load_state_dict(saved[1])
         if rank != bad:
             training.step()  # the other one gives up after its last part in this step
         else:
@@ -122,5 +125,6 @@ def _one_after_the_other(rank):
             dist.barrier()
 
 
-def test_what_a_rank_told_before_a_checkpoint_was_loaded_is_no_answer_to_another():
-    run(2, _one_after_the_other)
+@pytest.mark.parametrize("between", ["load", "copy"])
+def test_what_a_rank_told_of_an_earlier_failure_is_no_answer_to_another(between):
+    run(2, _one_after_the_other, between)
