@@ -225,7 +225,7 @@ class FusedGAM(Optimizer):
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients; the
                 last step failed on this rank alone.
             ValueError: a hyperparameter changed to something that cannot work; `flatness_fraction` below 1 without a batch;
-                a batch whose tensors disagree about its length.
+                a batch whose tensors disagree about its length; optimizer state made in ``torch.inference_mode()``.
         """
         if batch is not None and closure is not None:
             closure = BatchClosure(closure, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from gam_helpers import (
     weights,
 )
 
+from gam_fused import torch_private
 from gam_fused.backends import foreach
 
 BASES = {
@@ -244,3 +246,26 @@ def test_a_failed_pass_leaves_no_gradient_behind(method, k):
     with pytest.raises(ValueError, match="in the middle of a pass"):
         optimizer.step(loss_fn)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_error_of_fsdp_in_the_rollback_comes_beside_the_users_and_leaves_no_gradients():
+    model, (x, y) = mlp(), batch()
+    optimizer, closure = trainer("finite_difference", model, regression(model, x, y))
+    optimizer.step(closure)
+    before, module = weights(optimizer), Mock()
+    optimizer.session.fsdp_modules = [module]
+
+    def bad():
+        closure()
+        module.reset_mock()
+        raise ValueError("a bad batch")
+
+    with (
+        patch.object(torch_private, "drop_pass_of_fsdp", side_effect=AttributeError("of another torch")),
+        pytest.raises(AttributeError, match="of another torch") as error,
+    ):
+        optimizer.step(bad)
+    assert "a bad batch" in str(error.value.__context__)
+    assert all(p.grad is None for p in model.parameters())
+    assert module.reshard.called
+    same(weights(optimizer), before)

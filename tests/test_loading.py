@@ -278,3 +278,25 @@ def test_a_hook_that_fails_after_a_load_leaves_the_counters():
     handle.remove()
     same(freeze(optimizer.state_dict()), before)
     assert (optimizer.session.steps_taken, optimizer.alpha) == (4, 0.9)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_state_made_in_inference_mode_is_refused_and_changes_nothing(base, backend):
+    """A kernel would write to it before autograd refuses to count that, and weights alone would be put back."""
+    model, optimizer = trained(base=base, backend=backend)
+    before, state_dict = everything(optimizer), optimizer.state_dict()
+    key = "exp_avg" if base is AdamW else "momentum_buffer"
+    with torch.inference_mode():
+        state_dict["state"] = {i: {**entry, key: entry[key].clone()} for i, entry in state_dict["state"].items()}
+    with pytest.raises(ValueError, match=rf"'{key}' of parameter 0 of group 0.*inference_mode.*clone"):
+        optimizer.load_state_dict(state_dict)
+    same(everything(optimizer), before)
+    for entry, theirs in zip(optimizer.state.values(), state_dict["state"].values(), strict=True):
+        entry[key] = theirs[key]
+    with pytest.raises(ValueError, match=rf"'{key}' of parameter 0 of group 0.*inference_mode.*clone"):
+        optimizer.step(regression(model, *batch()))
+    same(everything(optimizer), before)
+    for entry in optimizer.state.values():
+        entry[key] = entry[key].clone()
+    optimizer.step(regression(model, *batch()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from gam_helpers import same
 from rank_faults import GONE, WAYS, Fault, Training, hang_up
 from ranks import agree, fingerprint, full, group, run
@@ -93,3 +95,36 @@ def _elsewhere(rank):
 
 def test_ranks_that_failed_at_different_places_go_on_from_a_checkpoint():
     run(2, _elsewhere)
+
+
+def _one_after_the_other(rank, between):
+    """Both fail alone at the same step and place; in between, a checkpoint is loaded, or a copy takes the place."""
+    training = Training("global", "finite_difference")
+    training.step()
+    saved = copy.deepcopy((training.model.state_dict(), training.optimizer.state_dict()))
+    optimizers = {1: training.optimizer, 0: copy.copy(training.optimizer) if between == "copy" else training.optimizer}
+    optimizers[0].generators = [training.noise]  # which a copy does not have
+    default_store().set_timeout(timedelta(seconds=1))
+    for bad, training.optimizer in optimizers.items():
+        training.model.load_state_dict(saved[0])
+        if between == "load":
+            training.optimizer.load_state_dict(saved[1])
+        if rank != bad:
+            training.step()  # the other one gives up after its last part in this step
+        else:
+            with pytest.raises(ValueError, match="a fault"):
+                training.step(Fault(3, "backward", ValueError))
+            if bad == 0:
+                is_stopped(training, "in pass 4")
+                return
+            with pytest.raises(RuntimeError, match="in pass 4, but not on all others"):
+                training.step()
+        if bad == 0:
+            is_left(training)
+        else:
+            dist.barrier()
+
+
+@pytest.mark.parametrize("between", ["load", "copy"])
+def test_what_a_rank_told_of_an_earlier_failure_is_no_answer_to_another(between):
+    run(2, _one_after_the_other, between)

@@ -91,10 +91,10 @@ class TensorList:
 
     def written(self) -> None:
         """Tell autograd that a kernel wrote to the tensors: a graph that saved them must not be used any more."""
-        try:
-            torch.autograd.graph.increment_version(self.tensors if self._views_of is None else self._views_of)
-        except RuntimeError:  # one is missing, which is rare
-            torch.autograd.graph.increment_version([t for t in self.tensors if t is not None])
+        written: Any = self._views_of
+        if written is None:
+            written = self.tensors if self.complete else [t for t in self.tensors if t is not None]
+        torch.autograd.graph.increment_version(written)
 
 
 EMPTY = TensorList(())

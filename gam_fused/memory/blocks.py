@@ -85,7 +85,7 @@ class Block:
         self.params, self.groups = params, groups
         self.sharded, self.reduction_groups = is_dtensor(params[0]), dtensor.reduction_groups(params[0])
         locals_ = [dtensor.local(p) for p in params]
-        self.theta = TensorList(locals_, lasting=True)
+        self.theta = TensorList(locals_, lasting=True, complete=True)
         self.dtype, self.device, self.dense = params[0].dtype, locals_[0].device, is_dense(locals_[0])
         self.strides = Strides(locals_, self.dense)
         self.addresses = self.addresses_now()

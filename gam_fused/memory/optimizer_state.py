@@ -17,6 +17,7 @@ from torch import Tensor
 from gam_fused.backends.tensor_lists import EMPTY, TensorList
 from gam_fused.checks import Groups, describe
 from gam_fused.parallel import dtensor
+from gam_fused.parallel.dtensor import check_can_be_written
 
 if TYPE_CHECKING:
     from gam_fused.backends.base_optimizers import FusedBase
@@ -59,6 +60,7 @@ class BlockState:
 
         Raises:
             KeyError: a parameter's state lacks a tensor that it should have had from its first update on; as torch.
+            ValueError: state that was made in ``torch.inference_mode()``.
         """
         if self.is_current(keys, states, active):
             return
@@ -71,11 +73,11 @@ class BlockState:
         columns: tuple[list[Tensor | None], ...] = ([], [], [])
         try:
             for i, group in enumerate(b.groups):
-                self._list(i, base, keys[group], states, active[i], columns)
+                self._list(i, base, keys[group], states, groups, active[i], columns)
         except BaseException:  # out of memory
             self.drop_unstarted(states)
             raise
-        self.lists = tuple(TensorList(c, lasting=True) if any(t is not None for t in c) else EMPTY for c in columns)
+        self.lists = tuple(map(_as_list, columns))
         self._listed, self._entries = list(active), list(states.values())
         self._columns = _by_key(self._refs)
 
@@ -120,6 +122,7 @@ class BlockState:
         base: FusedBase,
         keys: tuple[str | None, ...],
         states: States,
+        groups: Groups,
         active: bool,
         columns: tuple[list[Tensor | None], ...],
     ) -> None:
@@ -139,6 +142,7 @@ class BlockState:
         for column, key in zip(columns, keys, strict=True):
             column.append(None if key is None else self._adopt(entry, key, i))
             if key:
+                check_can_be_written(key, entry[key], p, groups)  # the kernel would, before autograd is told
                 self._refs.append((entry, key, entry[key]))
         self._count(i, base.step_key, entry)
 
@@ -168,6 +172,11 @@ class BlockState:
             counter.fill_(0.0 if loaded is None else float(loaded))
         entry[key] = counter
         self._refs.append((entry, key, counter))
+
+
+def _as_list(column: list[Tensor | None]) -> TensorList:
+    there = [t is not None for t in column]
+    return TensorList(column, lasting=True, complete=all(there)) if any(there) else EMPTY
 
 
 def _by_key(refs: list[tuple[dict[str, Any], str, Tensor]]) -> list[tuple[Any, list[Any], list[Tensor]]]:

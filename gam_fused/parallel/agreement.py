@@ -38,7 +38,9 @@ def ranks_beside(modules: Iterable[nn.Module], groups: Groups) -> list[int]:
 
 
 def check_all_failed(ranks: Sequence[int], name: str, place: str) -> None:
-    """Wait until all ranks have said where their last step failed, at most for the timeout of the process group.
+    """Wait until all ranks have said where their last step failed, at most for the timeout of the default group's store.
+
+    That is the timeout given to `init_process_group`, unless a store was given too, which then has one of its own.
 
     Args:
         name: of this occasion, the same on all ranks. place: where it failed on this one.
@@ -51,12 +53,14 @@ def check_all_failed(ranks: Sequence[int], name: str, place: str) -> None:
         return
     store.set(f"gam_fused/{name}/{dist.get_rank()}", place)
     keys = [f"gam_fused/{name}/{rank}" for rank in ranks]
-    end = time.monotonic() + store.timeout.total_seconds()
+    timeout = store.timeout.total_seconds()
+    end = time.monotonic() + timeout
     while not store.check(keys):  # `wait` would let no signal through
         if time.monotonic() > end:
             raise RuntimeError(
-                f"the last step failed on this rank, {place}, but not on all others: they wait for this rank's part in a "
-                f"pass that it has given up, or have made the update. {_REMEDY}"
+                f"the last step failed on this rank, {place}, but not on all others, as far as they have said in "
+                f"{timeout:g} seconds, the timeout of the process group's store: they wait for this rank's part in a pass "
+                f"that it has given up, or have made the update. {_REMEDY}"
             )
         time.sleep(0.05)
     places = [store.get(key).decode() for key in keys]

@@ -34,6 +34,16 @@ def local(t: Any) -> Any:
     return (shard.wait() if hasattr(shard, "wait") else shard).detach()
 
 
+def check_can_be_written(key: str, value: Any, p: Tensor, groups: Groups) -> None:
+    """Raises ValueError where the entry `key` of the state of `p` is an inference tensor, which no update may write to."""
+    if isinstance(value, Tensor) and local(value).is_inference():
+        raise ValueError(
+            f"the optimizer state {key!r} of {describe(p, groups)} was made in torch.inference_mode(), and may not be "
+            "written to outside of it: load the state dict outside of it, its tensors replaced by t.clone() if they were "
+            "made there"
+        )
+
+
 def like(shard: Tensor, p: Any) -> Tensor:
     """`shard` as a DTensor distributed as `p` is, without a copy."""
     from torch.distributed.tensor import DTensor

@@ -18,7 +18,7 @@ from torch import Tensor
 from gam_fused import torch_private
 from gam_fused.base.state import BaseState, check_state
 from gam_fused.checks import whole
-from gam_fused.parallel.dtensor import local
+from gam_fused.parallel.dtensor import check_can_be_written, local
 from gam_fused.settings import SCHEDULED, SCHEDULED_LATER, Settings
 from gam_fused.step.method import Method
 from gam_fused.step.session import Session
@@ -64,6 +64,7 @@ def loading(session: Session, settings: Settings, method: Method, state_dict: di
     try:
         check_state(session.base, session.fused, session.param_groups, state_dict, saved)
         session.base.load_state_dict({**state_dict, "param_groups": groups})
+        _check_can_be_written(session)
         session.entries.enter(groups)
         told = replace(settings, **loaded.scheduled) if loaded else settings
         session.tables(told, method)  # raises for numbers that cannot be
@@ -121,6 +122,12 @@ def _checked_entry(settings: Settings, extra: dict[str, Any]) -> _Entry:
             values[name] = tuple(value) if isinstance(value, list) else value
         values |= {name: extra[name] for name in SCHEDULED_LATER if name in extra}
     return _Entry(counts["steps_taken"], (float(counts["skipped_steps"]), float(counts["noise_step"])), values)
+
+
+def _check_can_be_written(session: Session) -> None:
+    for p, entry in session.state.items():
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            check_can_be_written(key, value, p, session.param_groups)
 
 
 def _with_entries(saved: list[dict[str, Any]], present: list[dict[str, Any]], *, own_method: bool) -> list[dict[str, Any]]:

@@ -221,10 +221,12 @@ class Passes:
                 for part in (self._random, self._model):
                     if part:
                         part.abort()
-        for module in self.session.fsdp_modules:
-            torch_private.drop_pass_of_fsdp(module)
-        self._clear_gradients()
-        self._reshard()
+        try:
+            for module in self.session.fsdp_modules:
+                torch_private.drop_pass_of_fsdp(module)
+        finally:
+            self._clear_gradients()
+            self._reshard()
 
     def _clear_gradients(self) -> None:
         gradients.clear(self.plan.params)

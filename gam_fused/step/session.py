@@ -75,12 +75,12 @@ class Session:
         self.modules, self.generators = list(modules), tuple(generators)
         self.loss_scaling = LossScaling()
         self.steps_taken = 0
-        self._number = next(_numbers)  # the same on all ranks, which make their optimizers in the same order
         self._carried = (0.0, 0.0)  # skipped steps, and the counter of the stochastic rounding, to start a plan from
         self._begin()
 
     def _begin(self) -> None:
         """What a copy does not have."""
+        self._number = next(_numbers)  # the same on all ranks, which make and copy their optimizers in the same order
         self.model_state: ModelState | None = None
         self.replicas: ddp.Replicas | None = None
         self.fsdp_modules: list[Any] = []
@@ -96,7 +96,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Copies of the user's generators would not be the ones that the closure draws from."""
-        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken", "_number")
+        kept = ("base", "entries", "modules", "loss_scaling", "steps_taken")
         return {name: getattr(self, name) for name in kept} | {"generators": (), "_carried": self.counters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
