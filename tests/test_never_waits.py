@@ -267,7 +267,8 @@ class Replicated(DistributedDataParallel):
     def __init__(self, module):
         nn.Module.__init__(self)
         self.module, self.process_group, self.parameters_to_ignore = module, "group", set()
-        self.require_backward_grad_sync = self.require_forward_param_sync = True
+        self.require_backward_grad_sync = self.require_forward_param_sync = self.forward_sync_buffers = True
+        self.modules_buffers = list(module.buffers())
 
     @contextmanager
     def no_sync(self):
@@ -282,6 +283,7 @@ def test_local_perturbations(watched, monkeypatch, backend, method, fraction):
     options["flatness_fraction"] = fraction
     monkeypatch.setattr(dist, "all_reduce", lambda t, group: None)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     module = nn.Module()
     for i, p in enumerate(parameters()):
         module.register_parameter(str(i), p)
