@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -112,7 +113,8 @@ class Training:
     def wrap_anew(self) -> None:
         """Another DDP module and another optimizer, which goes on from the state of the first."""
         state = self.optimizer.state_dict()
-        del self.optimizer, self.model  # with the old hooks
+        del self.optimizer, self.model
+        gc.collect()  # with the old hooks: an exception's traceback may hold them in a circle
         self.wrap()
         self.optimizer.load_state_dict(state)
 
