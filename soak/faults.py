@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gam_helpers import PASSES, batch, frozen_without_counters, make, mixed_net, regression, snapshot
+from gam_helpers import PASSES, Struck, batch, frozen_without_counters, make, mixed_net, regression, snapshot
 from torch import Tensor
 
 from gam_fused import available_backends
@@ -114,19 +114,6 @@ class Number(NamedTuple):
     value: float
     tensor: int
     element: int
-
-
-class Struck(torch.autograd.Function):
-    """Fails in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, training: Training) -> Tensor:
-        ctx.training = training
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.training.strike("inside backward")
 
 
 def with_exception(training: Training, chance: random.Random) -> int:

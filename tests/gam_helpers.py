@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +187,17 @@ def tables_are_rectangular(markdown: str) -> bool:
     """Whether there are tables and every row of each has as many cells as its header."""
     tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
     return bool(tables) and all(len({line.count("|") for line in lines}) == 1 for lines in tables)
+
+
+class Struck(torch.autograd.Function):
+    """Calls `strike("inside backward")` of a training in the middle of backward, when later layers have their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, training: Any) -> Tensor:
+        ctx.training = training
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.training.strike("inside backward")
+        return grad, None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from gam_helpers import METHODS, PASSES, batch, bits, freeze, make, mixed_net
+from gam_helpers import METHODS, PASSES, Struck, batch, bits, freeze, make, mixed_net
 from ranks import shard_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -48,20 +48,6 @@ class Fault(NamedTuple):
     number: int
     place: str
     error: Any
-
-
-class Struck(torch.autograd.Function):
-    """Fails in the middle of backward, when later layers have their gradients, where a fault is due there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, training: Training) -> Tensor:
-        ctx.training = training
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.training.strike("inside backward")
-        return grad, None
 
 
 class Spoilt(torch.autograd.Function):

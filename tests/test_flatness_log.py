@@ -30,6 +30,19 @@ def test_figures_are_the_report_and_the_diagnostics():
     assert figures(model, mse, [(x, y)], torch.optim.SGD(model.parameters()), **HOW).keys() == NAMES
 
 
+def test_diagnostics_are_there_where_the_base_optimizer_wraps_one():
+    class Wrapping(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            self.optimizer = "what it wraps"
+
+    model, (x, y) = mlp(), batch()
+    optimizer = make(model.parameters(), Wrapping)
+    assert optimizer.optimizer == "what it wraps", "an attribute of the base is handed on"
+    optimizer.step(regression(model, x, y))
+    assert "gam/sharpness" in figures(model, mse, [(x, y)], optimizer, **HOW)
+
+
 def test_a_log_writes_after_every_so_many_steps_and_epochs():
     model, (x, y) = mlp(), batch()
     optimizer, written = make(model.parameters()), []

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from examples.digits.report import without_nan
 
 
 class Files:
@@ -63,12 +64,3 @@ def write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with None in place of every number that is not finite, as JSON has none of those."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
