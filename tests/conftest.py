@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 
 os.environ["GAM_FUSED_CHECK"] = "1"  # also for processes that tests start
@@ -16,9 +17,11 @@ LONG = ("nvcc", "processes", "frameworks")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What processes that tests start inherit."""
+    """What tests, and processes that they start, find."""
     os.environ["OMP_NUM_THREADS"] = "1"  # their problems are small: a second thread mostly waits for the first
     os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing where it sees this
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it to what it runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
