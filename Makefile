@@ -95,8 +95,9 @@ eigensolvers: $(STAMPS)/train
 probe: $(STAMPS)/train
 	$(PYTHON) -m studies.probe_cosine $(ARGS)
 
-torch:
-	.ci/torch "$(VERSION)" $(ARGS)
+torch: $(STAMPS)/environment
+	$(INSTALL) uv
+	PYTHON="$(PYTHON)" .ci/torch "$(VERSION)" $(ARGS)
 
 # The oldest torch that is supported, and the newest that is known to work.
 VERSIONS := 2.10.0 2.14.1

@@ -37,7 +37,8 @@ def attempt(wheel: Path, torch: str, python: str, folder: Path) -> tuple[bool, s
     target = folder / f"torch-{torch}-python-{python}"
     mine = str(target / "bin" / "python")
     # uv takes certificates from its own list unless it is told to ask the system.
-    settings = {"UV_CACHE_DIR": str(folder / "cache"), "UV_SYSTEM_CERTS": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    cache = os.environ.get("UV_CACHE_DIR") or str(folder / "cache")
+    settings = {"UV_CACHE_DIR": cache, "UV_SYSTEM_CERTS": "1", "UV_PYTHON_DOWNLOADS": "never"}
     settings["PYTHONDONTWRITEBYTECODE"] = ""  # uv compiles none, and torch is imported twice
     uv = [sys.executable, "-m", "uv", "--quiet"]
     shutil.rmtree(target, ignore_errors=True)
@@ -69,6 +70,8 @@ def main() -> int:
     parser.add_argument("--python", nargs="+", default=[v for v in PYTHONS if interpreter(v)], help="those that are found")
     parser.add_argument("--keep", action="store_true", help="do not remove the cache in the end")
     options = parser.parse_args()
+    if missing := [version for version in options.python if not interpreter(version)]:
+        parser.error(f"there is no Python {', '.join(missing)} on PATH or in pyenv: install it, or name others by --python")
     folder = ROOT / "build" / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{options.wheel.name} under Python {', '.join(options.python)}", flush=True)

@@ -272,7 +272,8 @@ class FusedGAM(Optimizer):
         Returns:
             The hyperparameters, checked.
         """
-        return self.session.prepare(self.settings, _method(self.settings))
+        with torch.inference_mode(False), torch.no_grad():  # tensors that are made here have to serve every step
+            return self.session.prepare(self.settings, _method(self.settings))
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:

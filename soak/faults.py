@@ -190,6 +190,7 @@ def run(seconds: float = float("inf"), number: int = 0, count: int | None = None
     """Turn by turn: one training takes a step, or fails to."""
     turns, chance = Turns("faults", seconds, count), random.Random(number)
     torch.manual_seed(number)
+    tracemalloc.start()  # before anything is made: what replaces what was not traced would count as growth
     trainings = [Training(*which) for which in product(PASSES, BASES, BACKENDS)]
     kinds, lost, lasts = Counter[str](), 0, {}
     for training in trainings:
@@ -199,7 +200,6 @@ def run(seconds: float = float("inf"), number: int = 0, count: int | None = None
         training.losses.append(training.step().item())
         lasts[training] = time.perf_counter() - start
     marks: list[tuple[int, int, int]] = []  # turn, traced bytes, resident bytes
-    tracemalloc.start()
     try:
         for turn in turns:
             training = chance.choice(trainings)

@@ -9,10 +9,14 @@ import torch
 from gam_helpers import same
 from rank_faults import EVERY_PASS, GONE, PLACES, WAYS, Fault, Training, hang_up
 from ranks import agree, fingerprint, group, run
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule
 
 pytestmark = pytest.mark.processes
 ERRORS = (ValueError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit)
+
+# What DDP says of a backward that did not end: two for an exception in backward, the last for one in a hook of its own.
+DDP_IS_STUCK = r"Expected to (have finished reduction|mark a variable ready)|unmarked_param_indices"
 
 
 def faults(way, places=PLACES):
@@ -69,24 +73,56 @@ def test_after_a_failure_on_all_ranks_training_goes_on_to_the_same_bits(way):
     run(2, _all_ranks, way)
 
 
-def _inside_backward_of_ddp(rank):
+def _inside_backward_of_ddp(rank, place):
     """DDP's reducer waits for gradients that never come, and says so; wrapped anew, training goes on to the same bits."""
     twin = Training("global", "sam", "adamw")
+    with_hook(twin)
     expected = [twin.step(), twin.step(), twin.now()][-1]
     training = Training("global", "sam", "adamw")
+    with_hook(training)
     training.step()
-    fails(training, Fault(1, "inside backward", ValueError))
+    fails(training, Fault(1, place, ValueError))
     before = training.now()
-    with pytest.raises(RuntimeError, match=r"Expected to (have finished reduction|mark a variable ready)"):
+    with pytest.raises(RuntimeError, match=DDP_IS_STUCK):
         training.step()
     same(training.now(), before)
     training.wrap_anew()
+    with_hook(training)
     training.step()
     same(training.now(), expected)
 
 
-def test_after_a_failure_inside_backward_ddp_is_wrapped_anew():
-    run(2, _inside_backward_of_ddp)
+@pytest.mark.parametrize("place", ["inside backward", "comm hook"])
+def test_after_a_failure_inside_backward_ddp_is_wrapped_anew(place):
+    run(2, _inside_backward_of_ddp, place)
+
+
+def with_hook(training):
+    """DDP averages by a hook of the user's, which may fail."""
+
+    def average(training, bucket):
+        training.strike("comm hook")
+        return allreduce_hook(training.model.process_group, bucket)
+
+    training.model.register_comm_hook(training, average)
+
+
+def _comm_hook(rank, folder):
+    for i, (way, method, k) in enumerate(EVERY_PASS):
+        if way == "global" and method != "exact":
+            with group(rank, 2, f"{folder}/{i}"):
+                training = Training(way, method)
+                with_hook(training)
+                training.step()
+                error = fails(training, Fault(k, "comm hook", ValueError) if rank == i % 2 else None)
+                if rank == i % 2:
+                    hang_up()
+                else:
+                    assert re.search(GONE, error), error
+
+
+def test_a_comm_hook_that_fails_on_one_rank_is_undone_there_and_an_error_on_the_others(tmp_path):
+    run(2, _comm_hook, str(tmp_path))
 
 
 def _in_older_versions(rank):

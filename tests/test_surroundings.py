@@ -1,4 +1,4 @@
-"""What is set around a step: the default device and dtype, what closures return, meta parameters, subclasses."""
+"""What is set around a step: default device and dtype, inference mode, what closures return, meta parameters, subclasses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gam_helpers import METHODS, backend_params, batch, make, mlp, regression, same, trainer, weights
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, NAdam
 
 from gam_fused import FusedGAM, flatness
 from gam_fused.step import precision
@@ -67,6 +67,34 @@ def test_measures_of_flatness_under_another_default_device(default_device):
     flatness.hessian_trace(loss, params, samples=2)
     flatness.loss_landscape(loss, params, radius=0.1, points=3)
     flatness.local_minima_density(loss, params, directions=2, step=0.05)
+
+
+CALLS = {
+    "prepare": lambda o: o.prepare(),
+    "save and load": lambda o: o.load_state_dict(o.state_dict()),
+    "diagnostics": lambda o: (o.skipped_steps, o.session.last and o.diagnostics(), o.zero_grad()),
+    "grad_scaler": lambda o: setattr(o, "grad_scaler", o.grad_scaler or torch.amp.GradScaler("cpu")),
+    "entries": lambda o: (o.param_groups[0].update(lr=0.02), o.prepare()),
+}
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["", "flat"])
+@pytest.mark.parametrize("base", [SGD, AdamW, NAdam], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_called_in_inference_mode_spoils_no_step(call, base, flatten):
+    found = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        model = mlp()
+        with mode():
+            optimizer = make(model.parameters(), base, flatten=flatten, lr=0.01)
+        for _ in range(3):
+            with mode():
+                CALLS[call](optimizer)
+            optimizer.step(regression(model, *batch()))
+            if optimizer.grad_scaler:
+                optimizer.grad_scaler.update()
+        found.append(weights(optimizer))
+    same(*found)
 
 
 @pytest.mark.parametrize("kind", ["tuple", "list", "dict", "loss"])

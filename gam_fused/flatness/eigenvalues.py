@@ -38,7 +38,8 @@ def hessian_eigenvalues(
             through every kernel of the model, which must have a second derivative.
         k: how many, 1 <= k <= N.
         tolerance: it ends when |H v - lambda v| <= tolerance * |lambda| for each; an eigenvalue's own error is then at most
-            that, and about its square over the gap to the next eigenvalue.
+            that, and about its square over the gap to the next eigenvalue. For k > 1 it goes on from a random vector, to
+            find multiple eigenvalues, and neglects what was left of the residuals: they may be up to twice that.
         max_iterations: Hessian-vector products per eigenvalue. At most 2 k + 40 vectors of N elements are kept.
         seed: of the random start vector.
         progress: True, or a function of (done, total), per product; total is the limit, which is rarely reached.

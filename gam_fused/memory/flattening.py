@@ -50,9 +50,9 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
         _check_movable(params, param_groups, ours)
     buffers = list(made)
     for params in pending:
-        buffer, views = flat_views(params)
-        buffers.append(buffer)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a parameter in an inference tensor could not be trained
+            buffer, views = flat_views(params)
+            buffers.append(buffer)
             for p, view in zip(params, views, strict=True):
                 view.copy_(p)
                 p.data = view

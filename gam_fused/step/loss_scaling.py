@@ -49,7 +49,8 @@ class LossScaling:
         if self.scaler:
             if device.type == "meta":
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.current_scale(device)  # the first `scale` makes the scale; `scaler.step` asks for it before our first pass
+            with torch.inference_mode(False), torch.no_grad():
+                self.current_scale(device)  # the first makes the scale; `scaler.step` asks for it before our first pass
 
     def scale(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss) if self.scaler else loss
