@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gam_fused.backends.tensor_lists import ALIGNMENT, flat_views, is_dense
 from gam_fused.checks import describe
+from gam_fused.memory.parameters import can_be_trained
 from gam_fused.parallel.dtensor import is_dtensor
 
 
@@ -36,7 +37,8 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
     kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for group in param_groups:
         for p in group["params"]:
-            kinds[p.device, p.dtype].append(p)
+            if p.requires_grad or can_be_trained(p):
+                kinds[p.device, p.dtype].append(p)
     for params in kinds.values():
         for p in params:
             if is_dtensor(p):

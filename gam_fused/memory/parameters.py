@@ -16,6 +16,8 @@ from gam_fused.parallel.dtensor import is_dtensor, local
 def check_parameters(groups: Groups) -> None:
     """Raises for parameters that no backend can perturb and restore. Of a DTensor, the local shard is looked at.
 
+    Frozen ones may be of any kind, such as quantized weights: they are looked at when they are unfrozen.
+
     Raises:
         TypeError: not floating point, complex, sparse, or a DTensor with pending sums.
         ValueError: listed twice, expanded, or sharing memory with another parameter.
@@ -24,13 +26,14 @@ def check_parameters(groups: Groups) -> None:
     extents = []
     for group in groups:
         for p in group["params"]:
-            _check_kind(p, groups)
             if id(p) in seen:
                 raise ValueError(f"{describe(p, groups)} is listed twice; list each parameter once")
             seen.add(id(p))
+            if p.requires_grad:
+                _check_kind(p, groups)
+            elif not can_be_trained(p):
+                continue
             t = local(p)
-            if _overlaps_itself(t):
-                raise ValueError(f"{describe(p, groups)} is expanded or overlaps itself; use p.detach().clone()")
             if t.numel() and t.device.type != "meta" and is_dense(t):
                 start = t.data_ptr()
                 extents.append((str(t.device), start, start + t.numel() * t.element_size(), p))
@@ -41,6 +44,15 @@ def check_parameters(groups: Groups) -> None:
                 f"{describe(q, groups)} shares memory with {describe(p, groups)}: it would be perturbed twice. "
                 "Tie modules by giving them one Parameter object"
             )
+
+
+def can_be_trained(p: Tensor) -> bool:
+    """Whether it is of a kind that backends can perturb and restore."""
+    try:
+        _check_kind(p, ())
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _overlaps_itself(p: Tensor) -> bool:
@@ -67,6 +79,8 @@ def _check_kind(p: Tensor, groups: Groups) -> None:
             f"{describe(p, groups)} is a {type(p).__name__}, whose elements kernels cannot access. "
             "Optimize the tensors that it wraps"
         )
+    if _overlaps_itself(local(p)):
+        raise ValueError(f"{describe(p, groups)} is expanded or overlaps itself; use p.detach().clone()")
 
 
 def _address(p: Tensor) -> int:

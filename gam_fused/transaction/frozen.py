@@ -33,8 +33,9 @@ class FrozenParameters:
     """
 
     def __init__(self, params: list[Tensor], budget: int):
-        # Subclasses may keep their elements elsewhere: those of quantized weights do.
-        self._params = [p for p in params if p.device.type != "meta" and (type(p) is nn.Parameter or is_dtensor(p))]
+        # Subclasses may keep their elements elsewhere: those of quantized weights do, and so do sparse tensors.
+        strided = [p for p in params if p.device.type != "meta" and p.layout is torch.strided]
+        self._params = [p for p in strided if type(p) is nn.Parameter or is_dtensor(p)]
         self._all = params
         self._watched = [p for p in self._params if not is_dtensor(p) and not p.is_inference()]
         self._affordable = bool(self._params) and _bytes_of(self._params) <= budget
