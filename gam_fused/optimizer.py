@@ -29,6 +29,7 @@ from gam_fused.step.method import Method
 from gam_fused.step.session import Session
 from gam_fused.torch_private import not_traced
 from gam_fused.transaction.interrupts import Interrupts
+from gam_fused.transaction.module_tree import check_visible
 from gam_fused.transaction.randomness import source_of
 
 
@@ -104,8 +105,9 @@ class FusedGAM(Optimizer):
             update in every pass. Which frozen parameters change is learnt from their versions and addresses and, where they
             take at most 16 MiB or twice the memory of the trained ones, from copies of them in the first steps and some
             later ones; of larger ones that begin to change, passes 2 to 4 of that one step start from the values that pass 1
-            left. Give the DistributedDataParallel wrapper itself, with which ``exact`` and ``perturb_sync="local"`` work, or
-            the root that `fully_shard` was applied to.
+            left. Gradients of its parameters that another optimizer trains are left as one pass does (but by ``exact``,
+            which makes none). Give the DistributedDataParallel wrapper itself, with which ``exact`` and
+            ``perturb_sync="local"`` work, or the root that `fully_shard` was applied to.
         preserve_rng_state: replay the random numbers of pass 1 in the others: torch's on the CPU and on the devices in use,
             Python's `random`, numpy's global ones. Without, the finite difference follows the noise of different dropout
             masks. These generators belong to the whole process: what another thread draws from them during a step, such as
@@ -189,7 +191,7 @@ class FusedGAM(Optimizer):
         check_backend(backend)
         modules, own_generators = _as_modules(model), _as_generators(generators)
         if isinstance(params, nn.Module):
-            modules = modules or [params]
+            modules = modules or _as_modules(params)
             params = params.parameters()
         base = build(params, base_optimizer, split.of_base)
         check_parameters(base.param_groups)
@@ -219,7 +221,8 @@ class FusedGAM(Optimizer):
                 `gam_fused.step.batches.part_of` cuts it. Samples stand in random order, and the loss is their mean.
 
         Returns:
-            What the closure returned in pass 1, at the unperturbed weights, every tensor in it detached.
+            What the closure returned in pass 1, at the unperturbed weights, every tensor in it detached: in tuples, lists,
+            dicts and whatever torch's pytree knows.
 
         Raises:
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients; the
@@ -302,6 +305,16 @@ class FusedGAM(Optimizer):
         """The entry of param groups that holds GAM's radius: "rho", or "gam_rho" where the base has a rho of its own."""
         return self.session.entries.rho_key
 
+    def _refuse_rho(self, _: Any) -> None:
+        raise AttributeError(f"rho {self._rho_told}")
+
+    rho = property(None, _refuse_rho)  # set as an attribute, it would change nothing
+
+    @property
+    def _rho_told(self) -> str:
+        key = self.rho_key
+        return f"is an entry of each param group: for group in optimizer.param_groups: group[{key!r}] = ..."
+
     # What it tells.
 
     @property
@@ -364,7 +377,7 @@ class FusedGAM(Optimizer):
         """Attributes of the base optimizer, such as `train()` and `eval()` of schedule-free ones."""
         session = self.__dict__.get("session")
         if session is None or name.startswith("_") or not hasattr(session.base, name):
-            hint = explain(name)
+            hint = self._rho_told if session and name == "rho" else explain(name)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}" + (f": {hint}" if hint else ""))
         return getattr(session.base, name)
 
@@ -498,9 +511,12 @@ def _as_generators(generators: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _as_modules(model: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:
-    if model is None or isinstance(model, nn.Module):
-        return [] if model is None else [model]
-    modules = list(model) if isinstance(model, Iterable) else [model]
+    if model is None:
+        return []
+    modules = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Iterable) else [model]
     if not all(isinstance(module, nn.Module) for module in modules):
         raise TypeError(f"model must be a torch.nn.Module or several, but is {model!r}")
+    for module in modules:
+        for part in module.modules():
+            check_visible(part)
     return modules

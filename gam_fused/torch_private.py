@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState as OptState
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_flatten as tree_flatten
@@ -211,6 +212,17 @@ def runs_cuda_graphs(device: torch.device) -> bool:
         return False
     find = getattr(trees, "get_manager", None)
     return find is None or find(device.index, create_if_none_exists=False) is not None
+
+
+def forget_functions_of_weights() -> None:
+    """Drop what contexts around a step keep: autocast's casts of weights, and weights of `parametrize.cached()`."""
+    torch.clear_autocast_cache()
+    getattr(parametrize, "_cache", {}).clear()
+
+
+def has_hooks_after_backward(p: Tensor) -> bool:
+    """Whether a hook sees `p.grad` as soon as backward has made it. Only an error asks."""
+    return bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 def break_graph() -> None:

@@ -215,7 +215,6 @@ def interleaved():
 
 
 PARAMETERS = {
-    "integer": (lambda: [torch.zeros(3, 2, dtype=torch.int64)], r"\(3, 2\)"),
     "complex": (lambda: [torch.zeros(3, 2, dtype=torch.complex64, requires_grad=True)], r"\(3, 2\)"),
     "sparse": (lambda: [torch.eye(3).to_sparse().requires_grad_()], r"\(3, 3\)"),
     "expanded": (lambda: [nn.Parameter(torch.zeros(1, 2).expand(3, 2))], r"\(3, 2\)"),
@@ -349,3 +348,45 @@ def test_a_parameter_that_the_closure_unfreezes_is_named():
 
     with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 \(.*\) require a gradient, which it did not before"):
         optimizer.step(closure)
+
+
+def test_rho_set_as_an_attribute_is_an_error_that_names_the_entry():
+    optimizer = make(mlp())
+    with pytest.raises(AttributeError, match=r"each param group: .*\['rho'\] = "):
+        optimizer.rho = 0.2
+    with pytest.raises(AttributeError, match=r"each param group: .*\['rho'\] = "):
+        print(optimizer.rho)
+    adadelta = FusedGAM(mlp(), torch.optim.Adadelta, lr=0.1)
+    with pytest.raises(AttributeError, match=r"\['gam_rho'\] = "):
+        adadelta.rho = 0.2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make_script", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(2, 3))])
+def test_modules_of_torchscript_are_refused_by_name(make_script):
+    scripted = make_script(mlp())
+    for model in (scripted, nn.Sequential(scripted)):
+        with pytest.raises(TypeError, match=r"TorchScript \(Sequential\).*FusedGAM\(model.parameters\(\)"):
+            make(model)
+        with pytest.raises(TypeError, match=r"TorchScript \(Sequential\)"):
+            make(model.parameters(), model=model)
+    optimizer = make(scripted.parameters())
+    optimizer.step(regression(scripted, *batch()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_module_of_torchscript_that_comes_later_is_refused_by_name():
+    model = mlp()
+    optimizer = make(model)
+    model.append(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match="TorchScript"):
+        optimizer.step(regression(model, *batch()))
+
+
+def test_hooks_that_take_the_gradients_are_named():
+    model = mlp()
+    optimizer = make(model)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with pytest.raises(RuntimeError, match="register_post_accumulate_grad_hook"):
+        optimizer.step(regression(model, *batch()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from gam_helpers import METHODS, PASSES, batch, closure_of, make, mlp, regression, same, snapshot, trainer, weights
@@ -319,3 +320,38 @@ def test_a_module_gives_its_parameters_and_itself():
     instance = FusedGAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
     instance.step(regression(model, *batch()))
     assert int(model[1].num_batches_tracked) == 2
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs torch with Tensor.grad_dtype")
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_may_have_a_dtype_of_their_own(base, hooked):
+    """`p.grad_dtype`: the direction that a base optimizer finds in `p.grad` is of that dtype."""
+    model, found = mlp(torch.bfloat16), []
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    optimizer = make(model, BASES[base], lr=0.05)
+    if hooked:
+        optimizer.base_optimizer.register_step_pre_hook(lambda base, *_: found.extend(p.grad for p in model.parameters()))
+    before = weights(optimizer)
+    optimizer.step(regression(model, *batch(dtype=torch.bfloat16)))
+    assert not any(map(torch.equal, weights(optimizer), before))
+    assert [g.dtype for g in found] == [torch.float32] * 4 * hooked
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, float])
+def test_a_loss_of_numpy_is_in_the_diagnostics(number):
+    model = mlp()
+    optimizer = make(model)
+    loss_fn = regression(model, *batch())
+    expected = loss_fn().item()
+
+    def closure():
+        loss = loss_fn()
+        loss.backward()
+        return number(loss.item())
+
+    loss = optimizer.step(closure)
+    assert type(loss) is number
+    assert optimizer.diagnostics()["loss"].item() == pytest.approx(expected)
+    assert optimizer.diagnostics()["sharpness"].isfinite()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.amp.grad_scaler import OptState
+from torch.nn.utils import parametrize
 from torch.optim import optimizer as torch_optimizer
 
 import gam_fused
@@ -37,6 +38,18 @@ def test_functions_of_storages(name):
 
 def test_the_comparison_of_many_tensors():
     assert torch_private.compared_with([torch.zeros(2)])(torch.zeros(2)), "gradients are then asked one by one"
+
+
+def test_weights_that_parametrizations_keep():
+    with parametrize.cached():
+        assert parametrize._cache == {}
+
+
+def test_hooks_after_backward():
+    p = torch.zeros(1, requires_grad=True)
+    assert not torch_private.has_hooks_after_backward(p)
+    p.register_post_accumulate_grad_hook(print)
+    assert torch_private.has_hooks_after_backward(p)
 
 
 def test_stages_of_a_scaler():

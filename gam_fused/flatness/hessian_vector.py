@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gam_fused.checks import number
+from gam_fused.torch_private import forget_functions_of_weights
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.randomness import Generators
 
@@ -78,7 +79,7 @@ def finite_difference_hvp(
 
 
 def _gradient(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tensor]:
-    torch.clear_autocast_cache()
+    forget_functions_of_weights()
     with torch.enable_grad():
         loss = loss_fn()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gam_fused.torch_private import forget_functions_of_weights
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.model_state import ModelState
 from gam_fused.transaction.randomness import Generators
@@ -44,7 +45,7 @@ class Kept:
 
     def start_pass(self) -> None:
         """Before each pass: generators and buffers as at the start, so that all passes see the same loss."""
-        torch.clear_autocast_cache()  # it may hold casts of other weights
+        forget_functions_of_weights()
         self._random.abort()
         with torch.no_grad():
             self._buffers.abort()

@@ -115,6 +115,12 @@ def fit(gradient: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor
     return torch.empty_strided(gradient.shape, stride, dtype=dtype, device=gradient.device).copy_(gradient)
 
 
+def as_kept(gradient: Tensor, p: Tensor) -> Tensor:
+    """`gradient` in the dtype that `p.grad` shall have (torch's `p.grad_dtype`): by default that of the parameter."""
+    dtype = getattr(p, "grad_dtype", None)
+    return gradient if dtype is None else gradient.to(dtype)
+
+
 def check_size(gradient: Tensor, p: Tensor, size: int, device: torch.device, groups: Groups) -> None:
     """Raises RuntimeError for a gradient of other memory than the parameter had before the step."""
     if gradient.numel() != size or gradient.device != device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -59,11 +60,11 @@ def loss_in(result: Any) -> Any:
 
 
 def number_in(result: Any) -> Any:
-    """The loss in `result` where it is one number: a float, or a detached tensor of one element; otherwise None."""
+    """The loss in `result` where it is one number: of Python or numpy, or a detached tensor of one element."""
     loss = loss_in(result)
     if isinstance(loss, Tensor):
         return loss.detach() if loss.numel() == 1 else None
-    return loss if isinstance(loss, (int, float)) else None
+    return float(loss) if isinstance(loss, Real) else None
 
 
 def differentiable_in(result: Any) -> Tensor:

@@ -21,11 +21,16 @@ from gam_fused.step.direction import Lists
 from gam_fused.step.record import Record
 from gam_fused.step.session import Session
 from gam_fused.transaction.interrupts import Interrupts
+from gam_fused.transaction.other_gradients import OtherGradients
 from gam_fused.transaction.randomness import RandomState
 
 _UNREACHED = (
     "the loss depends on no optimized parameter (one that is the optimizer's and has requires_grad=True); check that the "
     "closure uses this model"
+)
+_TAKEN = (
+    "after backward no parameter has a gradient: the loss depends on none, or hooks of register_post_accumulate_grad_hook "
+    "take them, as optimizers do that step inside backward. Each pass needs its gradients: remove these hooks"
 )
 
 
@@ -59,6 +64,7 @@ class Passes:
         self.seen = [[False] * len(b.params) for b in self.blocks]
         self._reshard()
         self._model = session.model_state.begin() if session.model_state else None
+        self._others = OtherGradients(session.model_state.others if session.model_state else ())
         if random is None and settings.preserve_rng_state:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
         self._random = random
@@ -118,14 +124,13 @@ class Passes:
 
     def _run(self, point: str, differentiate: Callable[[Any], None], part: bool) -> None:
         """One pass: the closure, then `differentiate` of what it returned."""
-        torch.clear_autocast_cache()  # an autocast context around step() would keep casts of the weights of the last pass
-        self._reshard()
+        self._forget_weights()
         first = not self.record.losses
         self.at = f"in pass {1 + len(self.record.losses)}"
         if first:
             self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
-            for replayed in (self._random, self._model):
+            for replayed in (self._random, self._model, self._others):
                 if replayed:
                     replayed.replay()
         if self.session.replicas:
@@ -151,8 +156,13 @@ class Passes:
         if self._model:
             self._model.first_pass_done()
 
+    def _forget_weights(self) -> None:
+        """What others have made of the weights, and keep, does not see what we write: casts and the like, whole weights."""
+        torch_private.forget_functions_of_weights()
+        self._reshard()
+
     def _reshard(self) -> None:
-        """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`) would not see what we wrote."""
+        """Whole weights that FSDP was told to keep (`set_reshard_after_backward(False)`)."""
         for module in self.session.fsdp_modules:
             module.reshard()
 
@@ -167,7 +177,8 @@ class Passes:
 
     def _unreached(self) -> None:
         self.plan.check_in_place(self.session.param_groups)  # of parameters that are not the model's any more
-        raise RuntimeError(_UNREACHED)
+        hooked = any(map(torch_private.has_hooks_after_backward, self.plan.params))
+        raise RuntimeError(_TAKEN if hooked else _UNREACHED)
 
     def _differentiate(self, result: Any) -> list[Tensor | None]:
         """Gradients as autograd makes them, with the graph to differentiate them again."""
@@ -197,9 +208,9 @@ class Passes:
     def finish(self) -> None:
         """Hand over generators and buffers as pass 1 left them."""
         self.settle()
-        self._reshard()
+        self._forget_weights()
         self._model = self._random = None  # a graph keeps the step, which shall keep neither copies nor the batch
-        del self.closure
+        del self.closure, self._others
 
     def settle(self) -> None:
         """Generators and buffers as pass 1 left them, before a base optimizer of the user's runs."""
@@ -210,6 +221,7 @@ class Passes:
             self._random.finish()
         if self._model:
             self._model.finish(self.session.skipped)
+        self._others.finish()
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
@@ -218,7 +230,7 @@ class Passes:
             for b in self.blocks:
                 b.put_back()
             if not self._settled:
-                for part in (self._random, self._model):
+                for part in (self._random, self._model, self._others):
                     if part:
                         part.abort()
         try:
@@ -226,7 +238,7 @@ class Passes:
                 torch_private.drop_pass_of_fsdp(module)
         finally:
             self._clear_gradients()
-            self._reshard()
+            self._forget_weights()
 
     def _clear_gradients(self) -> None:
         gradients.clear(self.plan.params)

@@ -220,7 +220,9 @@ class Session:
             replicas.go_on_from(self.replicas)
         self.replicas = replicas
         self.fsdp_modules = fsdp.fsdp_modules(self.modules)
-        self.model_state = ModelState(self.modules, plan.params, settings.backend) if self.modules else None
+        self.model_state = None
+        if self.modules:
+            self.model_state = ModelState(self.modules, plan.params, settings.backend, plan.frozen)
         self.plan, self._uploaded, self._generators = plan, None, None
 
     def _start_controls(self, plan: Plan) -> None:

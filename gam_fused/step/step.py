@@ -145,7 +145,9 @@ class Step(Ascents):
         for b, lst in zip(self.blocks, d.last, strict=True):
             b.state.drop_unstarted(session.state)
             for p, direction in zip(b.params, lst.tensors, strict=True):
-                p.grad = dtensor.like(direction, p) if b.sharded and direction is not None else direction
+                if direction is not None:
+                    direction = gradients.as_kept(direction, p)
+                    p.grad = dtensor.like(direction, p) if b.sharded else direction
             b.backed_up = False  # the base optimizer's step is not undone
         self.settle()
         _step_base(session.base)

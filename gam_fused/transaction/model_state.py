@@ -35,10 +35,21 @@ class ModelState:
         modules: the modules.
         trained: the parameters that the optimizer updates; tensors that share their memory are not touched.
         backend: the optimizer's.
+        idle: parameters that the optimizer has, but does not update now.
+
+    Attributes:
+        others: the modules' parameters that the optimizer does not have, as of the last `begin`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], trained: Sequence[Tensor] = (), backend: str = "auto"):
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        trained: Sequence[Tensor] = (),
+        backend: str = "auto",
+        idle: Sequence[Tensor] = (),
+    ):
         self._modules, self._backend = list(modules), backend
+        self._idle, self.others = set(map(id, idle)), list[Tensor]()
         self._trained = {id(p) for p in trained}
         self._extents = sorted(_extent(local(p)) for p in trained if p.numel() and p.device.type != "meta")
         self._frozen = FrozenParameters([], 0)
@@ -49,6 +60,7 @@ class ModelState:
         """Save what they hold, before the passes of a step."""
         if self._tree is None or not self._tree.is_current():
             self._tree = ModuleTree(self._modules, self._trained)
+            self.others = [p for p in self._tree.frozen if id(p) not in self._idle]
         frozen = self._tree.frozen
         if not self._frozen.are(frozen):
             trained = sum(end - start for _, start, end in self._extents)

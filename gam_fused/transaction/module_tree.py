@@ -7,6 +7,7 @@ from itertools import chain
 from operator import getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -31,6 +32,7 @@ class ModuleTree:
             module = waiting.pop()
             if module is None or id(module) in modules:
                 continue
+            check_visible(module)
             modules[id(module)] = module
             waiting += children_in(module).values()
             kind: Any = type(module)
@@ -83,6 +85,16 @@ class Contents:
         for owner, name, value in zip(self._owners, self._names, self.values, strict=True):
             if owner.get(name, owner) is not value:
                 owner[name] = value
+
+
+def check_visible(module: nn.Module) -> None:
+    """Raises TypeError for a module of TorchScript, which keeps its buffers out of sight of Python."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"the model has a module of TorchScript ({getattr(module, 'original_name', type(module).__name__)}), whose "
+            "buffers cannot be put back: give the module that it was made from, or compile it with torch.compile. Without "
+            "buffers, give its parameters alone: FusedGAM(model.parameters(), ...)"
+        )
 
 
 def _names_others(kind: Any) -> bool:

@@ -1,0 +1,110 @@
+"""A model whose parameters several optimizers train: FusedGAM's passes leave the others' gradients as one pass does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from gam_helpers import METHODS, PASSES, make
+from torch import Tensor, nn
+
+FIRST_ORDER = [method for method in METHODS if method != "exact"]  # it asks autograd for gradients of its own alone
+
+
+class Embedded(nn.Module):
+    """An embedding and a head, for an optimizer each."""
+
+    def __init__(self, sparse: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(7, 4, sparse=sparse), nn.Linear(4, 2)
+
+    def loss(self) -> Tensor:
+        return self.head(torch.tanh(self.embedding(torch.tensor([0, 3, 3, 5])))).square().mean()
+
+
+def after_one_pass(model: Embedded) -> Tensor:
+    """The embedding's gradient of one ordinary pass, on a copy."""
+    other = copy.deepcopy(model)
+    other.loss().backward()
+    return dense(other)
+
+
+def dense(model: Embedded) -> Tensor:
+    gradient = model.embedding.weight.grad
+    assert gradient is not None
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("method", FIRST_ORDER)
+def test_gradients_of_another_optimizer_are_those_of_one_pass(method, sparse, base):
+    model = Embedded(sparse)
+    optimizer = make(model.head.parameters(), base, method, model=model)
+    other = (torch.optim.SparseAdam if sparse else torch.optim.Adam)(model.embedding.parameters(), lr=0.1)
+    for _ in range(3):
+        expected = after_one_pass(model)
+        optimizer.step(model.loss)
+        assert torch.equal(dense(model), expected)
+        other.step()
+        other.zero_grad()
+
+
+def test_they_are_added_to_what_was_there():
+    model = Embedded()
+    optimizer = make(model.head.parameters(), model=model)
+    expected = torch.zeros_like(model.embedding.weight)
+    for _ in range(3):
+        expected = expected + after_one_pass(model)
+        optimizer.step(model.loss)
+        assert torch.equal(dense(model), expected)
+
+
+@pytest.mark.parametrize("k", range(PASSES["finite_difference"]))
+def test_a_step_that_fails_leaves_none(k):
+    model, passes = Embedded(), []
+    optimizer = make(model.head.parameters(), model=model)
+
+    def closure():
+        loss = model.loss()
+        loss.backward()
+        passes.append(k)
+        if len(passes) > k:
+            raise ValueError("boom")
+        return loss
+
+    with pytest.raises(ValueError, match="boom"):
+        optimizer.step(closure)
+    assert model.embedding.weight.grad is None
+
+
+def test_gradients_in_memory_that_every_pass_writes_to_are_copied():
+    model = Embedded()
+    bucket = torch.zeros(2, model.embedding.weight.numel())
+    optimizer = make(model.head.parameters(), model=model)
+
+    def closure():
+        loss = model.loss()
+        loss.backward()
+        bucket[0].copy_(model.embedding.weight.grad.flatten())
+        model.embedding.weight.grad = bucket[0].view_as(model.embedding.weight)
+        return loss
+
+    expected = after_one_pass(model)
+    optimizer.step(closure)
+    assert torch.equal(dense(model), expected)
+
+
+def test_a_parameter_reached_by_later_passes_alone_gets_no_gradient():
+    model, passes = Embedded(), []
+    optimizer = make(model.head.parameters(), model=model)
+
+    def closure():
+        passes.append(0)
+        embedded = model.embedding(torch.tensor([1, 2]))
+        return model.head(embedded if len(passes) > 1 else embedded.detach()).square().mean()
+
+    optimizer.step(closure)
+    assert model.embedding.weight.grad is None
