@@ -73,7 +73,8 @@ def _rank(rank: int, world: int, network: str, folder: str) -> None:
         for _ in range(2):  # DDP arranges its blocks after the first pass
             step()
         elements = sum(p.numel() for p in model.parameters())
-        sent = [event["args"] for event in traced(step, record_shapes=True) if event.get("name") == "gloo:all_reduce"]
+        events = traced(lambda step=step: (step(), time.sleep(0.2)), record_shapes=True)  # gloo's threads record afterwards
+        sent = [event["args"] for event in events if event.get("name") == "gloo:all_reduce"]
         rows[name] = {"all_reduces": len(sent), "bytes": sum(map(_bytes, sent)), "parameters": elements}
     if rank == 0:
         Path(folder, "counts.json").write_text(json.dumps(rows))

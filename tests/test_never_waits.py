@@ -267,7 +267,8 @@ class Replicated(DistributedDataParallel):
     def __init__(self, module):
         nn.Module.__init__(self)
         self.module, self.process_group, self.parameters_to_ignore = module, "group", set()
-        self.require_backward_grad_sync = self.require_forward_param_sync = self.forward_sync_buffers = True
+        self.require_backward_grad_sync = self.require_forward_param_sync = True
+        self.forward_sync_buffers = self.broadcast_buffers = True  # by version of torch
         self.modules_buffers = list(module.buffers())
 
     @contextmanager

@@ -193,7 +193,7 @@ case "$1" in -dumpfullversion) echo 14.0.0; exit;; --version) echo 'c++ {version
 
 
 def test_a_cpu_backend_that_does_not_compile_says_why_in_the_compilers_words(tmp_path):
-    wheel, printed = build_wheel(tmp_path, CXX=compiler(tmp_path, fails=True), GAM_FUSED_REQUIRE_CPP="0")
+    wheel, printed = build_wheel(tmp_path, CXX=compiler(tmp_path, fails=True), GAM_FUSED_REQUIRE_CPP="0", FORCE_CUDA="0")
     assert "it does not compile" in printed
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     code = "import gam_fused; print(gam_fused.available_backends()['cpp'])"
