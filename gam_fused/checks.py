@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 Groups = Sequence[dict[str, Any]]
 _CONSTANTS = {float, int, bool, str, type(None)}
@@ -55,7 +56,7 @@ def are_constants(values: Iterable[Any]) -> bool:
 
 def describe(p: Tensor, groups: Groups) -> str:
     """'parameter 3 of group 0 (conv.weight, shape (32, 1, 3, 3), torch.float32, cpu)'."""
-    facts = f"shape {tuple(p.shape)}, {p.dtype}, {p.device}"
+    facts = f"{'no shape yet' if is_lazy(p) else f'shape {tuple(p.shape)}'}, {p.dtype}, {p.device}"
     for row, group in enumerate(groups):
         for i, q in enumerate(group["params"]):
             if q is p:

@@ -219,6 +219,7 @@ PARAMETERS = {
     "sparse": (lambda: [torch.eye(3).to_sparse().requires_grad_()], r"\(3, 3\)"),
     "expanded": (lambda: [nn.Parameter(torch.zeros(1, 2).expand(3, 2))], r"\(3, 2\)"),
     "overlapping": (lambda: [nn.Parameter(torch.zeros(8).as_strided((3, 3), (1, 1)))], r"\(3, 3\)"),
+    "lazy": (lambda: list(nn.LazyLinear(2).parameters()), r"parameter 0 of group 1 \(no shape yet.*call the model once"),
     "sharing_memory": (interleaved, r"\(4,\)"),
     "not_a_tensor": (lambda: [1.0], "float"),
     "not_a_leaf": (lambda: [torch.zeros(3, requires_grad=True) * 2], "leaf"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from gam_fused.backends.tensor_lists import is_dense
 from gam_fused.checks import Groups, describe, number
@@ -20,7 +21,7 @@ def check_parameters(groups: Groups) -> None:
 
     Raises:
         TypeError: not floating point, complex, sparse, or a DTensor with pending sums.
-        ValueError: listed twice, expanded, or sharing memory with another parameter.
+        ValueError: not initialised yet (a lazy module's), listed twice, expanded, or sharing memory with another parameter.
     """
     seen: set[int] = set()
     extents = []
@@ -66,6 +67,11 @@ def _overlaps_itself(p: Tensor) -> bool:
 
 
 def _check_kind(p: Tensor, groups: Groups) -> None:
+    if is_lazy(p):
+        raise ValueError(
+            f"{describe(p, groups)} is a lazy module's, which the first forward makes: call the model once, on a mini-batch "
+            "or a dummy of its shape, before making the optimizer"
+        )
     if p.layout is not torch.strided:
         raise TypeError(f"{describe(p, groups)} is sparse ({p.layout}); only dense parameters can be perturbed")
     if p.is_complex():

@@ -17,8 +17,8 @@ class OtherGradients:
     """`p.grad` of some parameters, during one step."""
 
     def __init__(self, params: Sequence[Tensor]):
-        self._params = params
-        self._without = [p for p in params if p.grad is None]
+        self._params = [p for p in params if p.requires_grad]
+        self._without = [p for p in self._params if p.grad is None]
         self._of_first: list[tuple[Tensor, Tensor]] | None = None  # once further passes follow
 
     def replay(self) -> None:
