@@ -1,4 +1,4 @@
-"""Gradient norm Aware Minimization (Zhang et al., CVPR 2023, arXiv 2303.03108) with fused kernels, as a torch optimizer."""
+"""Gradient norm Aware Minimization (Zhang et al., CVPR 2023, arXiv 2303.03108) as a torch optimizer with fused kernels."""
 
 from gam_fused import flatness, graphs, schedules
 from gam_fused.backends import available_backends

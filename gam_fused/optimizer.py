@@ -48,7 +48,7 @@ class FusedGAM(Optimizer):
         gsam               2       g1 - alpha (g0 minus its projection on g1)  Zhuang et al. 2022
         sam                2       g1                                          Foret et al. 2021
 
-        (*) differentiated twice; v_adv = g_adv/|g_adv|
+        (*) with double backward; v_adv = g_adv/|g_adv|
 
         h_loss = g0 = grad L(theta)         theta1 = theta  + rho' g0/|g0|  (gsam, sam: rho)
              g1 = grad L(theta1)            theta2 = theta  + rho (g1 - g0)/|g1 - g0|
@@ -58,87 +58,90 @@ class FusedGAM(Optimizer):
              h- = beta g0 + (1 - beta) g2
              s  = <h-, h+>/|h+|^2
 
-    A step is a transaction: weights return bit for bit before the update, all passes see the same random numbers and start
-    from the same buffers, which end as the first pass left them, an exception in any pass leaves everything as it was, and a
-    gradient that is not finite in any pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
+    A step is a transaction. Weights are restored bit for bit before the update. All passes see the same random numbers and
+    start from the same buffers, which end as the first pass left them. An exception in any pass leaves everything as it was.
+    A non-finite gradient in any pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
 
     Args:
-        params: a module, for its parameters and `model` at once; or tensors, (name, tensor) pairs or param groups, as
+        params: a module, which then serves as `model` too; or tensors, (name, tensor) pairs or param groups, as
             torch.optim takes them. Dense float32, float64, bfloat16 or float16, of any shapes, on any devices; or DTensors,
             sharded or replicated over any meshes.
         base_optimizer: class or factory, called with `params` and the base's keywords; or an instance (then `params` may be
             None). The updates of exactly torch.optim.SGD, Adam and AdamW are fused. Any other optimizer, and one with step
-            hooks of its own, gets d in `p.grad` and is stepped; it is the one case where the host waits for the device, to
-            know whether to skip. Where that step raises, weights and state are as it left them, buffers and generators as
-            after one pass.
+            hooks of its own, gets d in `p.grad` and its own `step` is called; this is the one case where the host waits for
+            the device, to know whether to skip. If that step raises, weights and state are as it left them, buffers and
+            generators as after one pass.
         method: see above. ``accelerated``, ``gsam`` and ``sam`` have no bound (`max_ratio`): at their defaults, networks
             without batch norm learn more slowly, and transformers ended clearly worse than with their base. Give them a
-            smaller `rho` there, or take a bounded method, whose defaults trained every network of the studies.
+            smaller `rho` there, or use a bounded method, whose defaults trained every network of the studies.
         rho: radius in which the gradient norm is minimised, in the units of the weights; param groups may have their own.
-        rho_prime: length of the finite difference's probe. Too short, and it is lost in the rounding of the weights.
+        rho_prime: step length of the finite difference (the probe). If it is too short, it is lost in the rounding of the
+            weights.
         alpha: for ``finite_difference``, ``exact`` and ``gradient_penalty``: weight of the flatness term, alpha of equation
-            6; for ``gsam``: of the surrogate gap. For ``accelerated`` something else: the convex weight of g1 in h+, or a
+            6; for ``gsam``: of the surrogate gap. ``accelerated`` uses it differently: the convex weight of g1 in h+, or a
             pair of weights for g1 and g3.
         beta: ``accelerated`` only: the convex weight of g0 in h-, or a pair of weights for g0 and g2. The authors'
             released code uses h- = g0 + (1 - beta) g2: that is ``beta=(1.0, 1 - beta)``.
         gamma: ``accelerated`` only: weight of the part of h- that is orthogonal to h+.
         max_ratio: ``finite_difference``, ``exact`` and ``gradient_penalty``: bound on the flatness term, which enters with
-            alpha' = min(alpha, max_ratio |h_loss|/|h_norm|), decided on the device in every step, with norms over perturbed
-            parameters. Below 1, d always descends: <d, h_loss> >= (1 - max_ratio) |h_loss|^2. With it alpha may be infinite:
-            then only the bound counts. None: no bound, as in the paper. "auto": the method's default. With
+            alpha' = min(alpha, max_ratio |h_loss|/|h_norm|), computed on the device in every step, with norms over perturbed
+            parameters. Below 1, d always descends: <d, h_loss> >= (1 - max_ratio) |h_loss|^2. With a bound, alpha may be
+            infinite: then only the bound counts. None: no bound, as in the paper. "auto": the method's default. With
             ``perturb_sync="local"`` each rank bounds its own term.
-        flatness_fraction: the part of the mini-batch on which the flatness term is computed, for ``step(closure, batch)``:
-            h_loss on all of it, and each further gradient on the part only, against q0 = grad L(theta) of the part. Four
-            passes become 1 + 4 flatness_fraction; ``sam``, ``gsam`` and ``gradient_penalty`` take 1 + 2
-            flatness_fraction. In ``accelerated``, ``gsam`` and ``sam`` g0 + (q_i - q0) takes the place of g_i.
-        xi: added to norms that divide, as in the paper. (`eps` is the base optimizer's.)
-        adaptive: element-wise scaling as in ASAM: norms of g*|theta|, perturbations rho theta^2 g/norm.
+        flatness_fraction: the fraction of the mini-batch on which the flatness term is computed, for
+            ``step(closure, batch)``: h_loss uses the whole mini-batch, each further gradient the part only, compared with
+            q0 = grad L(theta) on the part. Four passes become 1 + 4 flatness_fraction; ``sam``, ``gsam`` and ``gradient_penalty`` take 1 + 2
+            flatness_fraction. In ``accelerated``, ``gsam`` and ``sam``, g0 + (q_i - q0) replaces g_i.
+        xi: added to norms in denominators, as in the paper. (`eps` is the base optimizer's.)
+        adaptive: element-wise scaling as in ASAM: norms are those of g*|theta|, perturbations are rho theta^2 g/norm.
         oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/|g0|), the paper's SAM + GAM
             (``finite_difference``, ``exact`` and ``gradient_penalty``).
-        sam_rho: radius of that ascent; None means rho_prime, which costs a further pass with ``exact`` only.
-        interval: run the method on every interval-th step (the first one included) and plain steps between: with four passes
-            that makes (3 + interval)/interval passes a step. A flatness term that comes seldom may be larger, which wants
-            ``alpha=inf`` and a `max_ratio` of about interval/2, at most 4, on networks with batch norm; on others, 0.9 at
-            most.
+        sam_rho: radius of that ascent; None means rho_prime, which costs an extra pass with ``exact`` only.
+        interval: run the method on every interval-th step, starting with the first, and plain steps in between: with four
+            passes that makes (3 + interval)/interval passes per step. A flatness term that is applied less often may be
+            larger: use ``alpha=inf`` and a `max_ratio` of about interval/2, at most 4, on networks with batch norm; on
+            others, at most 0.9.
         model: the module, or modules, whose buffers (batch norm, spectral norm, a memory queue, ...) and frozen parameters
-            (a momentum encoder) shall update once per step. The buffers of a model that is not given cannot be seen: they
-            update in every pass. Which frozen parameters change is learnt from their versions and addresses and, where they
-            take at most 16 MiB or twice the memory of the trained ones, from copies of them in the first steps and some
-            later ones; of larger ones that begin to change, passes 2 to 4 of that one step start from the values that pass 1
-            left. Gradients of its parameters that another optimizer trains are left as one pass does (but by ``exact``,
-            which makes none). Give the DistributedDataParallel wrapper itself, with which ``exact`` and
-            ``perturb_sync="local"`` work, or the root that `fully_shard` was applied to.
-        preserve_rng_state: replay the random numbers of pass 1 in the others: torch's on the CPU and on the devices in use,
-            Python's `random`, numpy's global ones. Without, the finite difference follows the noise of different dropout
-            masks. These generators belong to the whole process: what another thread draws from them during a step, such as
-            augmentation, is drawn twice. Give such a thread a generator of its own, or use a DataLoader's worker processes.
+            (a momentum encoder) shall update once per step. Buffers of a model that is not passed update in every pass, as
+            the optimizer cannot see them. Frozen parameters that change are recognised by their versions and addresses and,
+            if they take at most 16 MiB or twice the memory of the trained ones, by comparison with copies of them in the
+            first steps and some later ones. When larger ones begin to change, passes 2 to 4 of that one step start from the
+            values that pass 1 left. Gradients of its parameters that another optimizer trains are as after a single pass
+            (except with ``exact``, which computes none for them). Pass the DistributedDataParallel wrapper itself, which
+            ``exact`` and ``perturb_sync="local"`` need, or the root module that `fully_shard` was applied to.
+        preserve_rng_state: replay the random numbers of pass 1 in the other passes: torch's on the CPU and on the devices in
+            use, Python's `random`, numpy's global ones. Otherwise the noise of different dropout masks dominates the finite
+            difference. These generators are shared by the whole process: what another thread draws from them during a step,
+            such as augmentation, is drawn twice. Give such a thread its own generator, or use a DataLoader's worker
+            processes.
         generators: generators of your own that the closure draws from, to be replayed too: torch.Generator,
-            numpy.random.Generator, numpy.random.RandomState or random.Random. A copy or unpickled optimizer has none; they
-            can be set, as an attribute.
+            numpy.random.Generator, numpy.random.RandomState or random.Random. A copied or unpickled optimizer has none;
+            set them as an attribute.
         max_grad_norm: clip d to this L2 norm over all parameters, as torch.nn.utils.clip_grad_norm_ does.
         grad_scaler: the `torch.amp.GradScaler`. Let the closure return the loss without backward; one that calls backward
-            itself must do so on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or
+            itself must call it on ``scaler.scale(loss)``. After every step, ``optimizer.step(closure)`` or
             ``scaler.step(optimizer, closure)``, call ``scaler.update()``. It can be set later, as an attribute.
-        perturb_sync: ``"global"``: all ranks perturb alike, by gradients that DDP averages in every pass.
-            ``"local"``: each rank perturbs by its own gradients (m-sharpness, m being a rank's batch), and one all-reduce
-            per step averages the combined direction, before it is clipped; DDP reduces nothing (its communication hooks do
-            not run), and one more copy of the model is kept. Not for sharded parameters. With ``"local"``, a rank in whose
-            pass something raised, and which caught that, may step again: the others wait for it, unless the closure itself
-            communicates, as SyncBatchNorm does. With ``"global"``, and under FSDP2, ranks may go on only where the step
-            failed on all of them; a rank that failed alone and steps again gets an error, and the others a timeout.
+        perturb_sync: ``"global"``: all ranks perturb alike, along gradients that DDP averages in every pass.
+            ``"local"``: each rank perturbs along its own gradients (m-sharpness, m being a rank's batch), and one all-reduce
+            per step averages the combined direction, before it is clipped; DDP does not all-reduce gradients (its
+            communication hooks do not run), and one more copy of the model is kept. Not for sharded parameters. With
+            ``"local"``, a rank that caught an exception from one of its passes may step again: the others wait for it,
+            unless the closure itself communicates, as SyncBatchNorm does. With ``"global"``, and under FSDP2, ranks may
+            continue only if the step failed on all of them; a rank that failed alone and steps again gets an error, and the
+            others a timeout.
         flatten: move parameters into one contiguous buffer per device and dtype.
         backend: ``"auto"`` or one of `gam_fused.available_backends()`.
-        base_kwargs: what the base optimizer is built with, for keywords that FusedGAM has too (RMSprop's ``alpha``,
-            Adadelta's ``rho``). All others can be given as they are: lr, momentum, weight_decay, eps, ...
+        base_kwargs: arguments of the base optimizer whose names FusedGAM uses too (RMSprop's ``alpha``, Adadelta's
+            ``rho``). All others can be passed directly: lr, momentum, weight_decay, eps, ...
 
     Param groups may set ``rho``, and ``perturb=False`` for parameters that are updated but neither perturbed nor counted
-    in norms. Around a base optimizer with a ``rho`` of its own (Adadelta), GAM's is the entry ``gam_rho``. All
+    in norms. If the base optimizer has a ``rho`` of its own (Adadelta), GAM's is the entry ``gam_rho``. All
     hyperparameters can be changed between steps, as group entries (rho, lr, ...) or attributes (rho_prime, alpha, beta,
     gamma, max_ratio, flatness_fraction).
 
     Raises:
-        ValueError, TypeError: a hyperparameter or parameter that cannot work, named with what is allowed, before anything
-            is built. ``perturb_sync="local"`` without a DistributedDataParallel in `model`; ``exact`` with sharded
+        ValueError, TypeError: an invalid hyperparameter or parameter, named with what is allowed, before anything is built.
+            ``perturb_sync="local"`` without a DistributedDataParallel in `model`; ``exact`` with sharded
             parameters; FSDP1.
         RuntimeError: a backend that is not available.
     """
@@ -211,14 +214,14 @@ class FusedGAM(Optimizer):
 
         Args:
             closure: computes the loss of one mini-batch at the current weights. It returns the loss, either after calling
-                backward on it (any method but ``exact``), or without (any method; the optimizer then does); alone, or as
-                ``(loss, ...)`` or ``{"loss": loss, ...}`` with whatever else shall be seen of the unperturbed pass. It is
-                called once per pass and may call `zero_grad`. Without a closure there is nothing to do but to create the
-                optimizer state, which is what happens when every lr and every gradient is zero
-                (torch.distributed.checkpoint asks for it so); otherwise that is an error.
-            batch: the mini-batch, a tensor or any nest of tensors; the closure is then called with it, ``closure(batch)``,
-                and in the passes of the flatness term with its first `flatness_fraction`, as
-                `gam_fused.step.batches.part_of` cuts it. Samples stand in random order, and the loss is their mean.
+                backward on it (any method but ``exact``), or without (any method; the optimizer then calls it); alone, or as
+                ``(loss, ...)`` or ``{"loss": loss, ...}`` with whatever else you want from the unperturbed pass. It is
+                called once per pass and may call `zero_grad`. Without a closure, `step` only creates the optimizer state,
+                if every lr and every gradient is zero (which is how torch.distributed.checkpoint does that); otherwise that
+                is an error.
+            batch: the mini-batch, a tensor or any nested structure of tensors; the closure is then called with it,
+                ``closure(batch)``, and in the passes of the flatness term with its first `flatness_fraction`, as
+                `gam_fused.step.batches.part_of` slices it. Samples must be in random order, and the loss must be their mean.
 
         Returns:
             What the closure returned in pass 1, at the unperturbed weights, every tensor in it detached: in tuples, lists,
@@ -227,7 +230,7 @@ class FusedGAM(Optimizer):
         Raises:
             RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients; the
                 last step failed on this rank alone.
-            ValueError: a hyperparameter changed to something that cannot work; `flatness_fraction` below 1 without a batch;
+            ValueError: a hyperparameter was changed to an invalid value; `flatness_fraction` below 1 without a batch;
                 a batch whose tensors disagree about its length; optimizer state made in ``torch.inference_mode()``.
         """
         if batch is not None and closure is not None:
@@ -280,7 +283,7 @@ class FusedGAM(Optimizer):
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
-        """The scaler that the losses are scaled by; it can be set, for loops that make their own."""
+        """The scaler that losses are scaled with; it can be set, for loops that create their own."""
         scaler: torch.amp.GradScaler | None = self.session.loss_scaling.scaler
         return scaler
 
@@ -293,7 +296,7 @@ class FusedGAM(Optimizer):
 
     @property
     def generators(self) -> tuple[Any, ...]:
-        """Generators of the user's own that are replayed; they can be set."""
+        """The user's own generators, which are replayed too; they can be set."""
         return self.session.generators
 
     @generators.setter
@@ -302,7 +305,7 @@ class FusedGAM(Optimizer):
 
     @property
     def rho_key(self) -> str:
-        """The entry of param groups that holds GAM's radius: "rho", or "gam_rho" where the base has a rho of its own."""
+        """The param group entry that holds GAM's radius: "rho", or "gam_rho" if the base has a rho of its own."""
         return self.session.entries.rho_key
 
     def _refuse_rho(self, _: Any) -> None:
@@ -315,7 +318,7 @@ class FusedGAM(Optimizer):
         key = self.rho_key
         return f"is an entry of each param group: for group in optimizer.param_groups: group[{key!r}] = ..."
 
-    # What it tells.
+    # What it reports.
 
     @property
     def skipped_steps(self) -> int:
@@ -325,7 +328,7 @@ class FusedGAM(Optimizer):
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step saw, as 0-d tensors on the device, without waiting for it.
 
-        The figures are listed at `gam_fused.step.diagnostics.diagnose`. With sharded parameters every rank must call it.
+        `gam_fused.step.diagnostics.diagnose` lists the entries. With sharded parameters every rank must call it.
 
         Raises:
             RuntimeError: before the first step.
@@ -414,12 +417,12 @@ class FusedGAM(Optimizer):
         return torch_private.after_state_dict(self, checkpoint.save(self.session, self.settings))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, or a checkpoint of the base optimizer's class, of any age.
+        """Loads what `state_dict` returned, or a checkpoint of the base optimizer's class from any torch version.
 
-        A state dict of another method: the optimizer keeps its own method and hyperparameters of GAM.
+        With a state dict of another method, the optimizer keeps its own method and GAM hyperparameters.
 
         Raises:
-            ValueError, TypeError: what cannot be loaded, named. Nothing has changed then.
+            ValueError, TypeError: the state dict does not fit, with the reason. Nothing has changed then.
         """
         if self.session.running.locked():
             raise RuntimeError(

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class ProportionalRho:
     """rho follows the learning rate between two bounds, in every param group (Zhuang et al., ICLR 2022, section 4).
 
-    rho = min_rho + (max_rho - min_rho) * (lr - min_lr) / (max_lr - min_lr), held at the bounds outside of them. Theorem 4.4
-    of the GAM paper asks for rho_t and lr_t that shrink together.
+    rho = min_rho + (max_rho - min_rho) * (lr - min_lr) / (max_lr - min_lr), clamped to the bounds. Theorem 4.4 of the GAM
+    paper requires rho_t and lr_t to shrink together.
 
     Args:
         optimizer: a `FusedGAM`.
@@ -26,7 +26,7 @@ class ProportionalRho:
     Call `step()` after the learning rate scheduler's.
 
     Raises:
-        ValueError: bounds that are negative, not finite, or the wrong way round.
+        ValueError: bounds that are negative, not finite, or in the wrong order.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ProportionalRho:
         self.step()
 
     def step(self) -> None:
-        """Set each group's rho from its learning rate as it stands now."""
+        """Set each group's rho from its current learning rate."""
         for i, group in enumerate(self.optimizer.param_groups):
             max_lr = self.max_lrs[min(i, len(self.max_lrs) - 1)]
             fraction = (float(group["lr"]) - self.min_lr) / (max_lr - self.min_lr)
@@ -54,5 +54,5 @@ class ProportionalRho:
         return {k: v for k, v in self.__dict__.items() if k != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave."""
+        """Loads what `state_dict` returned."""
         self.__dict__.update(state_dict)

@@ -1,4 +1,4 @@
-"""Hyperparameters of GAM, each named here once: what a method takes, what was given, and the checks of both."""
+"""GAM's hyperparameters, each named here once: what a method takes, what the user gave, and the checks of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gam_fused.checks import are_constants, number, one_of, optional, whole
 
 ORACLES = ("loss", "sam")
 PERTURB_SYNC = ("global", "local")
-# Those that methods have defaults of their own for, or no use for.
+# Those for which a method has its own default, or no use.
 OF_METHODS = ("rho", "rho_prime", "alpha", "beta", "gamma")
 # Those a schedule may change during training, so that checkpoints hold them (rho and lr are entries of param groups). The
 # flatness term's bound and its part of the batch came later: older checkpoints do not have them.
@@ -24,11 +24,11 @@ Weight = float | tuple[float, float]
 
 @dataclass(frozen=True)
 class Takes:
-    """The hyperparameters that a method takes, with their defaults. None: it has no use for that one.
+    """The hyperparameters that a method takes, with their defaults. None: the method does not use it.
 
     Attributes:
         pairs: whether `alpha` and `beta` are Algorithm 2's: convex weights, or pairs of weights.
-        oracle: whether the direction has a term h_loss, which the SAM oracle can take the place of.
+        oracle: whether the direction has a term h_loss, which the SAM oracle can replace.
         bound: whether the direction is h_loss + alpha h_norm, whose second term can be bounded. max_ratio: the bound.
     """
 
@@ -50,13 +50,13 @@ class Takes:
 
 @dataclass(frozen=True)
 class Settings:
-    """All hyperparameters of one optimizer, but those that belong to the base optimizer.
+    """All hyperparameters of one optimizer, except the base optimizer's.
 
-    What they mean is in the docstring of `FusedGAM`. They hold what the user gave, so that it is shown and scheduled as it
-    was given; `checked` is what a step works with.
+    The docstring of `FusedGAM` explains them. They hold the values as the user gave them, to be shown and scheduled in that
+    form; a step uses those that `checked` returns.
 
     Attributes:
-        rho: of param groups that do not say otherwise.
+        rho: of param groups that do not set their own.
     """
 
     method: str = "finite_difference"
@@ -79,13 +79,13 @@ class Settings:
     backend: str = "auto"
 
     def resolved(self, takes: Mapping[str, Takes]) -> Settings:
-        """With the method's defaults in the place of what was not given, all checked.
+        """With the method's defaults for what was not given, all checked.
 
         Args:
             takes: what each method takes.
 
         Raises:
-            ValueError: an unknown method, a value out of range, or one that the method has no use for.
+            ValueError: an unknown method, a value out of range, or one that the method does not use.
             TypeError: a value of the wrong type.
         """
         one_of("method", self.method, tuple(takes))

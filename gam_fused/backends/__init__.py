@@ -23,12 +23,12 @@ BACKENDS = ("auto", *_BACKENDS)
 
 
 def available_backends() -> dict[str, str]:
-    """Each backend's name with "" where it is there, else the reason why it is not and how to get it."""
+    """Each backend's name with "" if it is available, else the reason why it is not, and how to get it."""
     return {name: module.reason() for name, (module, _) in _BACKENDS.items()}
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError for an unknown name, RuntimeError with the reason for a backend that is not there."""
+    """Raises ValueError for an unknown name, RuntimeError with the reason for a backend that is not available."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
     if backend != "auto" and (why := _BACKENDS[backend][0].reason()):
