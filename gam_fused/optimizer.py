@@ -90,8 +90,9 @@ class FusedGAM(Optimizer):
             ``perturb_sync="local"`` each rank bounds its own term.
         flatness_fraction: the fraction of the mini-batch on which the flatness term is computed, for
             ``step(closure, batch)``: h_loss uses the whole mini-batch, each further gradient the part only, compared with
-            q0 = grad L(theta) on the part. Four passes become 1 + 4 flatness_fraction; ``sam``, ``gsam`` and ``gradient_penalty`` take 1 + 2
-            flatness_fraction. In ``accelerated``, ``gsam`` and ``sam``, g0 + (q_i - q0) replaces g_i.
+            q0 = grad L(theta) on the part. Four passes become 1 + 4 flatness_fraction; ``sam``, ``gsam`` and
+            ``gradient_penalty`` take 1 + 2 flatness_fraction. In ``accelerated``, ``gsam`` and ``sam``, g0 + (q_i - q0)
+            replaces g_i.
         xi: added to norms in denominators, as in the paper. (`eps` is the base optimizer's.)
         adaptive: element-wise scaling as in ASAM: norms are those of g*|theta|, perturbations are rho theta^2 g/norm.
         oracle: ``"loss"``, or ``"sam"``: h_loss = grad L(theta + sam_rho g0/|g0|), the paper's SAM + GAM

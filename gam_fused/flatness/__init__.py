@@ -2,18 +2,18 @@
 
 Every measure takes `loss_fn` and `params` first:
 
-    loss_fn   () -> 0-d real tensor, the loss at the parameters' present values, without a call of backward; or a mean over
+    loss_fn   () -> 0-d real tensor: the loss at the parameters' current values, without calling backward; or the mean over
               the mini-batches of a loader, `over_batches(model, criterion, loader)`.
-    params    the floating-point leaf tensors to differentiate by or to move (of several dtypes and devices, if need be), or
-              a module: its trainable parameters. With `over_batches` they may be left out: those of its model.
+    params    the floating-point leaf tensors to differentiate by or to move (possibly of several dtypes and devices), or
+              a module, which means its trainable parameters. With `over_batches` the default is the model's parameters.
 
-All passes of a measure see the same loss: torch's generators (of the CPU and the parameters' devices), Python's and numpy's
-are put back before each, and so are the buffers of a module given as `params` or to `over_batches`. Afterwards weights,
-`p.grad`, `requires_grad`, generators, buffers and training modes are what they were, bit for bit, whatever ended it, its
-result, an error in any pass or Ctrl-C. With a plain `loss_fn` and a list of tensors the model is not known, so its
-buffers and modes are yours: call `model.eval()` before.
+All passes of a measure see the same loss: the RNG states of torch (on the CPU and the parameters' devices), Python and numpy
+are restored before each, and so are the buffers of a module passed as `params` or to `over_batches`. Afterwards weights,
+`p.grad`, `requires_grad`, generators, buffers and training modes are as before, bit for bit, also after an error in any
+pass or Ctrl-C. With a plain `loss_fn` and a list of tensors the model is not known, so its buffers and modes are not
+managed: call `model.eval()` first.
 
-Random vectors come from a generator of their own, seeded by `seed`: equal seeds give equal results. All norms are L2 over
+Random vectors come from a separate generator, seeded by `seed`: equal seeds give equal results. All norms are L2 over
 all `params` together. Biases are moved like any other weight unless left out of `params`. Callers may be under
 `torch.no_grad` or `torch.inference_mode`.
 """

@@ -29,32 +29,33 @@ def over_batches(
 ) -> BatchedLoss:
     """The mean loss over the samples of `loader`, for any measure: `hessian_trace(over_batches(model, criterion, loader))`.
 
-    Losses, gradients and Hessian-vector products are added up over mini-batches, in float32 or wider, and weighted by the
-    number of samples, so that the memory is that of one mini-batch. Each pass goes over the loader once, and all passes see
-    the same: generators are put back before each, so that a loader that shuffles or augments does so alike, and so are
-    buffers. After a measure all is as before: weights, `p.grad`, `requires_grad`, buffers, each module's training mode,
-    torch's generators of the CPU and of the model's devices, Python's, numpy's and the loader's own.
+    Losses, gradients and Hessian-vector products are accumulated over mini-batches, in float32 or wider, weighted by the
+    number of samples, so that memory use is that of one mini-batch. Each pass iterates over the loader once, and all passes
+    see the same data: RNG states are restored before each, so that a loader shuffles and augments in the same way, and so
+    are buffers. After a measure everything is as before: weights, `p.grad`, `requires_grad`, buffers, each module's training
+    mode, and the generators of torch (on the CPU and the model's devices), Python, numpy and the loader.
 
-    Calling the result gives the mean loss at the present weights, a 0-d float64 tensor without a gradient.
+    Calling the result gives the mean loss at the current weights, a 0-d float64 tensor without a gradient.
 
     Args:
-        model: of any dtype and device. DistributedDataParallel, DataParallel and torch.compile are taken off: what is
-            measured is the module inside.
+        model: of any dtype and device. DistributedDataParallel, DataParallel and torch.compile wrappers are removed: the
+            module inside is measured.
         criterion: (model's output, target) -> the mean loss over the mini-batch, 0-d; mini-batches are then (input, target)
-            or (inputs..., target). None: the model returns the loss itself, from a dict of its arguments, as those of
-            Hugging Face do: as `.loss`, `["loss"]` or the first of a tuple.
-        loader: a DataLoader, or a list of mini-batches; it is gone over once per pass. Tensors in it move to the device of
-            the model's first parameter.
-        batch_loss: (model, mini-batch) -> its mean loss, in the place of `criterion` (which is then None).
-        batches: only that many of the first mini-batches, in every pass.
-        training: measure in training mode (batch norm by the mini-batch, dropout by the same masks in every pass).
-        all_ranks: the mean over all ranks of a process group: the model's, where it is a DistributedDataParallel, otherwise
-            the default one. Each rank gives its own part of the data, and all must call the same measures.
-        generators: others that the loader or the model draws from, as for `FusedGAM`.
+            or (inputs..., target). None: the model is called with a dict of its arguments and returns the loss itself, as
+            Hugging Face models do: as `.loss`, `["loss"]` or the first of a tuple.
+        loader: a DataLoader, or a list of mini-batches; every pass iterates over it once. Tensors in it are moved to the
+            device of the model's first parameter.
+        batch_loss: (model, mini-batch) -> its mean loss, instead of `criterion` (which is then None).
+        batches: use only this many of the first mini-batches, in every pass.
+        training: measure in training mode (batch norm with the mini-batch's statistics, the same dropout masks in every
+            pass).
+        all_ranks: take the mean over all ranks of a process group: the model's, if it is a DistributedDataParallel,
+            otherwise the default one. Each rank passes its own part of the data, and all must call the same measures.
+        generators: other generators that the loader or the model draws from, as for `FusedGAM`.
 
     Raises:
-        TypeError: a loader that can be gone over only once, or, with `all_ranks`, whose ranks communicate; `criterion` and
-            `batch_loss`, or neither where the model is not given its arguments by name.
+        TypeError: a loader that can be iterated over only once, or, with `all_ranks`, whose ranks communicate; both
+            `criterion` and `batch_loss`, or neither although mini-batches do not name the model's arguments.
         RuntimeError: `all_ranks` without a process group.
     """
     if isinstance(loader, Iterator):  # iter(loader) would draw a random number from a DataLoader's generator

@@ -17,9 +17,9 @@ from gam_fused.flatness.vectors import check_positive, generator
 
 
 class SpectralDensity(NamedTuple):
-    """Quadratures of the spectrum: float64 `nodes` (eigenvalues) and `weights` (parts of all eigenvalues), [probes, steps].
+    """Quadratures of the spectrum: float64 `nodes` (eigenvalues) and `weights` (fractions of them), [probes, steps].
 
-    Each row of `weights` adds up to 1. Where a probe ended early, the rest of its row has weight 0.
+    Each row of `weights` adds up to 1. If a probe ended early, the rest of its row has weight 0.
     """
 
     nodes: Tensor
@@ -49,14 +49,15 @@ def spectral_density(
 ) -> SpectralDensity:
     """All eigenvalues of the Hessian as a density, by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
 
-    phi(t) = 1/N sum_i delta(t - lambda_i) is, in the mean over random unit vectors v, sum_i (v . u_i)^2 delta(t - lambda_i);
+    phi(t) = 1/N sum_i delta(t - lambda_i) is the mean of sum_i (v . u_i)^2 delta(t - lambda_i) over random unit vectors v.
     `steps` of Lanczos iteration from v give a Gauss quadrature of that: nodes are the eigenvalues of the tridiagonal matrix,
-    weights the squared first elements of its eigenvectors. The ends of the spectrum come out sharp, its bulk as moments.
+    weights the squared first elements of its eigenvectors. The ends of the spectrum are sharp, its bulk has the right
+    moments.
 
     Args:
         loss_fn, params: see `gam_fused.flatness`; N elements in all. A plain `loss_fn` is called once.
-        probes: number of random vectors; the spread of their rows tells the error.
-        steps: products per probe; as many vectors of N elements are kept.
+        probes: number of random vectors; the spread of their rows indicates the error.
+        steps: Hessian-vector products per probe; as many vectors of N elements are kept.
         seed: of the random vectors.
         progress: True, or a function of (done, total), per product.
 

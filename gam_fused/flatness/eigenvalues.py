@@ -31,18 +31,20 @@ def hessian_eigenvalues(
     """The `k` largest eigenvalues (largest algebraically, not in magnitude) of the Hessian, in descending order.
 
     At a minimum the largest is lambda_max of equation (4): the first-order flatness over rho^2. Section 5.4 shows 50 of
-    them. Computed by Lanczos iteration with full reorthogonalisation and thick restarts, on products by double backward.
+    them. Computed by Lanczos iteration with full reorthogonalisation and thick restarts; Hessian-vector products use double
+    backward.
 
     Args:
-        loss_fn, params: see `gam_fused.flatness`; N elements in all. A plain `loss_fn` is called once. Double backward goes
-            through every kernel of the model, which must have a second derivative.
+        loss_fn, params: see `gam_fused.flatness`; N elements in all. A plain `loss_fn` is called once. Every
+            operator of the model must support double backward.
         k: how many, 1 <= k <= N.
-        tolerance: it ends when |H v - lambda v| <= tolerance * |lambda| for each; an eigenvalue's own error is then at most
-            that, and about its square over the gap to the next eigenvalue. For k > 1 it goes on from a random vector, to
-            find multiple eigenvalues, and neglects what was left of the residuals: they may be up to twice that.
+        tolerance: the iteration ends when |H v - lambda v| <= tolerance * |lambda| for each; the error of an eigenvalue is
+            then at most that, and about its square over the gap to the next eigenvalue. For k > 1 the iteration continues
+            from a random vector, to find multiple eigenvalues, and neglects the remaining residuals: they may be up to twice
+            that.
         max_iterations: Hessian-vector products per eigenvalue. At most 2 k + 40 vectors of N elements are kept.
         seed: of the random start vector.
-        progress: True, or a function of (done, total), per product; total is the limit, which is rarely reached.
+        progress: True, or a function of (done, total), per product; total is the maximum, which is rarely reached.
 
     Returns:
         float64 tensor [k], in units of loss per squared unit of weight, on the first parameter's device.

@@ -26,16 +26,16 @@ def finite_difference_hvp(
     """Hessian . vector ~ |vector| (grad L(theta + rho' vector/|vector|) - grad L(theta)) / rho', Appendix D.
 
     Two plain gradients and no double backward, so it works where second derivatives are missing. Both passes see the same
-    random numbers. Afterwards weights are as before, bit for bit, and generators as one pass leaves them (after an
-    exception: as before); `p.grad` of the parameters is not touched.
+    random numbers. Afterwards weights are as before, bit for bit, and RNG states as after one pass (after an exception: as
+    before); `p.grad` of the parameters is not touched.
 
     Args:
         loss_fn: returns the 0-d loss at the current weights, without calling backward.
         params: tensors that require a gradient.
         vector: one tensor per parameter, of its shape.
-        rho_prime: length of the probing step, in the units of the weights. Small ones drown in rounding, large ones in
-            higher derivatives.
-        preserve_rng_state: replay dropout masks in the second pass.
+        rho_prime: step length of the finite difference, in the units of the weights. If it is too short, rounding dominates;
+            if it is too long, higher derivatives do.
+        preserve_rng_state: replay random numbers, such as dropout masks, in the second pass.
         generators: generators of your own that `loss_fn` draws from, as for `FusedGAM`.
 
     Returns:

@@ -30,10 +30,10 @@ def loss_landscape(
     Args:
         loss_fn, params: see `gam_fused.flatness`.
         directions: 1 or 2 for that many random directions, filter-normalised as in Li et al. 2018: each filter (row of the
-            first axis) is as long as the weights' own, and tensors of fewer than two axes (biases, norms) stay. Or one or
-            two given directions, each a list of tensors shaped like `params`, used as they are.
-        radius: half the width of the grid, in lengths of the directions; > 0.
-        points: per axis, at least 2; odd counts contain theta itself.
+            first axis) has the norm of the weights' filter, and tensors with fewer than two axes (biases, normalization) are
+            not moved. Or one or two given directions, each a list of tensors shaped like `params`, used unchanged.
+        radius: half the width of the grid, in units of the directions' lengths; > 0.
+        points: per axis, at least 2; an odd number includes theta itself.
         seed: of the random directions.
         progress: True, or a function of (done, total), per loss.
 
@@ -42,7 +42,7 @@ def loss_landscape(
         `torch.linspace(-radius, radius, points)`. Losses that are not finite are kept.
 
     Raises:
-        ValueError: a number or shape of directions, radius or number of points that is not allowed.
+        ValueError: an invalid number or shape of directions, radius or number of points.
     """
     check_positive(radius=radius)
     if whole("points", points, minimum=1) < 2:

@@ -32,10 +32,10 @@ def local_minima_density(
 ) -> MinimaDensity:
     """Section 5.1: how many local minima and maxima lie within `radius` along random directions.
 
-    From theta the weights move along a random direction in steps of norm `step`; a point counts whose loss is strictly below
-    (above) that of both its neighbours, so theta and the last point never count.
+    From theta the weights move along a random direction in steps of norm `step`. A point counts if its loss is strictly
+    below (above) that of both its neighbours, so theta and the last point never count.
 
-    `directions` * `radius` / `step` losses, each one forward pass without a graph; 1,000 at the paper's settings.
+    Costs `directions` * `radius` / `step` losses, each one forward pass without a graph; 1,000 with the paper's settings.
 
     Args:
         loss_fn, params: see `gam_fused.flatness`.
@@ -49,7 +49,7 @@ def local_minima_density(
         `MinimaDensity(minima, maxima)`.
 
     Raises:
-        ValueError: `directions`, `step` or `radius` not allowed.
+        ValueError: an invalid value of `directions`, `step` or `radius`.
     """
     whole("directions", directions, minimum=1)
     check_positive(step=step, radius=radius)

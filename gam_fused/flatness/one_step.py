@@ -1,4 +1,4 @@
-"""Zeroth- and first-order flatness by the one step that SAM and GAM take themselves."""
+"""Zeroth- and first-order flatness, estimated by the single ascent step of SAM and GAM."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from gam_fused.flatness.vectors import check_finite, check_positive, move_to, no
 
 
 def zeroth_order_estimate(loss_fn: LossFunction, params: Parameters = None, rho: float = 0.05) -> Tensor:
-    """R0 by one step, as SAM takes it: L(theta + rho g/|g|) - L(theta), g = grad L(theta).
+    """R0 estimated by SAM's single ascent step: L(theta + rho g/|g|) - L(theta), g = grad L(theta).
 
-    One gradient and one loss. Below R0 up to rounding; it may be negative, and is 0 where g is.
+    Costs one gradient and one loss. At most R0, up to rounding; it may be negative, and is 0 if g is.
 
     Args:
         loss_fn, params, rho: as in `zeroth_order_flatness`.
 
     Returns:
-        0-d float64 tensor on the CPU, in units of loss; not finite where the loss there is not.
+        0-d float64 tensor on the CPU, in units of loss; not finite if the loss at the perturbed point is not.
 
     Raises:
         ValueError: `rho` not above 0, or a loss or gradient at theta that is not finite.
@@ -35,15 +35,15 @@ def zeroth_order_estimate(loss_fn: LossFunction, params: Parameters = None, rho:
 
 
 def first_order_estimate(loss_fn: LossFunction, params: Parameters = None, rho: float = 0.05) -> Tensor:
-    """R1 by one step, equation (7): rho |grad L(theta + rho f/|f|)|, f = grad |grad L(theta)| (equation 8).
+    """R1 estimated by a single step, equation (7): rho |grad L(theta + rho f/|f|)|, f = grad |grad L(theta)| (equation 8).
 
-    Two gradients and one Hessian-vector product. Below R1 up to rounding; rho |g| where f is 0.
+    Costs two gradients and one Hessian-vector product. At most R1, up to rounding; rho |g| if f is 0.
 
     Args:
         loss_fn, params, rho: as in `zeroth_order_flatness`.
 
     Returns:
-        0-d float64 tensor on the CPU, in units of loss; not finite where the gradient there is not.
+        0-d float64 tensor on the CPU, in units of loss; not finite if the gradient at the perturbed point is not.
 
     Raises:
         ValueError: `rho` not above 0, or a gradient or f at theta that is not finite.

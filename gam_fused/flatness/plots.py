@@ -1,7 +1,7 @@
-"""Pictures of the measures' results, with matplotlib, which is imported when the first is drawn: `pip install matplotlib`.
+"""Plots of the measures' results with matplotlib, which is imported at the first plot: `pip install matplotlib`.
 
-Every function takes results, draws on `ax`, or on the axes of a new figure, and returns it: `ax.figure.savefig(...)`.
-A `label` puts several results in one picture: call it once for each, then `ax.legend()`.
+Every function takes results, draws on `ax` or on the axes of a new figure, and returns the axes: `ax.figure.savefig(...)`.
+To show several results in one plot, call the function once for each with a `label`, then `ax.legend()`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def spectral_density(
     Args:
         result: of `spectral_density`.
         width: standard deviation of the Gaussians, in units of eigenvalues; a hundredth of the spectrum's extent by default.
-        points: of the curve.
+        points: number of points of the curve.
     """
     ax = _axes(ax)
     low, high = float(result.nodes.min()), float(result.nodes.max())

@@ -46,16 +46,16 @@ def zeroth_order_flatness(
 ) -> Tensor:
     """Equation (2), R0: the largest increase of the loss within distance `rho`, max of L(theta') - L(theta) over the ball.
 
-    A lower bound of the maximum: the best point that gradient ascent, projected back to the ball after every step, passes.
+    A lower bound of the maximum: the best point on the path of gradient ascent, projected onto the ball after every step.
 
     Args:
         loss_fn, params: see `gam_fused.flatness`.
         rho: radius of the ball, in units of weight; > 0.
         steps: ascent steps per start; each costs one gradient.
         step_size: length of a step as a fraction of `rho`.
-        restarts: ascents after the first, which leaves theta itself (or a random point where the gradient vanishes). They
-            leave points on the sphere of radius `rho`: the mirror image of where the first ended (near a minimum both ends
-            of the steepest direction are local maxima), then random ones.
+        restarts: ascents after the first one, which starts at theta itself (or at a random point if the gradient vanishes).
+            They start on the sphere of radius `rho`: at the mirror image of where the first ended (near a minimum both ends
+            of the steepest direction are local maxima), then at random points.
         seed: of the random points.
         progress: True, or a function of (done, total), per gradient.
 
@@ -64,7 +64,7 @@ def zeroth_order_flatness(
 
     Raises:
         ValueError: `rho` or `step_size` not above 0, `steps` below 1, `restarts` below 0, or a loss at theta that is not
-            finite. Elsewhere points where it is not are passed over.
+            finite. Other points with a non-finite loss are ignored.
     """
     search = _Search(rho, steps, step_size, restarts, seed, progress)
     base, best = _climb(loss_fn, params, Objective.gradient, search, "zeroth_order_flatness")

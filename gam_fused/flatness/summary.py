@@ -1,4 +1,4 @@
-"""The figures of flatness that a training log wants, as floats."""
+"""The main flatness measures as floats, for training logs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def report(
     progress: ProgressArgument = False,
     **how: Any,
 ) -> dict[str, float]:
-    """Is this minimum flatter? Each measure once, coarsely, over a loader's mini-batches, as floats that can be logged.
+    """Is this minimum flatter? Each measure once, coarsely, over a loader's mini-batches, as floats to log.
 
-    With S steps, R restarts and K products of Lanczos iteration (10 to 20), these are (1 + R)(1 + S) gradients for R0, as
-    many and their Hessian-vector products for R1, and K + `samples` products.
+    With S steps, R restarts and K Lanczos iterations (10 to 20), this costs (1 + R)(1 + S) gradients for R0, as many
+    gradients and Hessian-vector products for R1, and K + `samples` products.
 
     Args:
         model, criterion, loader: as for `over_batches`, which takes `how`: batch_loss, batches, training, all_ranks,
@@ -47,7 +47,7 @@ def report(
 
     Returns:
         ``loss``; ``gradient_norm``; ``zeroth_order_flatness`` (R0, equation 2); ``first_order_flatness`` (R1, equation 3);
-        ``largest_eigenvalue`` (equation 4); ``trace`` and its ``trace_error``. NaN where the loss, its gradient or its
+        ``largest_eigenvalue`` (equation 4); ``trace`` and its ``trace_error``. NaN if the loss, its gradient or its
         curvature is not finite.
 
     Raises:

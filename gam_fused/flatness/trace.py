@@ -35,24 +35,24 @@ def hessian_trace(
 ) -> TraceEstimate:
     """The trace of the Hessian, tr H = sum of its eigenvalues, from `samples` Hessian-vector products (section 5.4).
 
-    "hutchinson": the mean of v . H v over random vectors v of signs; its error falls as one over the root of `samples`.
+    "hutchinson": the mean of v . H v over random sign vectors v; its error falls as one over the square root of `samples`.
 
-    "hutch++" (Meyer, Musco, Musco & Woodruff 2021): a third of the products finds an orthonormal basis Q of H's large
-    eigenvalues, a third gives their part tr Q'HQ exactly, and a third is Hutchinson's estimate on the rest. Better where few
-    eigenvalues are large, as after training. Keeps `samples`/3 vectors of N elements.
+    "hutch++" (Meyer, Musco, Musco & Woodruff 2021): a third of the products finds an orthonormal basis Q of the subspace of
+    H's large eigenvalues, a third gives their share tr Q'HQ exactly, and a third is Hutchinson's estimate on the rest. More
+    accurate if few eigenvalues are large, as after training. Keeps `samples`/3 vectors of N elements.
 
-    For N(0, sigma^2) noise on the weights the expected increase of the loss is sigma^2 / 2 times the trace, to second order.
+    With N(0, sigma^2) noise on the weights, the loss increases by sigma^2 / 2 times the trace on average, to second order.
 
     Args:
         loss_fn, params: see `gam_fused.flatness`. A plain `loss_fn` is called once.
-        samples: number of Hessian-vector products: at least 2, "hutch++" 6. For a diagonal Hessian 2 are exact.
+        samples: number of Hessian-vector products: at least 2, for "hutch++" 6. 2 are exact for a diagonal Hessian.
         method: one of the two above.
         seed: of the random signs.
         progress: True, or a function of (done, total), per product.
 
     Returns:
         `TraceEstimate(estimate, standard_error)`, float64, in units of loss per squared unit of weight. The error is that of
-        the random vectors; of "hutch++", given Q.
+        the random vectors; for "hutch++", given Q.
 
     Raises:
         ValueError: `samples` too small, an unknown `method`, or a loss or product that is not finite.

@@ -5,8 +5,8 @@
         loss = step(x, y)
         scheduler.step()
 
-What changes between steps lives on the device: inputs are copied into the graph's own, and the coefficient tables are
-brought up to date before a replay, so schedules of lr, rho, rho_prime, alpha, ... act as in eager steps.
+What changes between steps is kept on the device: inputs are copied into the graph's own tensors, and the coefficient tables
+are updated before a replay, so that schedules of lr, rho, rho_prime, alpha, ... work as in eager steps.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def capture_step(
 
     Args:
         optimizer: a `FusedGAM` with a fused base (torch's SGD, Adam or AdamW), parameters on one CUDA device.
-        loss_fn: computes the 0-d loss of one mini-batch, as a closure of `step` does: on the device alone, without asking
-            the host for a value, and in the same way every time.
-        example_inputs: tensors of the shapes and dtypes that all later inputs have. They are copied to the device, so they
-            may lie on the CPU (in pinned memory, for copies that do not wait).
-        warmup: eager steps before the capture, at least 2, which let libraries choose and allocate. They are undone:
-            weights, buffers of `model`, optimizer state and generators are as before.
-        pool: a memory pool to share, as `torch.cuda.graph` takes it.
+        loss_fn: computes the 0-d loss of one mini-batch, as a closure of `step` does: on the device alone, without
+            synchronizing with the host, and in the same way every time.
+        example_inputs: tensors with the shapes and dtypes of all later inputs. They are copied to the device, so they
+            may be on the CPU (in pinned memory, for asynchronous copies).
+        warmup: eager steps before the capture, at least 2, in which libraries choose algorithms and allocate memory. They
+            are undone: weights, buffers of `model`, optimizer state and generators are as before.
+        pool: a memory pool to share, as for `torch.cuda.graph`.
 
     Returns:
-        A callable: inputs to the loss of the unperturbed pass.
+        A callable that takes the inputs and returns the loss of the unperturbed pass.
 
     Raises:
-        TypeError, ValueError: what cannot be in a graph, named: a base optimizer that is not fused (it must ask the host),
+        TypeError, ValueError: what cannot be in a graph, named: a base optimizer that is not fused (it needs the host),
             ``method="exact"``, a `grad_scaler` (use bf16), ``backend="reference"``, ``perturb_sync="local"``, sharded
             parameters, parameters on the CPU or on several devices.
         RuntimeError: no CUDA device.
@@ -72,9 +72,9 @@ def capture_step(
 class CapturedStep:
     """What `capture_step` returns. Hooks, `diagnostics` and `skipped_steps` of the optimizer work as with eager steps.
 
-    Where param groups, optimizer state (`load_state_dict`), or a setting that changes the passes (`method`, `adaptive`, ...)
-    have been replaced since the capture, the next call captures anew. The same module in train and in eval mode needs two.
-    Numbers that `loss_fn` draws on the CPU, or computes in Python, are those of the capture in every replay.
+    If param groups, optimizer state (`load_state_dict`), or a setting that changes the passes (`method`, `adaptive`, ...)
+    have been replaced since the capture, the next call captures again. The same module in train and in eval mode needs two
+    captured steps. Numbers that `loss_fn` draws on the CPU, or computes in Python, are those of the capture in every replay.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class CapturedStep:
         self._capture()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """One step. Returns the loss of pass 1, a tensor of the caller's.
+        """One step. Returns the loss of pass 1, as a tensor that later steps do not overwrite.
 
         Raises:
-            TypeError, ValueError: inputs that differ from the example's in number, shape or dtype.
+            TypeError, ValueError: inputs that differ from the examples in number, shape or dtype.
         """
         _check_inputs(inputs)
         _check_same_kind(inputs, self.inputs)

@@ -1,8 +1,8 @@
 """Helpers for training loops of other packages; each is imported on demand and needs only its own package.
 
 `gam_fused.integrations.lightning.GAMCallback` and `gam_fused.integrations.transformers.GAMTrainerMixin`. Accelerate needs
-none, or `all_micro_batches` and `BatchClosure`. `flatness_log`, `lightning_flatness` and `transformers_flatness` log
-diagnostics and flatness during training. This file imports nothing of them.
+no helper, or `all_micro_batches` and `BatchClosure`. `flatness_log`, `lightning_flatness` and `transformers_flatness` log
+diagnostics and flatness during training. This file imports none of them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Diagnostics of the optimizer and the flatness of the minimum, logged during training, in a loop of one's own.
+"""Logs the optimizer's diagnostics and the flatness of the minimum during training, in your own loop.
 
     log = FlatnessLog(model, criterion, loader, optimizer, write=wandb.log, every_steps=100)
     for batch in data:
         optimizer.step(closure, batch)
         log.after_step()
 
-Lightning and the Hugging Face Trainer have callbacks that do so: `integrations.lightning_flatness`,
+For Lightning and the Hugging Face Trainer there are callbacks: `integrations.lightning_flatness`,
 `integrations.transformers_flatness`.
 """
 
@@ -25,11 +25,12 @@ from gam_fused.optimizer import FusedGAM
 def figures(
     model: nn.Module, criterion: Callable[..., Tensor] | None, loader: Iterable[Any], optimizer: Any = None, **how: Any
 ) -> dict[str, float]:
-    """What a log wants, once: `flatness/...`, all of `gam_fused.flatness.report`, and `gam/...`, all of `diagnostics()`.
+    """All values to log, once: `flatness/...` from `gam_fused.flatness.report`, and `gam/...` from `diagnostics()`.
 
     Args:
         model, criterion, loader, how: as for `gam_fused.flatness.report`.
-        optimizer: a `FusedGAM`, or what Accelerate has made of one. Without a step yet, or another optimizer: no `gam/...`.
+        optimizer: a `FusedGAM`, or Accelerate's wrapper of one. Before the first step, or with another optimizer, there is
+            no `gam/...`.
 
     Raises:
         TypeError, ValueError: as `gam_fused.flatness.report`.
@@ -62,12 +63,12 @@ class Every:
 
 
 class FlatnessLog:
-    """Calls `write` with `figures` every so many steps and epochs.
+    """Calls `write` with the result of `figures`, every `every_steps` steps and every `every_epochs` epochs.
 
     Args:
-        model, criterion, loader, optimizer, how: as for `figures`. A part of the training data will do: `batches=4`.
+        model, criterion, loader, optimizer, how: as for `figures`. A part of the training data is enough: `batches=4`.
         write: called with a dict of floats.
-        every_steps, every_epochs: None: not after steps, or epochs.
+        every_steps, every_epochs: None disables logging after steps, or after epochs.
 
     Raises:
         ValueError: neither `every_steps` nor `every_epochs`.
@@ -90,13 +91,13 @@ class FlatnessLog:
         self._steps = self._epochs = 0
 
     def after_step(self) -> None:
-        """One optimizer step is done."""
+        """Call this after every optimizer step."""
         self._steps += 1
         if self._every.step(self._steps):
             self._write(self._figures())
 
     def after_epoch(self) -> None:
-        """One epoch is done."""
+        """Call this after every epoch."""
         self._epochs += 1
         if self._every.epoch(self._epochs):
             self._write(self._figures())

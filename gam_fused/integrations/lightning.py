@@ -4,9 +4,9 @@
         def configure_optimizers(self):
             return FusedGAM(self, torch.optim.SGD, lr=0.1, momentum=0.9)
 
-Without the callback, fp32 and bf16 train correctly too as long as gradients are neither accumulated nor clipped and no hook
-acts on them. Settings and hooks that say otherwise are errors; `self.clip_gradients` by hand would clip nothing before a
-step, and single passes in the closure. And `self.log` then records every pass, perturbed ones included.
+Without the callback, fp32 and bf16 train correctly too, as long as gradients are neither accumulated nor clipped and no hook
+modifies them. Settings and hooks that do so raise errors. But a manual `self.clip_gradients` would clip nothing before a
+step, and single passes in the closure, and `self.log` records every pass, including perturbed ones.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ _Batches = list[tuple[int, "OrderedDict[str, Any]"]]  # with their numbers
 
 
 class GAMCallback(pl.Callback):
-    """Lets a Trainer step `FusedGAM` optimizers with everything it offers; other optimizers are not touched.
+    """Makes all features of a Trainer work with `FusedGAM` optimizers; other optimizers are not affected.
 
-    - `accumulate_grad_batches`: every pass runs all micro-batches of a step (they wait until the last has arrived).
+    - `accumulate_grad_batches`: every pass runs all micro-batches of a step (they are kept until the last has arrived).
     - 16-mixed: the plugin's scaler becomes the optimizer's `grad_scaler`.
     - `on_before_optimizer_step` and `configure_gradient_clipping` run once per step that is not skipped, right before the
       base optimizer's update: weights are unperturbed, and each `p.grad` holds the combined direction d, unscaled and of all
-      micro-batches. What they do to it counts (`diagnostics` tells the norm before). Where one is overridden, in the
-      module or (the first) a callback, or the Trainer clips by value, the update is not fused.
+      micro-batches. The update uses what they make of it (`diagnostics` reports the norm before). If one is overridden, in
+      the module or (the first) in a callback, or the Trainer clips by value, the update is not fused.
     - Otherwise `gradient_clip_val` is the optimizer's `max_grad_norm` during its step, and the update stays fused. With any
       clipping by Lightning, the optimizer's own `max_grad_norm` is not used.
     - `flatness_fraction`: passes of the flatness term run `training_step` on the first part of each micro-batch. In manual
-      optimization the batch has to be given: `opt.step(closure, batch=batch)` calls `closure(batch)`.
+      optimization, pass the batch: `opt.step(closure, batch=batch)` calls `closure(batch)`.
     - Manual optimization: `self.clip_gradients(opt, ...)` before `opt.step(closure)` clips the d of that step.
-    - `self.log` and the step's outputs see pass 1 only, the unperturbed one; `on_before_zero_grad` runs in it, and finds no
+    - `self.log` and the step's outputs see only pass 1, the unperturbed one; `on_before_zero_grad` runs in it, and finds no
       gradients, as a step leaves none.
-    - Hooks around backward, as `on_after_backward`, run in every pass. What they do to gradients is part of the loss's
-      gradient as the optimizer sees it: do not clip there.
+    - Hooks around backward, such as `on_after_backward`, run in every pass. The optimizer uses gradients as these leave
+      them: do not clip there.
 
     `global_step` advances once per step. A metric that `training_step` updates itself is updated in every pass.
 
     Raises:
         ValueError: a strategy that accumulates gradients itself.
-        TypeError: a Trainer of the other one of the packages `lightning` and `pytorch_lightning`.
-        RuntimeError: `self.clip_gradients` where gradients are those of one pass; an `optimizer_step` that never runs its
+        TypeError: a Trainer from the other one of the packages `lightning` and `pytorch_lightning`.
+        RuntimeError: `self.clip_gradients` while gradients are those of one pass; an `optimizer_step` that never runs its
             closure, or wraps it although `flatness_fraction` needs the batch; a `training_step` that takes an iterator; a
-            precision plugin with a way of its own to step.
+            precision plugin that overrides how to step.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

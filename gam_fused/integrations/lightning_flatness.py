@@ -14,13 +14,13 @@ from gam_fused.integrations.lightning_private import pl
 class FlatnessCallback(pl.Callback):
     """Logs the optimizer's diagnostics (`gam/...`) and the flatness of the loss (`flatness/...`) during training.
 
-    Through `LightningModule.log_dict`, so that loggers, progress bars and `ModelCheckpoint(monitor=...)` see them. Each rank
-    measures by itself what its `loader` yields; `all_ranks=True` gives the mean over ranks.
+    It uses `LightningModule.log_dict`, so that loggers, progress bars and `ModelCheckpoint(monitor=...)` see the values.
+    Each rank measures on what its own `loader` yields; `all_ranks=True` gives the mean over ranks.
 
     Args:
-        criterion, loader, how: as for `gam_fused.flatness.report`; the model is the LightningModule, called by its
-            `forward`. Another loss is `batch_loss=lambda module, batch: ...`, with a criterion of None.
-        every_steps, every_epochs: None: not after steps, or epochs. Steps are those of `global_step`.
+        criterion, loader, how: as for `gam_fused.flatness.report`; the model is the LightningModule and its
+            `forward`. For another loss, pass `batch_loss=lambda module, batch: ...` and a criterion of None.
+        every_steps, every_epochs: None disables logging after steps, or after epochs. Steps are those of `global_step`.
 
     Raises:
         ValueError: neither `every_steps` nor `every_epochs`.

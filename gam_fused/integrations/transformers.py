@@ -23,23 +23,24 @@ from gam_fused.step.batches import part_of
 
 
 class GAMTrainerMixin:
-    """Makes the whole optimizer step in `training_step`, whose passes run all micro-batches; put it before `Trainer`.
+    """Runs the whole optimizer step in `training_step`, whose passes run all micro-batches; list it before `Trainer`.
 
-    - `gradient_accumulation_steps`: micro-batches wait until the last has arrived, and `training_step` then returns the
-      loss of all, as the unperturbed pass saw it.
-    - `max_grad_norm` of the arguments clips the combined direction; at 0 the optimizer's own value holds. The logged
-      gradient norm is that of the unperturbed gradient.
-    - Callbacks that act on gradients do so on the combined direction d, unscaled, clipped and of all micro-batches, in each
+    - `gradient_accumulation_steps`: micro-batches are kept until the last has arrived, and `training_step` then returns the
+      loss of all of them, from the unperturbed pass.
+    - `max_grad_norm` of the arguments clips the combined direction; if it is 0, the optimizer's own value applies. The
+      logged gradient norm is that of the unperturbed gradient.
+    - Callbacks that act on gradients find the combined direction d, unscaled, clipped and of all micro-batches, in each
       `p.grad`: `on_pre_optimizer_step` right before the base optimizer's update, at unperturbed weights, and
-      `on_optimizer_step` after it, once per step; at a skipped step the first is not called, the second finds no gradients.
-      Where a callback that is not transformers' own defines one of them, the update is not fused.
+      `on_optimizer_step` after it, once per step. In a skipped step the first is not called, and the second finds no
+      gradients. If a callback that is not transformers' own defines one of them, the update is not fused.
     - `flatness_fraction`: passes of the flatness term run on the first part of each micro-batch, and `num_items_in_batch`
       is what `get_batch_samples` counts in the parts.
-    - fp16: the scaler that the Trainer has made becomes the optimizer's `grad_scaler`.
-    - The Trainer's model becomes the optimizer's, where it was given none.
+    - fp16: the Trainer's scaler becomes the optimizer's `grad_scaler`.
+    - The Trainer's model becomes the optimizer's, if it has none.
 
-    A `training_step` of your own is one micro-batch of one pass where its class stands behind the mixin, and a whole step,
-    which leaves no gradients, where it stands before. With an optimizer that is not a `FusedGAM` the mixin changes nothing.
+    If you override `training_step` in a class after the mixin in the MRO, it runs one micro-batch of one pass; in a class
+    before the mixin, `super().training_step` is a whole step, which leaves no gradients. With an optimizer that is not a
+    `FusedGAM` the mixin changes nothing.
 
     Raises:
         RuntimeError: DeepSpeed.

@@ -12,14 +12,15 @@ from gam_fused.integrations.flatness_log import Every, figures
 
 
 class FlatnessCallback(TrainerCallback):
-    """Logs the optimizer's diagnostics (`gam/...`) and the flatness of the loss (`flatness/...`) by `Trainer.log`.
+    """Logs the optimizer's diagnostics (`gam/...`) and the flatness of the loss (`flatness/...`) with `Trainer.log`.
 
     Args:
         trainer: whose model, optimizer and loggers are used.
-        loader: mini-batches to measure on: a DataLoader of one's own, or a list, not the Trainer's own training loader,
-            which is in use.
+        loader: mini-batches to measure on: a separate DataLoader, or a list, not the Trainer's own training loader, which is
+            in use.
         criterion, how: as for `gam_fused.flatness.report`; by default the model returns the loss.
-        every_steps, every_epochs: None: not after steps, or epochs. Steps are those of `state.global_step`.
+        every_steps, every_epochs: None disables logging after steps, or after epochs. Steps are those of
+            `state.global_step`.
 
     Raises:
         ValueError: neither `every_steps` nor `every_epochs`.

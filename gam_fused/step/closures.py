@@ -15,13 +15,13 @@ from gam_fused.torch_private import runs_cuda_graphs, tree_map_only
 
 
 class BatchClosure:
-    """A closure with its mini-batch: `closure(batch)`, or of the first part of it.
+    """A closure with its mini-batch, which calls `closure(batch)`, or `closure` with the first part of the batch.
 
-    For loops that pass a closure of no arguments on to `step`: ``step(BatchClosure(closure, batch))`` is
+    For loops that accept only a closure without arguments: ``step(BatchClosure(closure, batch))`` is the same as
     ``step(closure, batch)``.
 
     Args:
-        cut: what makes the part, ``cut(batch, fraction)``, for batches that `part_of` cannot cut.
+        cut: takes the part, ``cut(batch, fraction)``, of batches that `part_of` cannot slice.
     """
 
     def __init__(self, closure: Callable[[Any], Any], batch: Any, cut: Callable[[Any, float], Any] = part_of):

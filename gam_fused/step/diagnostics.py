@@ -1,4 +1,4 @@
-"""What a step saw: norms from the reductions it made anyway, as 0-d tensors on the device."""
+"""What a step saw: norms from the reductions that it makes anyway, as 0-d tensors on the device."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from gam_fused.step.record import Record
 
 
 def diagnose(record: Record, autocast_eps: float) -> dict[str, Tensor]:
-    """Figures of one step; keys that its method does not have are absent. Nothing waits for the device.
+    """Figures of one step; entries that its method does not have are absent. Nothing synchronizes with the device.
 
     - ``loss``: of pass 1 (NaN if the closure returned no number);
-    - ``sharpness``: loss at theta1 minus loss at theta, of the part of the batch where there is one (not ``exact``);
-    - ``gradient_norm``: |g0| over perturbed parameters (with `adaptive`, |g0 * |theta||, and likewise below); of the part of
-      the batch, where there is one;
-    - ``curvature``: |g1 - g0|/rho', or |f| of ``exact``: an estimate of |grad |grad L||;
-    - ``first_order_flatness``: rho |g2|, or rho |g_adv|: rho of the first perturbed group;
+    - ``sharpness``: loss at theta1 minus loss at theta, on the part of the batch if there is one (not for ``exact``);
+    - ``gradient_norm``: |g0| over perturbed parameters (with `adaptive`, |g0 * |theta||, and likewise below); on the part of
+      the batch if there is one;
+    - ``curvature``: |g1 - g0|/rho', or |f| for ``exact``: an estimate of |grad |grad L||;
+    - ``first_order_flatness``: rho |g2|, or rho |g_adv|, with rho of the first perturbed group;
     - ``cosine``: of h+ and h- (``accelerated``: of g1 and g3 with g0 and g2; ``gsam``: of g1 with g0); with `max_ratio`, of
-      h_norm and h_loss: near -1, the flatness term undoes what the loss wants;
-    - ``ratio``: with `max_ratio`, alpha |h_norm|/|h_loss| before the bound (``max_ratio`` where alpha is infinite), and
-      ``bounded``: 1 where that was above `max_ratio`, so that the term was scaled down, else 0;
+      h_norm and h_loss: near -1, the flatness term works against the loss gradient;
+    - ``ratio``: with `max_ratio`, alpha |h_norm|/|h_loss| before the bound (``max_ratio`` if alpha is infinite), and
+      ``bounded``: 1 if that was above `max_ratio`, so that the term was scaled down, else 0;
     - ``perturbation_0``, ``_1``, ``_2``: norms of the perturbations as stored;
-    - ``direction_norm``: |d|, clipped and unscaled; 0 for a skipped step of a fused base;
-    - ``noise_ratio``: rounding noise of the probe over the probe, an estimate; see `gam_fused.step.precision`;
+    - ``direction_norm``: |d|, clipped and unscaled; 0 for a skipped step with a fused base;
+    - ``noise_ratio``: an estimate of the probe's rounding noise, relative to the probe; see `gam_fused.step.precision`;
     - ``skipped_steps``: since the beginning.
 
-    With ``perturb_sync="local"`` these are each rank's own, but ``direction_norm`` is of the averaged d. With sharded
-    parameters they are global, and every rank must ask for them: the norms need an all-reduce. Losses are always the rank's.
+    With ``perturb_sync="local"`` these are each rank's own, except ``direction_norm``, which is that of the averaged d. With
+    sharded parameters they are global, and every rank must ask for them: the norms need an all-reduce. Losses are always the
+    rank's own.
 
     Args:
         autocast_eps: `precision.Watch.autocast_eps`.

@@ -38,11 +38,11 @@ def check_closure(closure: Any) -> None:
 
 
 def all_micro_batches(closure: Callable[..., Any]) -> Callable[..., Any]:
-    """Says that every call of `closure` runs all micro-batches of the step: `optimizer.step(all_micro_batches(closure))`.
+    """Marks `closure` as running all micro-batches of the step in every call: `optimizer.step(all_micro_batches(closure))`.
 
-    With `Accelerator(gradient_accumulation_steps=n)`, whose `backward` divides by n, a closure of fewer trains wrongly
-    without a word, hence is an error, and which it is nobody but its author can tell. The step must not stand in
-    `accelerator.accumulate`, which leaves out n - 1 of n calls.
+    With `Accelerator(gradient_accumulation_steps=n)`, whose `backward` divides by n, a closure that runs fewer micro-batches
+    would silently train wrongly. Only its author can know that, so a closure that is not marked raises an error. Call `step`
+    outside `accelerator.accumulate`, which leaves out n - 1 of n calls.
     """
     if isinstance(closure, BatchClosure):
         return BatchClosure(all_micro_batches(closure.closure), closure.batch, closure.cut)
