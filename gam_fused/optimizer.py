@@ -178,8 +178,8 @@ class FusedGAM(Optimizer):
     ):
         if isinstance(params, Optimizer):
             raise TypeError(
-                f"params is an optimizer: {type(self).__name__}(None, optimizer) steps the one that is there, and "
-                f"{type(self).__name__}(params, {type(params).__name__}, lr=..., ...) makes one; see {PAGE}"
+                f"params is an optimizer: use {type(self).__name__}(None, optimizer) to wrap it, or "
+                f"{type(self).__name__}(params, {type(params).__name__}, lr=..., ...) to make a new one; see {PAGE}"
             )
         if told := [
             text for name in more_base_kwargs if (text := explain(name)) and not keywords.takes(base_optimizer, name)
@@ -240,7 +240,7 @@ class FusedGAM(Optimizer):
             if not self.session.running.acquire(blocking=False):
                 raise RuntimeError(
                     "step was called while a step of this optimizer is running: from inside its own closure, or from "
-                    "another thread. Its passes are at perturbed weights: call one after the other"
+                    "another thread. Weights are perturbed during a step: run one step after the other"
                 )
             try:
                 return self._step(closure, interrupts)
@@ -335,7 +335,7 @@ class FusedGAM(Optimizer):
             RuntimeError: before the first step.
         """
         if self.session.last is None:
-            raise RuntimeError("diagnostics() describes the last step, and there was none yet")
+            raise RuntimeError("diagnostics() describes the last step, but there has been none yet")
         return diagnose(self.session.last, self.session.precision.autocast_eps)
 
     def __repr__(self) -> str:

@@ -95,16 +95,16 @@ class Settings:
             if value is not None and name not in mine.names:
                 users = ", ".join(repr(method) for method in takes if name in takes[method].names)
                 raise ValueError(
-                    f"{name}={value!r} was given, but method={self.method!r} does not use {name}; it belongs to {users}"
+                    f"{name}={value!r} was given, but method={self.method!r} does not use {name}; it is for {users}"
                 )
         if self.oracle == "sam" and not mine.oracle:
             users = ", ".join(repr(method) for method in takes if takes[method].oracle)
-            raise ValueError(f"oracle='sam' belongs to methods with a term h_loss, {users}, not to method={self.method!r}")
+            raise ValueError(f"oracle='sam' is for methods with a term h_loss, {users}, not for method={self.method!r}")
         if self.max_ratio not in ("auto", None) and not mine.bound:
             users = ", ".join(repr(method) for method in takes if takes[method].bound)
             raise ValueError(
-                f"max_ratio={self.max_ratio!r} bounds the term h_norm beside h_loss, which method={self.method!r} does not "
-                f"have; it belongs to {users}"
+                f"max_ratio={self.max_ratio!r} bounds the flatness term h_norm, which method={self.method!r} does not have; "
+                f"it is for {users}"
             )
         defaults = {name: getattr(mine, name) for name in mine.names if getattr(self, name) is None}
         if self.max_ratio == "auto":
@@ -115,10 +115,10 @@ class Settings:
         """In canonical form (floats, tuples of floats, bools). Raises as `resolved`."""
         if self.oracle == "sam" and not takes.oracle:
             raise ValueError(
-                f"oracle='sam' takes the place of h_loss = grad L, which is no term of method={self.method!r}'s direction"
+                f"oracle='sam' replaces h_loss = grad L, which is not a term of the direction of method={self.method!r}"
             )
         if self.sam_rho is not None and self.oracle != "sam":
-            raise ValueError(f"sam_rho={self.sam_rho!r} goes with oracle='sam', but oracle={self.oracle!r}")
+            raise ValueError(f"sam_rho={self.sam_rho!r} needs oracle='sam', but oracle={self.oracle!r}")
         for name in takes.names:
             if getattr(self, name) is None:
                 raise ValueError(f"{name}=None, but method={self.method!r} needs it: set it before the step")
@@ -182,7 +182,7 @@ def pair(weight: Weight) -> tuple[float, float]:
 def _fraction(value: Any) -> float:
     fraction = number("flatness_fraction", value, above=0.0)
     if fraction > 1.0:
-        raise ValueError(f"flatness_fraction={value!r} is a part of the mini-batch and must be at most 1")
+        raise ValueError(f"flatness_fraction={value!r} is a fraction of the mini-batch and must be at most 1")
     return fraction
 
 

@@ -115,7 +115,7 @@ def test_a_subtree_without_samples_is_handed_on():
 
 def test_a_tie_is_told():
     with pytest.raises(
-        ValueError, match=r"8 or 5\?.*batch\['x'\] \(8, 3\), batch\['more'\]\[1\] \(5,\)\. What is not per sample"
+        ValueError, match=r"8 or 5 samples\?.*batch\['x'\] \(8, 3\), batch\['more'\]\[1\] \(5,\)\. Keep what is not"
     ):
         part_of({"x": rows(8, 3), "more": [7, rows(5)]}, 0.5)
 

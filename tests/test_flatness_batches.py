@@ -236,7 +236,7 @@ def test_what_cannot_be_measured_is_said():
         flatness.over_batches(model, mse, [(x, y)], batches=0)
     with pytest.raises(RuntimeError, match="init_process_group"):
         flatness.over_batches(model, mse, [(x, y)], all_ranks=True)
-    with pytest.raises(TypeError, match="only where loss_fn comes from over_batches"):
+    with pytest.raises(TypeError, match="only if loss_fn comes from over_batches"):
         flatness.hessian_trace(lambda: 0)
 
 

@@ -174,7 +174,7 @@ def test_a_loss_that_calls_backward_is_an_error_and_adds_to_no_gradient():
         value.backward(retain_graph=True)
         return value
 
-    with pytest.raises(RuntimeError, match="has called backward"):
+    with pytest.raises(RuntimeError, match="loss_fn called backward"):
         flatness.hessian_trace(loss, task.model)
     same(task.contents(), before)
 

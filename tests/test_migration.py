@@ -136,7 +136,7 @@ def test_a_keyword_that_the_base_optimizer_takes_is_its_own():
 @pytest.mark.parametrize("kind", [FusedGAM, FusedSAM])
 def test_an_optimizer_in_the_place_of_parameters_is_told_where_it_goes(kind):
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
-    with pytest.raises(TypeError, match=rf"params is an optimizer: {kind.__name__}\(None, optimizer\)"):
+    with pytest.raises(TypeError, match=rf"params is an optimizer: use {kind.__name__}\(None, optimizer\)"):
         kind(optimizer)
     with pytest.raises(TypeError, match="positional"):
         kind([torch.zeros(2, requires_grad=True)], torch.optim.SGD, 0.05)

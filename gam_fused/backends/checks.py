@@ -157,6 +157,6 @@ def _check_order(lists: list[tuple[str, TensorList]]) -> None:
                 known[i] = mine
             elif known[i] != mine:
                 raise ValueError(
-                    f"gam_fused: {name}[{i}] (shape {tuple(t.shape)}, strides {t.stride()}) lies in memory in another order "
-                    "than the same tensor of the lists before it"
+                    f"gam_fused: {name}[{i}] (shape {tuple(t.shape)}, strides {t.stride()}) is laid out in another order in "
+                    "memory than the same tensor of the lists before it"
                 )

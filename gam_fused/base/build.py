@@ -35,7 +35,7 @@ def build(
         base = base_optimizer
     elif callable(base_optimizer):
         if params is None:
-            raise ValueError("params=None goes with an instance of an optimizer; pass the parameters to be optimized")
+            raise ValueError("params=None needs an optimizer instance; otherwise pass the parameters to be optimized")
         try:
             base = base_optimizer(params, **keywords)
         except TypeError as error:
@@ -50,7 +50,7 @@ def build(
     else:
         raise TypeError(f"base_optimizer must be an optimizer class, a factory or an instance, but is {base_optimizer!r}")
     if not isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer gave a {type(base).__name__}, not a torch.optim.Optimizer")
+        raise TypeError(f"base_optimizer returned a {type(base).__name__}, not a torch.optim.Optimizer")
     clash = sorted({"perturb", "gam"} & base.defaults.keys())
     if clash:
         raise TypeError(f"the base optimizer {type(base).__name__} has param group entries that FusedGAM uses: {clash}")

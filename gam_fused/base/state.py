@@ -65,7 +65,7 @@ def check_state(
         for key, value in [*group.items(), *(("params", number) for number in group["params"])]:
             if isinstance(value, Tensor) and value.numel() != 1:  # torch asks it whether it is true, or equal
                 shape = tuple(value.shape)
-                raise ValueError(f"param group {i} of the state dict: {key!r} has shape {shape}, expected is a number")
+                raise ValueError(f"param group {i} of the state dict: {key!r} must be a number, but has shape {shape}")
         betas = group.get("betas", (0.0, 0.0))
         if not (isinstance(betas, (list, tuple)) and len(betas) >= 2):
             raise ValueError(f"param group {i} of the state dict: betas must be a pair, but is {betas!r}")
@@ -96,5 +96,5 @@ def _check_entry(key: str, value: Any, p: Tensor, groups: Groups) -> None:
         if value.shape != p.shape:
             shape = tuple(value.shape)
             raise ValueError(
-                f"the state dict's {key!r} of {describe(p, groups)} has shape {shape}: it is of another parameter"
+                f"the state dict's {key!r} of {describe(p, groups)} has shape {shape}, so it belongs to another parameter"
             )

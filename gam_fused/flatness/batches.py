@@ -132,7 +132,7 @@ def _samples(batch: Any) -> int:
     leaves = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)[0]
     lengths = [t.size(0) for t in leaves if isinstance(t, Tensor) and t.dim()]
     if not lengths:
-        raise TypeError(f"a mini-batch without a tensor, a {type(batch).__name__}: how many samples are in it is not known")
+        raise TypeError(f"a mini-batch, a {type(batch).__name__}, has no tensor that tells how many samples it holds")
     return lengths[0]
 
 

@@ -21,8 +21,8 @@ def check_all_ranks(loader: Any) -> None:
     kind = type(loader).__name__
     if kind == "DataLoaderDispatcher" or getattr(loader, "rng_types", None):
         raise TypeError(
-            f"loader is a {kind} that Accelerate has prepared, whose ranks agree on their parts of the data by "
-            "communication: give a plain DataLoader of this rank's part, with a DistributedSampler for example"
+            f"loader is a {kind} that Accelerate has prepared, whose ranks communicate about their parts of the "
+            "data: give a plain DataLoader of this rank's part, for example with a DistributedSampler"
         )
 
 

@@ -56,7 +56,7 @@ def measured(loss_fn: LossFunction, params: Parameters, body: Callable[[Objectiv
     batched = loss_fn if isinstance(loss_fn, BatchedLoss) else None
     modules = [m for m in (batched and batched.model, params) if isinstance(m, nn.Module)]
     if params is None and batched is None:
-        raise TypeError("params may be left out only where loss_fn comes from over_batches, which knows the model")
+        raise TypeError("params may be left out only if loss_fn comes from over_batches, which knows the model")
     weights = _checked(modules[-1] if params is None or isinstance(params, nn.Module) else params, modules)
 
     def inside(kept: Kept) -> Result:
@@ -143,7 +143,7 @@ class Objective:
         for n, loss in self._batched.terms() if self._batched else [(1, self._loss_fn())]:
             _check_loss(loss)
             if self._kept.has_gradients():
-                raise RuntimeError("loss_fn has called backward: let it return the loss and no more")
+                raise RuntimeError("loss_fn called backward: it must only return the loss")
             yield n, loss
 
 

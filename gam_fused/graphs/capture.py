@@ -189,7 +189,7 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
     one_of("method", optimizer.method, tuple(METHODS))
     if optimizer.session.fused is None:
         name = type(optimizer.base_optimizer).__name__
-        raise ValueError(f"base optimizer {name} waits for the host in every step; use torch's SGD, Adam or AdamW")
+        raise ValueError(f"base optimizer {name} is not fused, so every step needs the host; use torch's SGD, Adam or AdamW")
     refused = {
         "step hooks of the base optimizer": has_step_hooks(optimizer.base_optimizer),
         "generators=": bool(optimizer.generators),
@@ -216,7 +216,7 @@ def _check_optimizer(optimizer: FusedGAM) -> torch.device:
 def _check_inputs(inputs: Sequence[Tensor]) -> None:
     if isinstance(inputs, Tensor) or not all(isinstance(t, Tensor) for t in inputs):
         kinds = type(inputs).__name__ if isinstance(inputs, Tensor) else [type(t).__name__ for t in inputs]
-        raise TypeError(f"inputs of a captured step are tensors, given as a sequence, but are {kinds}")
+        raise TypeError(f"inputs of a captured step must be a sequence of tensors, but are {kinds}")
 
 
 def _check_same_kind(inputs: Sequence[Tensor], examples: Sequence[Tensor]) -> None:

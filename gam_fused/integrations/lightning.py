@@ -70,7 +70,7 @@ class GAMCallback(pl.Callback):
         if stage != "fit" or isinstance(trainer.fit_loop.epoch_loop.automatic_optimization, _Optimization):
             return
         if not isinstance(trainer, pl.Trainer):
-            raise TypeError(f"GAMCallback serves the Trainer of {pl.__name__}, but this one is {type(trainer).__module__}'s")
+            raise TypeError(f"GAMCallback needs the Trainer of {pl.__name__}, not of {type(trainer).__module__}")
         if trainer.strategy.handles_gradient_accumulation:
             raise ValueError(f"{type(trainer.strategy).__name__} accumulates gradients itself, which FusedGAM cannot replay")
         self._restore = (trainer.fit_loop.epoch_loop.automatic_optimization, trainer.strategy.precision_plugin)
@@ -120,7 +120,7 @@ class _Optimization(AutomaticOptimization):
         if not outputs:
             raise RuntimeError(
                 f"{type(self.trainer.lightning_module).__name__}.optimizer_step has not run its closure: pass it on, "
-                "optimizer.step(closure=optimizer_closure), or, to leave the update out, call it"
+                "optimizer.step(closure=optimizer_closure), or, to skip the update, call it"
             )
         return outputs[0]
 
@@ -165,7 +165,7 @@ class _ServesGAM:
         if not isinstance(optimizer, FusedGAM):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)  # type: ignore[misc]
         if (kind := self._plugin_with("optimizer_step")) not in (Precision, MixedPrecision, FSDPPrecision):
-            raise RuntimeError(f"{kind.__name__}.optimizer_step would not run: GAMCallback cannot step FusedGAM through it")
+            raise RuntimeError(f"{kind.__name__}.optimizer_step would not run: GAMCallback cannot use it to step FusedGAM")
         if optimizer.grad_scaler is not self.scaler:
             optimizer.grad_scaler = self.scaler
         if "batch" in kwargs:
@@ -173,7 +173,7 @@ class _ServesGAM:
         if model.automatic_optimization and optimizer.flatness_fraction < 1.0 and not hasattr(closure, "on_part"):
             raise RuntimeError(
                 f"flatness_fraction={optimizer.flatness_fraction:g}: {type(model).__name__}.optimizer_step has wrapped its "
-                "closure, which knows the batch: pass it on as it is, optimizer.step(closure=optimizer_closure)"
+                "closure, which knows the batch: pass it on unchanged, optimizer.step(closure=optimizer_closure)"
             )
         limit, act = self._clipping(optimizer, model)
         self._gam.passes_of = optimizer

@@ -60,7 +60,7 @@ class GAMTrainerMixin:
             return loss
         if trainer.is_deepspeed_enabled:
             raise RuntimeError(
-                "DeepSpeed steps the optimizer itself, once per backward, which FusedGAM cannot be: use DDP or FSDP2"
+                "DeepSpeed steps the optimizer itself after every backward, but FusedGAM needs several: use DDP or FSDP2"
             )
         if not hasattr(self, "_waiting"):
             self._waiting: list[tuple[Any, Any]] = []

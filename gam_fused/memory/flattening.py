@@ -43,7 +43,7 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
         for p in params:
             if is_dtensor(p):
                 raise ValueError(
-                    f"flatten=True: {describe(p, param_groups)} is a DTensor, whose shards lie in memory that FSDP or the "
+                    f"flatten=True: {describe(p, param_groups)} is a DTensor, whose shards are in memory that FSDP or the "
                     "mesh manages; leave flatten=False"
                 )
     pending = [params for params in kinds.values() if not is_flat(params)]
@@ -80,8 +80,8 @@ def _check_movable(params: list[Tensor], param_groups: list[dict[str, Any]], our
     for p in params:
         if p.device.type == "cpu" and p.is_shared():
             raise ValueError(
-                f"flatten=True: {describe(p, param_groups)} lies in memory shared with other processes, which would see no "
-                "step any more; call share_memory() after the optimizer is made, or leave flatten=False"
+                f"flatten=True: {describe(p, param_groups)} is in memory shared with other processes, which would no longer "
+                "see its updates; call share_memory() after creating the optimizer, or leave flatten=False"
             )
         if p.numel():
             storages[p.untyped_storage().data_ptr()].append(p)

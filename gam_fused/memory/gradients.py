@@ -126,7 +126,7 @@ def check_size(gradient: Tensor, p: Tensor, size: int, device: torch.device, gro
     if gradient.numel() != size or gradient.device != device:
         raise RuntimeError(
             f"the gradient of {describe(p, groups)} has {gradient.numel()} elements on {gradient.device}, but the parameter "
-            f"had {size} on {device} before the step: the closure gave it other memory by assigning its .data. Do that "
+            f"had {size} on {device} before the step: the closure gave it other memory by assigning to .data. Do that "
             "before the step"
         )
 

@@ -198,7 +198,7 @@ def _check_complete(
             hint = "; amsgrad was switched on after the first update" if key == "max_exp_avg_sq" else ""
             raise KeyError(
                 f"the optimizer state of {describe(p, groups)} has no {key!r}{hint}: torch's own optimizer would fail here "
-                "too. Delete the parameter's state to start it anew, or load a state dict that is complete"
+                "too. Delete the parameter's state to initialize it again, or load a complete state dict"
             )
 
 

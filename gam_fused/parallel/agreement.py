@@ -19,8 +19,8 @@ from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.torch_private import default_store
 
 _REMEDY = (
-    "End this rank, as after any failure of one rank alone, or load a checkpoint into model and optimizer on all ranks. A "
-    "rank whose pass failed may step again alone with perturb_sync='local' only, where the others wait for it"
+    "End this rank, as after any failure of one rank alone, or load a checkpoint into model and optimizer on all ranks. "
+    "Only with perturb_sync='local' may a rank whose pass failed step again alone, as the others wait for it there"
 )
 
 
@@ -58,9 +58,9 @@ def check_all_failed(ranks: Sequence[int], name: str, place: str) -> None:
     while not store.check(keys):  # `wait` would let no signal through
         if time.monotonic() > end:
             raise RuntimeError(
-                f"the last step failed on this rank, {place}, but not on all others, as far as they have said in "
-                f"{timeout:g} seconds, the timeout of the process group's store: they wait for this rank's part in a pass "
-                f"that it has given up, or have made the update. {_REMEDY}"
+                f"the last step failed on this rank, {place}, but not on all others: some reported no failure within "
+                f"{timeout:g} seconds, the timeout of the process group's store. They wait for this rank in a pass that it "
+                f"has left, or have made the update. {_REMEDY}"
             )
         time.sleep(0.05)
     places = [store.get(key).decode() for key in keys]

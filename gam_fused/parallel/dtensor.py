@@ -38,9 +38,9 @@ def check_can_be_written(key: str, value: Any, p: Tensor, groups: Groups) -> Non
     """Raises ValueError where the entry `key` of the state of `p` is an inference tensor, which no update may write to."""
     if isinstance(value, Tensor) and local(value).is_inference():
         raise ValueError(
-            f"the optimizer state {key!r} of {describe(p, groups)} was made in torch.inference_mode(), and may not be "
-            "written to outside of it: load the state dict outside of it, its tensors replaced by t.clone() if they were "
-            "made there"
+            f"the optimizer state {key!r} of {describe(p, groups)} was made in torch.inference_mode(), and cannot be "
+            "written to outside of it: load the state dict outside of it, and replace tensors that were made there by "
+            "t.clone()"
         )
 
 

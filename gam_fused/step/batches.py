@@ -57,8 +57,8 @@ def _length(batch: Any, path: _Path) -> int:
         counts[t.size(0)] = counts.get(t.size(0), 0) + 1
     if not counts:
         raise TypeError(
-            f"{_written(path)} is a {type(batch).__name__} without a tensor that has a dimension of samples, so that no "
-            "part of it can be taken: pass tensors (in tuples, dicts, dataclasses), or register the type with "
+            f"{_written(path)} is a {type(batch).__name__} without a tensor that has a sample dimension, so that it "
+            "cannot be sliced: pass tensors (in tuples, dicts, dataclasses), or register the type with "
             "torch.utils._pytree.register_pytree_node"
         )
     most = max(counts.values())
@@ -67,8 +67,8 @@ def _length(batch: Any, path: _Path) -> int:
         where = ", ".join(f"{_written(at)} {tuple(t.shape)}" for t, at in _tensors(batch, path))
         tied = " or ".join(map(str, [length, *others]))
         raise ValueError(
-            f"how many samples has the batch, {tied}? Dim 0 of its tensors does not say: {where}. What is not per sample, "
-            "keep in the closure; give the batch alone"
+            f"does the batch have {tied} samples? Its tensors differ in dim 0: {where}. Keep what is not per sample in the "
+            "closure, and pass the batch alone"
         )
     return length
 
@@ -79,14 +79,14 @@ def _tensors(node: Any, path: _Path) -> Iterator[tuple[Tensor, _Path]]:
         if node.is_nested or node.layout is not torch.strided:
             kind, instead = ("nested", "padded") if node.is_nested else ("sparse", "dense")
             raise TypeError(
-                f"{_written(path)} is a {kind} tensor, of which no part can be taken: pass it {instead}, or keep it in the "
-                "closure where it is not per sample"
+                f"{_written(path)} is a {kind} tensor, which cannot be sliced: pass it {instead}, or keep it in the "
+                "closure if it is not per sample"
             )
         if node.dim():
             yield node, path
     elif isinstance(node, PackedSequence):
         raise TypeError(
-            f"{_written(path)} is a PackedSequence, of which no part can be taken: pass padded sequences and their lengths, "
+            f"{_written(path)} is a PackedSequence, which cannot be sliced: pass padded sequences and their lengths, "
             "and pack them in the closure"
         )
     elif opened := _opened(node):

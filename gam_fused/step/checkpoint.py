@@ -91,7 +91,7 @@ def _groups_of(state_dict: Any) -> list[dict[str, Any]]:
     groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
     if not isinstance(groups, Iterable) or not isinstance(state_dict.get("state"), dict):
         found = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
-        raise ValueError(f'the state dict is not an optimizer\'s: "state" and "param_groups" are expected, found is {found}')
+        raise ValueError(f'the state dict is not an optimizer\'s: it must have "state" and "param_groups", but has {found}')
     groups = list(groups)
     for i, group in enumerate(groups):
         if not isinstance(group, dict) or "params" not in group:
@@ -118,7 +118,7 @@ def _checked_entry(settings: Settings, extra: dict[str, Any]) -> _Entry:
         for name in SCHEDULED:
             value, mine = extra[name], getattr(settings, name)
             if (value is None) != (mine is None):
-                raise ValueError(f'"gam" of the state dict: {name}={value!r} does not go with method={settings.method!r}')
+                raise ValueError(f'"gam" of the state dict: {name}={value!r} is not valid for method={settings.method!r}')
             values[name] = tuple(value) if isinstance(value, list) else value
         values |= {name: extra[name] for name in SCHEDULED_LATER if name in extra}
     return _Entry(counts["steps_taken"], (float(counts["skipped_steps"]), float(counts["noise_step"])), values)
@@ -150,7 +150,7 @@ def create_state(session: Session) -> None:
     if not idle or any(p.grad is not None and bool(local(p.grad).count_nonzero()) for p in params):
         raise RuntimeError(
             "FusedGAM.step needs a closure that computes the loss, since every step makes several gradient passes: "
-            "optimizer.step(closure). For loops that call it without, see gam_fused.integrations (Lightning, transformers)"
+            "optimizer.step(closure). For loops that pass none, see gam_fused.integrations (Lightning, transformers)"
         )
     session.drop_unstarted()
     with torch_private.global_step_hooks_called():

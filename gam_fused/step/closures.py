@@ -43,8 +43,8 @@ def check_has_batch(closure: Callable[[], Any], fraction: float) -> None:
     if fraction < 1.0 and not hasattr(closure, "on_part"):
         raise ValueError(
             f"flatness_fraction={fraction:g} needs the mini-batch: optimizer.step(closure, batch), where closure(batch) "
-            "computes the loss of the batch that it is given. Lightning needs GAMCallback for it; a wrapper that takes a "
-            "closure only, as Accelerate's, optimizer.step(gam_fused.integrations.BatchClosure(closure, batch))"
+            "computes the loss of the batch that it is given. In Lightning, add GAMCallback; through a wrapper that takes "
+            "only a closure, such as Accelerate's: optimizer.step(gam_fused.integrations.BatchClosure(closure, batch))"
         )
 
 
@@ -79,7 +79,7 @@ def differentiable_in(result: Any) -> Tensor:
         raise RuntimeError(
             f"the closure left no gradients and returned {what}: it must call backward() on the loss, or return it as a 0-d "
             "tensor that can be differentiated, alone or as (loss, ...). A loss computed outside of the closure, or under "
-            "no_grad, cannot be"
+            "no_grad, cannot be differentiated"
         )
     if loss.numel() != 1:
         raise RuntimeError(

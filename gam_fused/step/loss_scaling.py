@@ -71,8 +71,8 @@ class LossScaling:
             if "found_inf" in optimizer.__dict__:
                 self.abort(optimizer)
                 raise RuntimeError(
-                    "scaler.step(optimizer, closure) with a scaler that the optimizer does not know: it can neither unscale "
-                    "the gradients of each pass nor report an infinity. Give it the scaler: FusedGAM(..., "
+                    "scaler.step(optimizer, closure) with a scaler unknown to the optimizer, which then can neither unscale "
+                    "the gradients of each pass nor report an infinity. Pass it the scaler: FusedGAM(..., "
                     "grad_scaler=scaler), or optimizer.grad_scaler = scaler"
                 )
             return

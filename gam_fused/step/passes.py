@@ -184,8 +184,8 @@ class Passes:
         """Gradients as autograd makes them, with the graph to differentiate them again."""
         if any(p.grad is not None for p in self.plan.params):
             raise RuntimeError(
-                "the closure called backward(), which leaves nothing to differentiate again: with method='exact' it must "
-                "only return the loss. Methods 'finite_difference' and 'accelerated' take closures of both kinds"
+                "the closure called backward(), which leaves no graph to differentiate again: with method='exact' it must "
+                "only return the loss. Methods 'finite_difference' and 'accelerated' accept both kinds of closures"
             )
         scaled = self.session.loss_scaling.scale(closures.differentiable_in(result))
         raw: list[Tensor | None] = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))

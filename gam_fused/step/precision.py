@@ -93,8 +93,8 @@ class Watch:
 def _warn(rho_prime: float, ratio: float) -> None:
     """Where the user's code has called the step; before Python 3.12, which cannot skip frames by file, from here."""
     text = (
-        f"FusedGAM: the finite difference's probe is below the precision of the forward pass: rho_prime={rho_prime:g} makes "
-        f"{ratio:.1f} times as much rounding noise as probe. Raise rho_prime, or run the forward in float32"
+        f"FusedGAM: the finite difference's probe is below the precision of the forward pass: at rho_prime={rho_prime:g}, "
+        f"rounding noise is {ratio:.1f} times as large as the probe. Raise rho_prime, or run the forward pass in float32"
     )
     if sys.version_info >= (3, 12):
         warnings.warn(text, skip_file_prefixes=_INSIDE)
