@@ -12,7 +12,7 @@
 # make clients  FusedGAM in the place of the base optimizer of real small clients: the loss after as many steps
 # make study    the defaults, and accuracy against passes, on several networks (QUICK=1: a minute; ARGS="tune --networks vit")
 # make interval GAM on a fraction of the steps only: accuracy and cost (figure 4 of the paper)
-# make paper    the paper's tables and figures on small data, in under an hour (QUICK=1; ARGS="--only table1 figures")
+# make paper    the paper's tables and figures on small data, in an hour on two cores (QUICK=1; ARGS="--only table1 figures")
 # make eigensolvers  Lanczos iteration here against scipy's and torch's eigensolvers
 # make torch    the package under one version of torch, in a fresh environment that is removed: VERSION=2.11.0 (KEEP=1 ARGS=...)
 # make wheels   a wheel that is built here, under every supported torch and every Python that is found: a line for each pair
