@@ -144,7 +144,7 @@ def test_checkpoints_hold_the_bound_and_the_part():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "sam", "max_ratio": 0.5}, r"max_ratio=0.5 .*method='sam'.*belongs to 'exact', 'finite_difference'"),
+        ({"method": "sam", "max_ratio": 0.5}, r"max_ratio=0.5 .*method='sam'.*is for 'exact', 'finite_difference'"),
         ({"method": "accelerated", "max_ratio": 0.5}, r"max_ratio=0.5 .*method='accelerated'"),
         ({"max_ratio": -0.1}, r"max_ratio=-0.1 must be at least 0"),
         ({"max_ratio": float("nan")}, r"max_ratio=nan must be finite"),
