@@ -59,8 +59,8 @@ class FusedGAM(Optimizer):
              s  = <h-, h+>/|h+|^2
 
     A step is a transaction. Weights are restored bit for bit before the update. All passes see the same random numbers and
-    start from the same buffers, which end as the first pass left them. An exception in any pass leaves everything as it was.
-    A non-finite gradient in any pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
+    start from the same buffers, which end as the first pass left them. An exception in any pass leaves all of this as it
+    was. A non-finite gradient in any pass skips the update (`skipped_steps`). Afterwards every `p.grad` is None.
 
     Args:
         params: a module, which then serves as `model` too; or tensors, (name, tensor) pairs or param groups, as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -373,6 +374,17 @@ def test_modules_of_torchscript_are_refused_by_name(make_script):
             make(model.parameters(), model=model)
     optimizer = make(scripted.parameters())
     optimizer.step(regression(scripted, *batch()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_modules_of_torchscript_that_hold_nothing_are_welcome():
+    expected = mlp()
+    model = nn.Sequential(*expected, torch.jit.script(nn.Sequential(nn.Identity(), nn.Identity())))
+    other = copy.deepcopy(expected)
+    make(expected).step(regression(expected, *batch()))
+    make(nn.Sequential(*other, model[-1])).step(regression(other, *batch()))
+    for p, q in zip(other.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

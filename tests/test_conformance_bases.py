@@ -107,6 +107,8 @@ def test_what_the_base_refuses_is_refused_in_its_words(name):
         elif "complex" in given.desc:
             kind, words = TypeError, r"parameter 0 .* is complex; optimize torch.view_as_real\(p\) instead"
         params = [torch.nn.Parameter(torch.zeros(2, 2))] if given.params is None else given.params
+        if "complex" in given.desc:
+            params = [p.requires_grad_() for p in params]  # frozen, they would be left alone
         with pytest.raises(kind) as raised:
             FusedGAM(params, OF_TORCH[name].optim_cls, base_kwargs=given.kwargs)
         assert re.search(words, str(raised.value)), f"{given.desc}: {raised.value}"

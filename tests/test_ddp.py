@@ -372,6 +372,28 @@ def test_local_mode_says_what_it_needs():
     run(2, _refusals)
 
 
+def _of_other_optimizers(rank):
+    for method, mode in (("sam", "local"), ("exact", "global")):
+        net = mlp()
+        model = DistributedDataParallel(net)
+        optimizer = make(net[0].parameters(), method=method, model=model, perturb_sync=mode)
+        before = fingerprint(net.parameters())
+        closure = regression(model, *shard_of(rank, *batch()))
+        with pytest.raises(ValueError, match=rf"{mode if mode == 'local' else method}'.*: 2\.weight \(shape \(2, 5\)\)"):
+            optimizer.step(closure)
+        assert fingerprint(net.parameters()) == before
+        net[2].requires_grad_(False)
+        model = DistributedDataParallel(net)
+        optimizer = make(net[0].parameters(), method=method, model=model, perturb_sync=mode)
+        optimizer.step(regression(model, *shard_of(rank, *batch())))
+        assert agree(fingerprint(net.parameters()))
+        assert fingerprint(net.parameters()) != before
+
+
+def test_gradients_for_another_optimizer_that_nobody_averages_are_refused():
+    run(2, _of_other_optimizers)
+
+
 def _low_precision(rank, mode):
     """bf16 and float64 side by side: stochastic rounding is the same on all ranks, and each dtype has its buffer."""
     for method in METHODS:

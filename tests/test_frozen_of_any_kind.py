@@ -16,6 +16,9 @@ FROZEN = {
     "complex": lambda: torch.ones(4, dtype=torch.complex64),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "expanded": lambda: torch.ones(1).expand(4),
+    "quantized": lambda: torch.quantize_per_channel(torch.ones(4, 4), torch.ones(4), torch.zeros(4), 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "meta": lambda: torch.ones(4, device="meta"),
     "subclass": lambda: TwoTensor(torch.ones(4), torch.ones(4)),
 }
 
@@ -26,7 +29,7 @@ def with_frozen(kind: str) -> nn.Sequential:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning", "ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("backend", backend_params())
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("kind", FROZEN)

@@ -249,3 +249,14 @@ def test_after_a_capture_that_failed_the_next_call_captures(rehearsed, monkeypat
     optimizer.adaptive = False
     step(*batch())
     assert [graph.replays for graph, _ in rehearsed] == [1, 1]
+
+
+def test_parameters_of_another_optimizer_are_refused_by_name():
+    """A graph's gradients lie in its own memory: no other optimizer could rely on them."""
+    model = mlp()
+    optimizer = make(model[0].parameters(), model=model)
+    optimizer.prepare()
+    with pytest.raises(ValueError, match=r"another optimizer: 2\.weight \(shape \(2, 5\)\)"):
+        capture.check_others(optimizer.session)
+    model[2].requires_grad_(False)
+    capture.check_others(optimizer.session)

@@ -81,6 +81,7 @@ def test_a_step_that_fails_leaves_none(k):
 
 
 def test_gradients_in_memory_that_every_pass_writes_to_are_copied():
+    """And come back where others look for them, such as one buffer of all gradients."""
     model = Embedded()
     bucket = torch.zeros(2, model.embedding.weight.numel())
     optimizer = make(model.head.parameters(), model=model)
@@ -95,6 +96,42 @@ def test_gradients_in_memory_that_every_pass_writes_to_are_copied():
     expected = after_one_pass(model)
     optimizer.step(closure)
     assert torch.equal(dense(model), expected)
+    assert dense(model).data_ptr() == bucket.data_ptr()
+
+
+def test_gradients_that_lie_in_a_buffer_of_the_users_stay_there():
+    model = Embedded()
+    buffer = torch.zeros(model.embedding.weight.numel())
+    model.embedding.weight.grad = buffer.view_as(model.embedding.weight)
+    optimizer = make(model.head.parameters(), model=model)
+    for _ in range(2):
+        buffer.zero_()
+        expected = after_one_pass(model)
+        optimizer.step(model.loss)
+        assert torch.equal(buffer.view_as(expected), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_parameters_that_the_first_pass_makes():
+    """Of a lazy module, or unfrozen by the closure: in the step that makes them, and later."""
+    for makes in ("lazy", "unfrozen"):
+        model = Embedded()
+        model.tail = nn.LazyLinear(3) if makes == "lazy" else nn.Linear(2, 3).requires_grad_(False)
+
+        def loss(model=model, makes=makes):
+            embedded = torch.tanh(model.embedding(torch.tensor([0, 3, 3, 5])))
+            model.tail.requires_grad_() if makes == "unfrozen" else None
+            return model.tail(model.head(embedded)).square().mean()
+
+        optimizer = make(model.head.parameters(), model=model)
+        for _ in range(3):
+            torch.manual_seed(3)  # the lazy module's weights
+            other = copy.deepcopy(model)
+            loss(other).backward()
+            torch.manual_seed(3)
+            optimizer.step(loss)
+            assert torch.equal(model.tail.weight.grad, other.tail.weight.grad), makes
+            model.tail.zero_grad()
 
 
 def test_a_parameter_reached_by_later_passes_alone_gets_no_gradient():

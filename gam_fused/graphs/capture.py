@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.settings import SCHEDULED, Settings
 from gam_fused.step import run
 from gam_fused.step.closures import BatchClosure
+from gam_fused.step.session import Session
 from gam_fused.step.step import Step
 from gam_fused.torch_private import has_step_hooks, note_step_of_base
 from gam_fused.transaction.interrupts import Interrupts
@@ -109,6 +111,7 @@ class CapturedStep:
         with torch.no_grad(), torch.cuda.device(self.device):
             settings = optimizer.prepare()
             session, method = optimizer.session, METHODS[settings.method]
+            check_others(session)
             kinds = [method.passes, plain.passes] if settings.interval > 1 else [method.passes]
             preserved = Preserved(session, settings)
             stream = torch.cuda.Stream()
@@ -181,6 +184,20 @@ class CapturedStep:
 @Optimizer.profile_hook_step  # calls the hooks of `step`
 def _replay(optimizer: FusedGAM, captured: CapturedStep, inputs: Sequence[Tensor]) -> Tensor:
     return captured.replay(inputs)
+
+
+def check_others(session: Session) -> None:
+    """Raises ValueError for trainable parameters of the model that are not the optimizer's.
+
+    Their gradients would be the graph's own memory, which `zero_grad` gives away and no replay sets again.
+    """
+    others = {id(p) for p in session.model_state.others_now() if p.requires_grad} if session.model_state else set()
+    for name, p in chain.from_iterable(module.named_parameters() for module in session.modules):
+        if id(p) in others:
+            raise ValueError(
+                f"capture_step cannot keep gradients for another optimizer: {name} (shape {tuple(p.shape)}) of model= is "
+                "not among this optimizer's parameters. Freeze it by requires_grad_(False), or use step() without a graph"
+            )
 
 
 def _check_optimizer(optimizer: FusedGAM) -> torch.device:

@@ -51,7 +51,7 @@ def can_be_trained(p: Tensor) -> bool:
     """Whether it is of a kind that backends can perturb and restore."""
     try:
         _check_kind(p, ())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last from nested tensors, which have no strides
         return False
     return True
 
@@ -98,10 +98,10 @@ def _address(p: Tensor) -> int:
 
 
 def check_materialized(groups: Groups) -> None:
-    """Raises RuntimeError for parameters that have no elements yet."""
+    """Raises RuntimeError for parameters that are to be trained and have no elements yet."""
     for group in groups:
         for p in group["params"]:
-            if p.device.type == "meta":
+            if p.device.type == "meta" and p.requires_grad:
                 raise RuntimeError(
                     f"{describe(p, groups)} is on the meta device and has no data: materialize the model "
                     "(model.to_empty(device=...), then initialize or load it) before the first step"

@@ -142,6 +142,19 @@ class Replicas:
                 for buffers in self._buffers:
                     buffers.end()
 
+    def check_others(self, others: Sequence[Tensor]) -> None:
+        """Raises ValueError for trainable parameters that are not the optimizer's: nobody averages their gradients."""
+        trainable = {id(p) for p in others if p.requires_grad}
+        for module in self.ddp if trainable else ():
+            for name, p in module.module.named_parameters():
+                if id(p) in trainable and name not in module.parameters_to_ignore:
+                    which = "perturb_sync='local'" if self.local else "method='exact'"
+                    raise ValueError(
+                        f"{which}: {name} (shape {tuple(p.shape)}) of the DistributedDataParallel in model= is not among "
+                        "this optimizer's parameters, and its gradient would differ between ranks, as DDP averages none "
+                        "during a step. Freeze it by requires_grad_(False), or use perturb_sync='global' with another method"
+                    )
+
     def align_buffers(self) -> None:
         """Before a pass: buffers as rank 0 had them before the step, where DDP is to keep them in line."""
         for buffers in self._buffers:

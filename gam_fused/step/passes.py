@@ -64,7 +64,9 @@ class Passes:
         self.seen = [[False] * len(b.params) for b in self.blocks]
         self._reshard()
         self._model = session.model_state.begin() if session.model_state else None
-        self._others = OtherGradients(session.model_state.others if session.model_state else ())
+        self._others = OtherGradients(session.model_state) if session.model_state else None
+        if session.replicas and session.model_state:
+            session.replicas.check_others(session.model_state.others)
         if random is None and settings.preserve_rng_state:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
         self._random = random
@@ -221,7 +223,8 @@ class Passes:
             self._random.finish()
         if self._model:
             self._model.finish(self.session.skipped)
-        self._others.finish()
+        if self._others:
+            self._others.finish()
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""

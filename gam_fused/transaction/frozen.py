@@ -35,6 +35,7 @@ class FrozenParameters:
     def __init__(self, params: list[Tensor], budget: int):
         # Subclasses may keep their elements elsewhere: those of quantized weights do, and so do sparse tensors.
         strided = [p for p in params if p.device.type != "meta" and p.layout is torch.strided]
+        strided = [p for p in strided if not (p.is_nested or p.is_quantized)]
         self._params = [p for p in strided if type(p) is nn.Parameter or is_dtensor(p)]
         self._all = params
         self._watched = [p for p in self._params if not is_dtensor(p) and not p.is_inference()]

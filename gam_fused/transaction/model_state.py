@@ -60,7 +60,7 @@ class ModelState:
         """Save what they hold, before the passes of a step."""
         if self._tree is None or not self._tree.is_current():
             self._tree = ModuleTree(self._modules, self._trained)
-            self.others = [p for p in self._tree.frozen if id(p) not in self._idle]
+            self.others = self._others_in(self._tree)
         frozen = self._tree.frozen
         if not self._frozen.are(frozen):
             trained = sum(end - start for _, start, end in self._extents)
@@ -69,6 +69,15 @@ class ModelState:
         if self._layout is None or not self._layout.fits(self._tree.owners, copied):
             self._layout = BufferLayout(self._tree.owners, copied, self._extents, self._backend)
         return StepState(self, self._layout, self._frozen)
+
+    def others_now(self) -> list[Tensor]:
+        """The modules' parameters that the optimizer does not have, with those that have been made since `begin`."""
+        if self._tree is not None and self._tree.is_current():
+            return self.others
+        return self._others_in(ModuleTree(self._modules, self._trained))
+
+    def _others_in(self, tree: ModuleTree) -> list[Tensor]:
+        return [p for p in tree.frozen if id(p) not in self._idle]
 
     def modules_have_changed(self) -> bool:
         """Whether the set of submodules has changed since the beginning of the step."""

@@ -33,6 +33,8 @@ class ModuleTree:
             if module is None or id(module) in modules:
                 continue
             check_visible(module)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # holds nothing
             modules[id(module)] = module
             waiting += children_in(module).values()
             kind: Any = type(module)
@@ -41,7 +43,9 @@ class ModuleTree:
                 waiting += module.modules()
         self._children = Contents([children_in(m) for m in modules.values()])
         self._parameters = Contents([parameters_in(m) for m in modules.values()])
-        others = (p for p in self._parameters.values if p is not None and id(p) not in trained and not is_lazy(p))
+        parameters = [p for p in self._parameters.values if p is not None]
+        self._lazy = [p for p in parameters if is_lazy(p)]  # they stay the same objects when a forward makes them
+        others = (p for p in parameters if id(p) not in trained and not is_lazy(p))
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
         ids = set(map(id, self.frozen))
         of_frozen = [owner for owner in self._parameters.filled if not ids.isdisjoint(map(id, owner.values()))]
@@ -49,7 +53,8 @@ class ModuleTree:
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""
-        return not self._names_others and self._children.are_all() and self._parameters.are_all()
+        same = self._children.are_all() and self._parameters.are_all()
+        return same and not self._names_others and all(map(is_lazy, self._lazy))
 
 
 class Contents:
@@ -88,12 +93,12 @@ class Contents:
 
 
 def check_visible(module: nn.Module) -> None:
-    """Raises TypeError for a module of TorchScript, which keeps its buffers out of sight of Python."""
-    if isinstance(module, torch.jit.ScriptModule):
+    """Raises TypeError for a module of TorchScript with parameters or buffers, which it keeps out of sight of Python."""
+    if isinstance(module, torch.jit.ScriptModule) and any(True for _ in chain(module.parameters(), module.buffers())):
         raise TypeError(
             f"the model has a module of TorchScript ({getattr(module, 'original_name', type(module).__name__)}), whose "
-            "buffers cannot be put back: give the module that it was made from, or compile it with torch.compile. Without "
-            "buffers, give its parameters alone: FusedGAM(model.parameters(), ...)"
+            "parameters and buffers cannot be seen: use the module that it was made from, or torch.compile. Without "
+            "buffers, pass its parameters alone, as FusedGAM(model.parameters(), ...) takes them"
         )
 
 
