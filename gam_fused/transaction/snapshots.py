@@ -77,7 +77,7 @@ class Snapshots:
         for kind in self._kinds:
             kind.take(number)
         if self._others:
-            self._other_copies[number] = [(_clone(t), _mark(t)) for t in self._others]
+            self._other_copies[number] = [(_clone(t), _Mark(t)) for t in self._others]
 
     def bring_home(self, *, reshaped: bool = True) -> None:
         """Move the tensors back to the memory they had. `reshaped`: whether one may have another shape in the same place."""
@@ -96,7 +96,7 @@ class Snapshots:
         for kind in self._kinds:
             kind.put_back(number)
         for t, (copy, mark) in zip(self._others, self._other_copies.get(number, []), strict=False):
-            if t.layout is torch.strided or _mark(t) != mark:
+            if t.layout is torch.strided or _Mark(t) != mark:
                 part(t).copy_(copy)
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
@@ -198,11 +198,20 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
-def _mark(t: Tensor) -> Any:
-    """A value that changes when a tensor that is not strided is written to or gets other memory."""
-    if t.layout is torch.strided:
-        return None if t.is_inference() else t._version
-    return t._version, values_of(t).data_ptr()
+class _Mark:
+    """Changes when a tensor that is not strided is written to or gets other memory.
+
+    It keeps the memory it saw, which other values would otherwise be given once the tensor has left it.
+    """
+
+    def __init__(self, t: Tensor):
+        strided = t.layout is torch.strided
+        version = None if strided and t.is_inference() else t._version
+        self._values = None if strided else values_of(t).detach()
+        self._facts = version, None if self._values is None else self._values.data_ptr()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Mark) and self._facts == other._facts
 
 
 def _clone(t: Tensor) -> Tensor:
