@@ -62,6 +62,9 @@ def build_sdist(folder: Path) -> Path:
     return sdist
 
 
+NO_CUDA = {"FORCE_CUDA": "0", "CUDA_HOME": "/none"}  # its kernels take minutes to compile
+
+
 def build_wheel(folder: Path, source: Path | None = None, **environment: str) -> tuple[Path, str]:
     """A wheel of `source`, or of a copy of the sources; and what the build printed."""
     command = [
@@ -193,7 +196,7 @@ case "$1" in -dumpfullversion) echo 14.0.0; exit;; --version) echo 'c++ {version
 
 
 def test_a_cpu_backend_that_does_not_compile_says_why_in_the_compilers_words(tmp_path):
-    wheel, printed = build_wheel(tmp_path, CXX=compiler(tmp_path, fails=True), GAM_FUSED_REQUIRE_CPP="0", FORCE_CUDA="0")
+    wheel, printed = build_wheel(tmp_path, CXX=compiler(tmp_path, fails=True), GAM_FUSED_REQUIRE_CPP="0", **NO_CUDA)
     assert "it does not compile" in printed
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     code = "import gam_fused; print(gam_fused.available_backends()['cpp'])"
@@ -239,7 +242,7 @@ def test_the_reason_and_the_backend_of_an_earlier_build_go(tmp_path):
         stale.unlink()
     found = []
     for fails in (False, True, False):
-        environment = os.environ | {"CXX": compiler(tmp_path, fails=fails), "GAM_FUSED_REQUIRE_CPP": "0", "FORCE_CUDA": "0"}
+        environment = os.environ | NO_CUDA | {"CXX": compiler(tmp_path, fails=fails), "GAM_FUSED_REQUIRE_CPP": "0"}
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
