@@ -88,6 +88,7 @@ def group(rank: int, world: int, path: str, timeout: float = TIMEOUT) -> Iterato
     limit = timedelta(seconds=timeout)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=limit)
     try:
+        dist.barrier()  # a rank that leaves at once would hang up on others that are still connecting
         yield
     finally:
         if dist.is_initialized():
