@@ -119,6 +119,35 @@ class Encoder(nn.Module):
         return self.q(x) - self.k(x)
 
 
+class Follower(nn.Module):
+    """A target network that the forward reads, then replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(6, 6)
+        self.k = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).requires_grad_(False)
+
+    def forward(self, x):
+        out = self.q(x) - self.k(x)
+        self.k = copy.deepcopy(self.k)
+        with torch.no_grad():
+            self.k[0].weight.lerp_(self.q.weight, 0.1)
+        return out
+
+
+class Changing(nn.Module):
+    """Its layer is another one in every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = nn.Softplus()
+
+    def forward(self, x):
+        out = self.now(x)
+        self.now = nn.Tanh() if isinstance(self.now, nn.Softplus) else nn.Softplus()
+        return out
+
+
 NETS = {
     "spectral_norm": lambda: nn.Sequential(
         nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(6, 2))
@@ -136,6 +165,8 @@ NETS = {
     "encoder": lambda: nn.Sequential(Encoder("in place"), nn.Linear(6, 2)),
     "encoder, data": lambda: nn.Sequential(Encoder("data"), nn.Linear(6, 2)),
     "encoder, data in place": lambda: nn.Sequential(Encoder("data in place"), nn.Linear(6, 2)),
+    "follower": lambda: nn.Sequential(Follower(), nn.Linear(6, 2)),
+    "changing": lambda: nn.Sequential(nn.Linear(6, 6), Changing(), nn.Linear(6, 2)),
     "encoder, data, beside much": lambda: nn.Sequential(Encoder("data", 100), nn.Linear(6, 2)),
 }
 

@@ -159,7 +159,7 @@ class StepState:
 
 
 class BufferLayout:
-    """Which tensors are registered under which names, and memory for copies of them.
+    """Which tensors and modules are registered under which names, and memory for copies of the tensors.
 
     Attributes:
         owners: the dicts that the names are in. frozen: the frozen parameters among the tensors.
@@ -168,7 +168,7 @@ class BufferLayout:
     def __init__(self, owners: list[Owner], frozen: Sequence[Tensor], extents: list[tuple[str, int, int]], backend: str):
         self.owners, self._wanted = owners, list(frozen)
         self._contents = Contents(owners)
-        values = [t for t in self._contents.values if t is not None]
+        values = [t for t in self._contents.values if isinstance(t, Tensor)]  # neither None nor modules
         self._has_lazy = any(map(is_lazy, values))
         buffers = [t for t in values if not is_lazy(t) and not isinstance(t, nn.Parameter)]
         tensors = list({id(t): t for t in [*buffers, *frozen]}.values())
@@ -179,7 +179,7 @@ class BufferLayout:
         self.snapshots = Snapshots(tensors, backend)
 
     def fits(self, owners: list[Owner], frozen: Sequence[Tensor]) -> bool:
-        """Whether the same tensors are registered under the same names, at the same addresses with the same layout."""
+        """Whether the same is registered under the same names, tensors at the same addresses with the same layout."""
         return (
             (owners is self.owners or same_objects(owners, self.owners))
             and same_objects(frozen, self._wanted)
@@ -201,7 +201,7 @@ class BufferLayout:
         return self._contents.has(owner, name)
 
     def put_back(self, number: int, *, reshaped: bool = True) -> None:
-        """Restore the same tensors under the same names, with the contents of copy `number`. Names added later stay."""
+        """Restore what is registered under each name, tensors with the contents of copy `number`. Names added later stay."""
         if not self._contents.are_in_place():
             self._contents.put_back()
         self.snapshots.bring_home(reshaped=reshaped)

@@ -20,7 +20,7 @@ class ModuleTree:
     """All modules below some roots, each once.
 
     Attributes:
-        owners: their `_buffers`, and those of their `_parameters` that hold frozen ones.
+        owners: their `_buffers` and `_modules`, and those of their `_parameters` that hold frozen ones.
         frozen: their parameters that are not trained.
     """
 
@@ -49,7 +49,8 @@ class ModuleTree:
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
         ids = set(map(id, self.frozen))
         of_frozen = [owner for owner in self._parameters.filled if not ids.isdisjoint(map(id, owner.values()))]
-        self.owners: list[Owner] = [*(buffers_in(m) for m in modules.values()), *of_frozen]
+        children = (children_in(m) for m in modules.values())
+        self.owners: list[Owner] = [*(buffers_in(m) for m in modules.values()), *of_frozen, *children]
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""
