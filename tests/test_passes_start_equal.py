@@ -298,6 +298,32 @@ def test_a_frozen_parameter_that_begins_to_move_later():
         torch.testing.assert_close(model.k.weight, before * 0.5 ** (i + 1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bad", [None, 0, 2])
+def test_a_closure_may_leave_the_model_in_another_training_mode(bad):
+    """As one that ends with an evaluation does: every pass starts in training mode, as under torch alone."""
+    model = net("late").append(nn.BatchNorm1d(2)).append(nn.Dropout(0.5))
+    x, _ = batch(features=(6,))
+    modes = []
+
+    def closure():
+        modes.append([m.training for m in model])
+        loss = model(x).square().mean()
+        model.eval()
+        if len(modes) - 1 == bad:
+            raise RuntimeError("bad batch")
+        return loss
+
+    optimizer = make(model)
+    if bad is None:
+        optimizer.step(closure)
+        assert not any(m.training for m in model), "as the first pass left them"
+    else:
+        with pytest.raises(RuntimeError, match="bad batch"):
+            optimizer.step(closure)
+        assert all(m.training for m in model)
+    assert all(map(all, modes)), modes
+
+
 def test_activation_checkpointing_moves_buffers_as_in_one_pass():
     """The recomputation in backward moves batch norm a second time, as under torch alone."""
     from torch.utils.checkpoint import checkpoint

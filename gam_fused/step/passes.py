@@ -23,6 +23,7 @@ from gam_fused.step.session import Session
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.other_gradients import OtherGradients
 from gam_fused.transaction.randomness import RandomState
+from gam_fused.transaction.training_modes import TrainingModes
 
 _UNREACHED = (
     "the loss depends on no optimized parameter (one that is the optimizer's and has requires_grad=True); check that the "
@@ -35,7 +36,7 @@ _TAKEN = (
 
 
 class Passes:
-    """The gradient passes of one `step(closure)`, each from the same buffers, frozen parameters and random numbers.
+    """The gradient passes of one `step(closure)`, each from the same buffers, frozen parameters, modes and random numbers.
 
     Lists have one `TensorList` per block.
 
@@ -65,6 +66,7 @@ class Passes:
         self._reshard()
         self._model = session.model_state.begin() if session.model_state else None
         self._others = OtherGradients(session.model_state) if session.model_state else None
+        self._modes = TrainingModes(session.model_state) if session.model_state else None
         if session.replicas and session.model_state:
             session.replicas.check_others(session.model_state.others)
         if random is None and settings.preserve_rng_state:
@@ -132,7 +134,7 @@ class Passes:
         if first:
             self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
-            for replayed in (self._random, self._model, self._others):
+            for replayed in (self._random, self._model, self._others, self._modes):
                 if replayed:
                     replayed.replay()
         if self.session.replicas:
@@ -212,7 +214,7 @@ class Passes:
         self.settle()
         self._forget_weights()
         self._model = self._random = None  # a graph keeps the step, which shall keep neither copies nor the batch
-        del self.closure, self._others
+        del self.closure, self._others, self._modes
 
     def settle(self) -> None:
         """Generators and buffers as pass 1 left them, before a base optimizer of the user's runs."""
@@ -225,6 +227,8 @@ class Passes:
             self._model.finish(self.session.skipped)
         if self._others:
             self._others.finish()
+        if self._modes:
+            self._modes.finish()
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
@@ -233,7 +237,7 @@ class Passes:
             for b in self.blocks:
                 b.put_back()
             if not self._settled:
-                for part in (self._random, self._model, self._others):
+                for part in (self._random, self._model, self._others, self._modes):
                     if part:
                         part.abort()
         try:

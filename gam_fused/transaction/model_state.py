@@ -39,6 +39,7 @@ class ModelState:
 
     Attributes:
         others: the modules' parameters that the optimizer does not have, as of the last `begin`.
+        submodules: all modules, as of then.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class ModelState:
         idle: Sequence[Tensor] = (),
     ):
         self._modules, self._backend = list(modules), backend
-        self._idle, self.others = set(map(id, idle)), list[Tensor]()
+        self._idle, self.others, self.submodules = set(map(id, idle)), list[Tensor](), list[nn.Module]()
         self._trained = {id(p) for p in trained}
         self._extents = sorted(_extent(local(p)) for p in trained if p.numel() and p.device.type != "meta")
         self._frozen = FrozenParameters([], 0)
@@ -60,7 +61,7 @@ class ModelState:
         """Save what they hold, before the passes of a step."""
         if self._tree is None or not self._tree.is_current():
             self._tree = ModuleTree(self._modules, self._trained)
-            self.others = self._others_in(self._tree)
+            self.others, self.submodules = self._others_in(self._tree), self._tree.modules
         frozen = self._tree.frozen
         if not self._frozen.are(frozen):
             trained = sum(end - start for _, start, end in self._extents)

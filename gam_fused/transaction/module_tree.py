@@ -20,6 +20,7 @@ class ModuleTree:
     """All modules below some roots, each once.
 
     Attributes:
+        modules: they themselves.
         owners: their `_buffers` and `_modules`, and those of their `_parameters` that hold frozen ones.
         frozen: their parameters that are not trained.
     """
@@ -41,16 +42,16 @@ class ModuleTree:
             if _names_others(kind):
                 self._names_others = True
                 waiting += module.modules()
-        self._children = Contents([children_in(m) for m in modules.values()])
-        self._parameters = Contents([parameters_in(m) for m in modules.values()])
+        self.modules = list(modules.values())
+        self._children = Contents([children_in(m) for m in self.modules])
+        self._parameters = Contents([parameters_in(m) for m in self.modules])
         parameters = [p for p in self._parameters.values if p is not None]
         self._lazy = [p for p in parameters if is_lazy(p)]  # they stay the same objects when a forward makes them
         others = (p for p in parameters if id(p) not in trained and not is_lazy(p))
         self.frozen: list[Tensor] = list({id(p): p for p in others}.values())
         ids = set(map(id, self.frozen))
         of_frozen = [owner for owner in self._parameters.filled if not ids.isdisjoint(map(id, owner.values()))]
-        children = (children_in(m) for m in modules.values())
-        self.owners: list[Owner] = [*(buffers_in(m) for m in modules.values()), *of_frozen, *children]
+        self.owners: list[Owner] = [*map(buffers_in, self.modules), *of_frozen, *map(children_in, self.modules)]
 
     def is_current(self) -> bool:
         """Whether the same modules hold the same modules and parameters."""
