@@ -9,6 +9,7 @@ import pytest
 import torch
 from gam_helpers import METHODS, batch, closure_of, make, mlp, regression, same, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gam_fused import FusedGAM, FusedSAM
 from gam_fused.methods import TAKES
@@ -403,3 +404,27 @@ def test_hooks_that_take_the_gradients_are_named():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with pytest.raises(RuntimeError, match="register_post_accumulate_grad_hook"):
         optimizer.step(regression(model, *batch()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_refuses_activation_checkpointing_that_hides_parameters(method):
+    """Reentrant: only backward() reaches what lies inside, and with `exact` it would silently not be trained."""
+    model = mlp(torch.float64)
+    x, y = batch(dtype=torch.float64)
+
+    def closure():
+        hidden = checkpoint(model[:2], x.detach().requires_grad_(), use_reentrant=reentrant)
+        return (model[2](hidden) - y).square().mean()
+
+    optimizer, reentrant = make(model, method=method), True
+    before = snapshot(optimizer)
+    if method == "exact":
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            optimizer.step(closure)
+        same(snapshot(optimizer), before)
+        reentrant = False
+    optimizer.step(closure)
+    twin = mlp(torch.float64)
+    make(twin, method=method).step(lambda: (twin(x) - y).square().mean())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=0)

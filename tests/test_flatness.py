@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gam_fused import flatness
 
@@ -334,6 +335,25 @@ def test_bad_input_is_named(name):
         measure(lambda: weight.sum(), ["weight"])
     with pytest.raises(ValueError, match=r"0-d.*\(3,\)"):
         measure(lambda: weight, [weight])
+
+
+@pytest.mark.parametrize("name", [n for n in MEASURES if n not in ("loss_landscape", "local_minima_density")])
+def test_activation_checkpointing_that_hides_parameters_is_refused(name):
+    """Reentrant: only backward() reaches what lies inside, and its Hessian would be taken for 0."""
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def loss(reentrant):
+        return layers[2](checkpoint(layers[:2], x, use_reentrant=reentrant)).square().mean()
+
+    def value(loss):
+        torch.manual_seed(0)  # for random vectors
+        return torch.as_tensor(MEASURES[name](loss, layers.parameters()))
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        value(lambda: loss(True))
+    expected = value(lambda: layers(x).square().mean())
+    torch.testing.assert_close(value(lambda: loss(False)), expected, rtol=1e-9, atol=0)
 
 
 def test_bad_numbers_are_named():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused.checks import number
+from gam_fused.checks import check_differentiated, number
 from gam_fused.torch_private import forget_functions_of_weights
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.randomness import Generators
@@ -85,4 +85,5 @@ def _gradient(loss_fn: Callable[[], Tensor], params: list[Tensor]) -> list[Tenso
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise RuntimeError(f"loss_fn must return a 0-d tensor that can be differentiated, but returned {loss!r}")
         found = torch.autograd.grad(loss, params, allow_unused=True)
+        check_differentiated(loss, found)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]

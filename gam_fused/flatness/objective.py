@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gam_fused.checks import check_differentiated
 from gam_fused.flatness.restoring import Kept, restored
 from gam_fused.flatness.vectors import norm, wide
 from gam_fused.memory.parameters import check_materialized, check_parameters
@@ -152,6 +153,7 @@ def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False)
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in params]
     grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+    check_differentiated(loss, grads)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
 
 
