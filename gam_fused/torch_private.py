@@ -57,8 +57,17 @@ def complete(base: Optimizer) -> None:
 
 
 def has_step_hooks(base: Optimizer) -> bool:
-    """Whether hooks of the optimizer's own are to be called around its `step`, with the direction in `p.grad`."""
-    return bool(base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks)
+    """Whether hooks of the optimizer's own are to be called around its `step`, or another one in its place, with the
+    direction in `p.grad`."""
+    return bool(base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks) or _has_other_step(base)
+
+
+def _has_other_step(base: Optimizer) -> bool:
+    """Whether a `step` was assigned to the optimizer; an LR scheduler's wrapper of its class's own is none."""
+    step: Any = vars(base).get("step")
+    if getattr(step, "_wrapped_by_lr_sched", None) is True:
+        step = step.__wrapped__
+    return step is not None and getattr(step, "__func__", step) is not type(base).step
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 
 import pytest
 import torch
@@ -75,6 +76,40 @@ def test_hooks_that_come_and_go_change_only_rounding(base):
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         for key, value in optimizers[1].state[q].items():
             torch.testing.assert_close(optimizers[0].state[p][key], value)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("base", BASES, ids=lambda b: b.__name__)
+def test_a_step_that_was_put_over_the_bases_own_is_called(base, scheduled):
+    """As gradient centralisation is patched in: it finds the direction in `p.grad`."""
+    (patched, closure), (plain, plain_closure) = (
+        trainer("sam", model, regression(model, *batch(dtype=torch.float64)), base, lr=0.01)
+        for model in (mlp(torch.float64), mlp(torch.float64))
+    )
+
+    def halve(inner, *_):
+        for p in inner.param_groups[0]["params"]:
+            p.grad.mul_(0.5)
+
+    def step(inner):
+        halve(inner)
+        type(inner).step(inner)
+
+    inner = patched.base_optimizer
+    inner.step = types.MethodType(step, inner)
+    plain.base_optimizer.register_step_pre_hook(halve)
+    if scheduled:
+        StepLR(inner, 1)
+    for _ in range(3):
+        patched.step(closure)
+        plain.step(plain_closure)
+    same(weights(patched), weights(plain))
+
+
+def test_a_scheduler_of_the_base_leaves_it_fused():
+    optimizer = make(mlp(), SGD)
+    StepLR(optimizer.base_optimizer, 1)
+    assert optimizer.session.fused_now is not None
 
 
 def test_a_hook_that_clips_the_direction():
