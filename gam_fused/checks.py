@@ -10,11 +10,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-_OWN_BACKWARD = (
-    "the loss holds a segment of torch.utils.checkpoint with use_reentrant=True, through which only backward() reaches "
-    "parameters: their gradients would be missing. Use use_reentrant=False"
-)
-
 Groups = Sequence[dict[str, Any]]
 _CONSTANTS = {float, int, bool, str, type(None)}
 
@@ -68,22 +63,3 @@ def describe(p: Tensor, groups: Groups) -> str:
                 name = f"{group['param_names'][i]}, " if "param_names" in group else ""
                 return f"parameter {i} of group {row} ({name}{facts})"
     return f"a parameter ({facts})"
-
-
-def check_differentiated(loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
-    """After `torch.autograd.grad`: whether gradients may be missing because only `backward` would have made them.
-
-    Raises:
-        RuntimeError: they may.
-    """
-    if all(g is not None for g in gradients):
-        return
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if "CheckpointFunction" in node.name():  # those of other packages are called that too
-            raise RuntimeError(_OWN_BACKWARD)
-        seen.add(node)
-        waiting += [after for after, _ in node.next_functions]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState as OptState
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -30,6 +31,9 @@ storage_address: Any = getattr(torch._C, "_storage_address", None)
 
 # Compares types, dtypes, devices, sizes and strides of many tensors in one call, as torch.compile does before it runs code.
 _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+
+# What `backward` runs in every autograd.Function that is marked @once_differentiable.
+_ONCE: Any = once_differentiable(lambda ctx: None).__code__
 
 _OWN = (
     "_optimizer_step_pre_hooks",
@@ -257,3 +261,10 @@ def children_in(module: nn.Module) -> dict[str, Any]:
 def values_of(t: Tensor) -> Tensor:
     """The values of a sparse tensor, coalesced or not."""
     return t._values() if t.layout is torch.sparse_coo else t.values()
+
+
+def once_differentiable_in(node: Any) -> str:
+    """The name of the autograd.Function that a node of the graph belongs to, if that has no second derivative."""
+    function: Any = getattr(node, "_forward_cls", None)
+    once = function is not None and getattr(function.backward, "__code__", None) is _ONCE
+    return function.__qualname__ if once else ""

@@ -11,7 +11,7 @@ from gam_helpers import METHODS, batch, closure_of, make, mlp, regression, same,
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gam_fused import FusedGAM, FusedSAM
+from gam_fused import FusedGAM, FusedSAM, flatness
 from gam_fused.methods import TAKES
 
 NAN, INF = float("nan"), float("inf")
@@ -428,3 +428,34 @@ def test_exact_refuses_activation_checkpointing_that_hides_parameters(method):
     make(twin, method=method).step(lambda: (twin(x) - y).square().mean())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+
+
+class Once(torch.autograd.Function):
+    """As custom kernels are, of deformable convolutions for one: without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_function_without_a_second_derivative_is_named_where_one_is_needed(last):
+    """autograd.grad leaves its part of the Hessian out without a word."""
+    model = mlp()
+    x, y = batch()
+
+    def loss():
+        return Once.apply(model(x) - y).mean() if last else (model[2](Once.apply(model[0](x))) - y).square().mean()
+
+    make(model).step(loss)
+    with pytest.raises(RuntimeError, match="Once in the loss is marked @once_differentiable"):
+        make(model, method="exact").step(loss)
+    with pytest.raises(RuntimeError, match="Once in the loss is marked @once_differentiable"):
+        flatness.hessian_eigenvalues(loss, model.parameters())
+    assert flatness.zeroth_order_flatness(loss, model, 0.1) > 0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gam_fused.checks import check_differentiated, number
+from gam_fused.checks import number
+from gam_fused.memory.differentiated import check_differentiated
 from gam_fused.torch_private import forget_functions_of_weights
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.randomness import Generators

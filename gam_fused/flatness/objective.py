@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gam_fused.checks import check_differentiated
 from gam_fused.flatness.restoring import Kept, restored
 from gam_fused.flatness.vectors import norm, wide
+from gam_fused.memory.differentiated import check_differentiated
 from gam_fused.memory.parameters import check_materialized, check_parameters
 from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.parallel.fsdp import refuse_fsdp1
@@ -153,7 +153,7 @@ def gradient(loss: Tensor, params: Sequence[Tensor], create_graph: bool = False)
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in params]
     grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
-    check_differentiated(loss, grads)
+    check_differentiated(loss, grads, again=create_graph)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
 
 

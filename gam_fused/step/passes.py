@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gam_fused import torch_private
 from gam_fused.backends.tensor_lists import TensorList
-from gam_fused.checks import check_differentiated
 from gam_fused.memory import gradients
+from gam_fused.memory.differentiated import check_differentiated
 from gam_fused.parallel import ddp, dtensor
 from gam_fused.settings import Settings
 from gam_fused.step import averaging, closures
@@ -194,7 +194,7 @@ class Passes:
             )
         scaled = self.session.loss_scaling.scale(closures.differentiable_in(result))
         raw: list[Tensor | None] = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
-        check_differentiated(scaled, raw)
+        check_differentiated(scaled, raw, again=True)
         if all(g is None for g in raw):
             self._unreached()
         return raw
