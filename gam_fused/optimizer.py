@@ -229,8 +229,8 @@ class FusedGAM(Optimizer):
             dicts and whatever torch's pytree knows.
 
         Raises:
-            RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; sparse gradients; the
-                last step failed on this rank alone.
+            RuntimeError: no closure, or one that leaves neither gradients nor a differentiable loss; one that writes to a
+                tensor of its batch in place; sparse gradients; the last step failed on this rank alone.
             ValueError: a hyperparameter was changed to an invalid value; `flatness_fraction` below 1 without a batch;
                 a batch whose tensors disagree about its length; optimizer state made in ``torch.inference_mode()``.
         """

@@ -14,6 +14,7 @@ from gam_fused.checks import whole
 from gam_fused.flatness.loaders import check_all_ranks, generators_of, one_pass
 from gam_fused.flatness.objective import BatchedLoss
 from gam_fused.torch_private import tree_flatten, tree_unflatten
+from gam_fused.transaction.batch_contents import BatchContents
 
 
 def over_batches(
@@ -93,9 +94,14 @@ class _OverBatches(BatchedLoss):
 
     def terms(self) -> Iterator[tuple[int, Tensor]]:
         device = next(self.model.parameters()).device
+        kept = isinstance(self._loader, (list, tuple))  # the next pass is given the very same
         for batch in one_pass(self._loader, self._batches):
+            contents = BatchContents(batch) if kept else None
             if n := _samples(batch):
-                yield n, self._loss(self.model, _on(device, batch))
+                loss = self._loss(self.model, _on(device, batch))
+                if contents:
+                    contents.replay()
+                yield n, loss
 
 
 def _with_target(criterion: Callable[..., Tensor]) -> Callable[[nn.Module, Any], Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gam_fused.memory.gradients import is_shared
 from gam_fused.step.batches import part_of
 from gam_fused.torch_private import runs_cuda_graphs, tree_map_only
+from gam_fused.transaction.batch_contents import Items, items_in
 
 
 class BatchClosure:
@@ -26,16 +27,28 @@ class BatchClosure:
 
     def __init__(self, closure: Callable[[Any], Any], batch: Any, cut: Callable[[Any, float], Any] = part_of):
         self.closure, self.batch, self.cut = closure, batch, cut
-        self._part: tuple[float, Any] = (1.0, batch)
+        self._part: tuple[float, Any, Items] | None = None
 
     def __call__(self) -> Any:
         return self.closure(self.batch)
 
     def on_part(self, fraction: float) -> Any:
         """Of the first `fraction` of the batch."""
-        if self._part[0] != fraction:
-            self._part = fraction, self.cut(self.batch, fraction)
-        return self.closure(self._part[1])
+        if self._part is None or self._part[0] != fraction:
+            part = self.cut(self.batch, fraction)
+            self._part = fraction, part, items_in(part)
+        _, part, items = self._part
+        items.put_back()  # a pass before may have taken some out
+        return self.closure(part)
+
+
+def batch_of(closure: Any) -> Any:
+    """The mini-batch that a closure is given, or None."""
+    while isinstance(closure, BatchClosure):
+        closure = closure.batch
+        if not isinstance(closure, BatchClosure):
+            return closure
+    return None
 
 
 def check_has_batch(closure: Callable[[], Any], fraction: float) -> None:

@@ -21,6 +21,7 @@ from gam_fused.step import averaging, closures
 from gam_fused.step.direction import Lists
 from gam_fused.step.record import Record
 from gam_fused.step.session import Session
+from gam_fused.transaction.batch_contents import BatchContents
 from gam_fused.transaction.interrupts import Interrupts
 from gam_fused.transaction.other_gradients import OtherGradients
 from gam_fused.transaction.randomness import RandomState
@@ -37,7 +38,7 @@ _TAKEN = (
 
 
 class Passes:
-    """The gradient passes of one `step(closure)`, each from the same buffers, frozen parameters, modes and random numbers.
+    """The gradient passes of one `step(closure)`: the same model state, mini-batch and random numbers for each.
 
     Lists have one `TensorList` per block.
 
@@ -68,6 +69,7 @@ class Passes:
         self._model = session.model_state.begin() if session.model_state else None
         self._others = OtherGradients(session.model_state) if session.model_state else None
         self._modes = TrainingModes(session.model_state) if session.model_state else None
+        self._batch = BatchContents(closures.batch_of(closure))
         if session.replicas and session.model_state:
             session.replicas.check_others(session.model_state.others)
         if random is None and settings.preserve_rng_state:
@@ -135,7 +137,7 @@ class Passes:
         if first:
             self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
-            for replayed in (self._random, self._model, self._others, self._modes):
+            for replayed in (self._random, self._model, self._others, self._modes, self._batch):
                 if replayed:
                     replayed.replay()
         if self.session.replicas:
@@ -216,7 +218,7 @@ class Passes:
         self.settle()
         self._forget_weights()
         self._model = self._random = None  # a graph keeps the step, which shall keep neither copies nor the batch
-        del self.closure, self._others, self._modes
+        del self.closure, self._others, self._modes, self._batch
 
     def settle(self) -> None:
         """Generators and buffers as pass 1 left them, before a base optimizer of the user's runs."""
@@ -231,6 +233,7 @@ class Passes:
             self._others.finish()
         if self._modes:
             self._modes.finish()
+        self._batch.finish()
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
@@ -239,7 +242,7 @@ class Passes:
             for b in self.blocks:
                 b.put_back()
             if not self._settled:
-                for part in (self._random, self._model, self._others, self._modes):
+                for part in (self._random, self._model, self._others, self._modes, self._batch):
                     if part:
                         part.abort()
         try:

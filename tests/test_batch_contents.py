@@ -1,0 +1,205 @@
+"""The mini-batch in `step(closure, batch)`: the same in every pass, whatever a closure takes out of it or puts in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict, UserDict, UserList, deque
+from typing import Any
+
+import pytest
+import torch
+from gam_helpers import METHODS, batch, make, mlp, same, snapshot
+from torch import Tensor, nn
+
+from gam_fused import flatness
+from gam_fused.integrations import BatchClosure
+
+
+@dataclasses.dataclass
+class Sample:
+    x: Tensor
+    y: Tensor
+
+
+def data():
+    return batch(n=8, dtype=torch.float64)
+
+
+def take_entries(b):
+    x, y = b["x"], b.pop("y")
+    b["x"], b["seen"] = 2 * x, True
+    return 2 * x, y
+
+
+def take_items(b):
+    y, x = b.pop(), b.pop()
+    b.append(0)
+    return 2 * x, y
+
+
+def set_fields(b):
+    b.x = 2 * b.x
+    return b.x, b.y
+
+
+def take_inside(b):
+    inner = b["inner"]
+    return take_entries(inner[0])
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "dict": (lambda x, y: {"x": x, "y": y}, take_entries),
+    "OrderedDict": (lambda x, y: OrderedDict(x=x, y=y), take_entries),
+    "UserDict": (lambda x, y: UserDict(x=x, y=y), take_entries),
+    "list": (lambda x, y: [x, y], take_items),
+    "UserList": (lambda x, y: UserList([x, y]), take_items),
+    "deque": (lambda x, y: deque([x, y]), take_items),
+    "dataclass": (Sample, set_fields),
+    "nested": (lambda x, y: {"inner": ({"x": x, "y": y},), "names": ["a"] * 8}, take_inside),
+}
+
+
+def trained(method, fraction, closure, new):
+    """A model after two steps, each on a new batch."""
+    model = mlp(torch.float64)
+    optimizer = make(model, method=method, flatness_fraction=fraction)
+    for _ in range(2):
+        optimizer.step(lambda b: closure(model, b), new())
+    return snapshot(optimizer)
+
+
+@pytest.mark.parametrize("fraction", [1, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_may_take_things_out_of_its_batch(kind, method, fraction):
+    made, take = KINDS[kind]
+
+    def taking(model, b):
+        x, y = take(b)
+        return (model(x) - y).square().mean()
+
+    def reading(model, b):
+        return (model(2 * b[0]) - b[1]).square().mean()
+
+    same(trained(method, fraction, taking, lambda: made(*data())), trained(method, fraction, reading, data))
+
+
+def contents(b):
+    return vars(b) if dataclasses.is_dataclass(b) else copy.copy(b)
+
+
+@pytest.mark.parametrize("bad", [None, 0, 2])
+@pytest.mark.parametrize("kind", ["dict", "list", "dataclass"])
+def test_afterwards_it_is_as_after_one_pass_or_as_before_a_step_that_failed(kind, bad):
+    made, take = KINDS[kind]
+    b, twin, passes = made(*data()), made(*data()), []
+    if bad is None:
+        take(twin)
+    optimizer = make(model := mlp(torch.float64))
+
+    def closure(b):
+        x, y = take(b)
+        passes.append(x)
+        if len(passes) - 1 == bad:
+            raise RuntimeError("bad batch")
+        return (model(x) - y).square().mean()
+
+    if bad is None:
+        optimizer.step(closure, b)
+    else:
+        with pytest.raises(RuntimeError, match="bad batch"):
+            optimizer.step(closure, b)
+    torch.testing.assert_close(contents(b), contents(twin), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_that_is_written_to_in_place_is_named(method):
+    """Augmentation or normalisation in place: the next pass would see it done twice."""
+    optimizer = make(model := mlp(torch.float64), method=method)
+    before = snapshot(optimizer)
+
+    def closure(b):
+        b["images"][0].mul_(0.5)
+        return (model(b["images"][0]) - b["y"]).square().mean()
+
+    x, y = data()
+    told = r"wrote to batch\['images'\]\[0\] \(shape \(8, 3\), torch.float64\) in place.*clone"
+    with pytest.raises(RuntimeError, match=told):
+        optimizer.step(closure, {"images": (x,), "y": y})
+    same(snapshot(optimizer), before)
+
+
+def test_a_part_that_is_written_to_is_named():
+    """A part is views of the batch."""
+    optimizer = make(model := mlp(torch.float64), flatness_fraction=0.5)
+
+    def closure(b):
+        x, y = b
+        if len(x) < 8:
+            x.mul_(0.5)
+        return (model(x) - y).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"wrote to batch\[0\]"):
+        optimizer.step(closure, data())
+
+
+def test_a_plain_step_may_write_to_its_batch():
+    """One pass, as under torch."""
+    optimizer = make(model := mlp(torch.float64), interval=2)
+    x, y = data()
+    optimizer.step(lambda b: (model(b[0]) - b[1]).square().mean(), (x, y))
+    optimizer.step(lambda b: (model(b[0].mul_(0.5)) - b[1]).square().mean(), (x, y))
+
+
+def test_memory_that_batches_take_turns_in():
+    """What is written between steps is another batch, and one made in inference mode counts no writes."""
+    optimizer = make(model := mlp(torch.float64), flatness_fraction=0.5)
+    x, y = data()
+    closure = BatchClosure(lambda b: (model(b[0]) - b[1]).square().mean(), [x, y])
+    for _ in range(3):
+        x.mul_(1.1)
+        optimizer.step(closure)
+    with torch.inference_mode():
+        x, y = data()
+    optimizer.step(lambda b: (model(b[0].clone()) - b[1].clone()).square().mean(), (x, y))
+
+
+def test_a_batch_that_holds_itself():
+    b: dict[str, Any] = dict(zip("xy", data(), strict=True))
+    b["self"] = b
+    optimizer = make(model := mlp(torch.float64))
+    optimizer.step(lambda b: (model(b["self"]["x"]) - b.pop("y")).square().mean(), b)
+    assert list(b) == ["x", "self"]
+
+
+# Passes over the batches of a list.
+
+
+def scaled_in_place(model, b):
+    return (model(b[0].mul_(0.5)) - b[1]).square().mean()
+
+
+def test_measures_name_a_list_of_batches_that_is_written_to():
+    model = mlp(torch.float64)
+    loss = flatness.over_batches(model, None, [data(), data()], batch_loss=scaled_in_place)
+    with pytest.raises(RuntimeError, match=r"wrote to batch\[0\]"):
+        flatness.hessian_trace(loss, model.parameters(), samples=2)
+
+
+class Fresh:
+    """Batches that are new in every pass."""
+
+    def __iter__(self):
+        return iter([data(), data()])
+
+
+def test_measures_take_fresh_batches_that_are_written_to():
+    model = nn.Linear(3, 2).double()
+
+    def by(loader, batch_loss):
+        loss = flatness.over_batches(model, None, loader, batch_loss=batch_loss)
+        return flatness.hessian_eigenvalues(loss, model.parameters())
+
+    expected = by([data(), data()], lambda model, b: (model(0.5 * b[0]) - b[1]).square().mean())
+    torch.testing.assert_close(by(Fresh(), scaled_in_place), expected)
