@@ -79,6 +79,7 @@ class Late(nn.Module):
 
     def __init__(self, inside: bool):
         super().__init__()
+        self.register_buffer("from_the_start", torch.ones(6))
         self.inside, self.made = inside, False
 
     def forward(self, x):
@@ -344,7 +345,7 @@ def test_activation_checkpointing_moves_buffers_as_in_one_pass():
 
 
 @pytest.mark.parametrize("backend", backend_params())
-@pytest.mark.parametrize("what", ["buffer", "frozen", "slice"])
+@pytest.mark.parametrize("what", ["buffer", "frozen", "slice", "last element"])
 def test_what_lies_in_a_trained_parameters_memory_is_left_alone(what, backend):
     class Net(nn.Module):
         def __init__(self):
@@ -353,7 +354,8 @@ def test_what_lies_in_a_trained_parameters_memory_is_left_alone(what, backend):
             if what == "frozen":
                 self.w = nn.Parameter(self.l.weight.detach(), requires_grad=False)
             else:
-                self.register_buffer("w", self.l.weight.detach()[:, 1:] if what == "slice" else self.l.weight.detach())
+                of_weight = {"buffer": slice(None), "slice": slice(1, None), "last element": slice(2, None)}[what]
+                self.register_buffer("w", self.l.weight.detach()[:, of_weight])
 
         def forward(self, x):
             return self.l(x)
@@ -367,6 +369,65 @@ def test_what_lies_in_a_trained_parameters_memory_is_left_alone(what, backend):
         for _ in range(3):
             optimizer.step(lambda m=m: m(x).square().mean())
     same(freeze(model.l.weight), freeze(twin.weight))
+
+
+@pytest.mark.parametrize("first", ["buffer", "weight"])
+def test_a_buffer_next_to_a_weight_in_memory_moves_once(first):
+    """As in one flat buffer of all of a model's tensors."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            one, other = torch.ones(12).split(6)
+            self.weight = nn.Parameter(other if first == "buffer" else one)
+            self.register_buffer("scale", one if first == "buffer" else other)
+
+        def forward(self):
+            self.scale.mul_(0.5)
+            return (self.weight * self.scale.clone()).square().sum()
+
+    model = Net()
+    optimizer = FusedSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    for i in range(2):
+        optimizer.step(model)
+        assert torch.equal(model.scale, torch.full((6,), 0.5 ** (i + 1)))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", ["assigned", "grown"])
+def test_a_buffer_that_later_passes_alone_replace_or_reshape(how, fails):
+    class Net(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6)
+            self.register_buffer("t", torch.ones(1, 6))
+
+        def forward(self, x):
+            seen.append(float(self.t.sum()))
+            out = super().forward(x) * self.t.sum()
+            if len(seen) > 1:
+                if how == "assigned":
+                    self.t = 2 * self.t
+                else:
+                    self.t.resize_(len(self.t) + 1, 6)[-1] = 1.0
+            return out
+
+    def loss():
+        result = model(x).square().mean()
+        if fails and len(seen) == 3:
+            raise MemoryError
+        return result
+
+    seen, (x, _) = [], batch(features=(6,))
+    model = Net()
+    t, optimizer = model.t, FusedGAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    if fails:
+        with pytest.raises(MemoryError):
+            optimizer.step(loss)
+    else:
+        optimizer.step(loss)
+    assert seen == [6.0] * (3 if fails else 4)
+    assert model.t is t
+    assert torch.equal(t, torch.ones(1, 6))
 
 
 def test_a_parameter_swapped_by_the_closure_is_named():

@@ -129,7 +129,7 @@ class StepState:
         if self._in_place:
             self._layout.snapshots.put_back(BEFORE)
         else:
-            self._layout.put_back(BEFORE, reshaped=self._after is not self._layout)
+            self._layout.put_back(BEFORE)
         self._in_place, self._replayed = False, True
         self._late.put_back()
         self._frozen.replay()
@@ -151,7 +151,7 @@ class StepState:
                 self._frozen.finish()
         else:
             self._layout.snapshots.choose(AFTER, BEFORE, skipped)
-            self._layout.put_back(AFTER, reshaped=False)
+            self._layout.put_back(AFTER)
 
     def abort(self) -> None:
         """After a failure: restore what was before the step, whichever pass changed it."""
@@ -201,11 +201,11 @@ class BufferLayout:
         """Whether something was registered under a name."""
         return self._contents.has(owner, name)
 
-    def put_back(self, number: int, *, reshaped: bool = True) -> None:
+    def put_back(self, number: int) -> None:
         """Restore what is registered under each name, tensors with the contents of copy `number`. Names added later stay."""
         if not self._contents.are_in_place():
             self._contents.put_back()
-        self.snapshots.bring_home(reshaped=reshaped)
+        self.snapshots.bring_home()
         self.snapshots.put_back(number)
 
 

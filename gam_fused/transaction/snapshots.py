@@ -79,9 +79,9 @@ class Snapshots:
         if self._others:
             self._other_copies[number] = [(_clone(t), _Mark(t)) for t in self._others]
 
-    def bring_home(self, *, reshaped: bool = True) -> None:
-        """Move the tensors back to the memory they had. `reshaped`: whether one may have another shape in the same place."""
-        if not self.moved() and (not reshaped or self._lie_alike(self._placed)):
+    def bring_home(self) -> None:
+        """Move the tensors back to the memory they had, in the layout they had."""
+        if self.in_place():
             return
         where = zip(self._addresses, *self._layouts, strict=True)
         for t, home, (address, *layout) in zip(self._placed, self._home, where, strict=True):
