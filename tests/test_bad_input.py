@@ -368,6 +368,8 @@ def test_rho_set_as_an_attribute_is_an_error_that_names_the_entry():
 @pytest.mark.parametrize("make_script", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(2, 3))])
 def test_modules_of_torchscript_are_refused_by_name(make_script):
     scripted = make_script(mlp())
+    with pytest.raises(TypeError, match=r"TorchScript \(BatchNorm1d\)"):  # has nothing but buffers
+        make(mlp().parameters(), model=make_script(nn.BatchNorm1d(3, affine=False)))
     for model in (scripted, nn.Sequential(scripted)):
         with pytest.raises(TypeError, match=r"TorchScript \(Sequential\).*FusedGAM\(model.parameters\(\)"):
             make(model)

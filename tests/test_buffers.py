@@ -327,6 +327,43 @@ def test_buffers_changed_between_steps(name, change):
         same(buffers(model), buffers(plain), f"after step {i}")
 
 
+def test_a_buffer_registered_between_steps_moves_once_per_step():
+    class Net(nn.Linear):
+        def forward(self, x):
+            for buffer in self.buffers():
+                buffer.add_(1)
+            return super().forward(x)
+
+    model = Net(3, 2)
+    model.register_buffer("first", torch.zeros(3))
+    optimizer = make(model.parameters(), model=model)
+    for i in range(4):
+        if i == 2:
+            model.register_buffer("second", torch.zeros(3))
+        optimizer.step(regression(model, *batch()))
+    same([model.first, model.second], [torch.full((3,), 4.0), torch.full((3,), 2.0)])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_buffers_of_a_lazy_module_move_once_per_step():
+    model, plain = (nn.Sequential(nn.Linear(3, 2), nn.LazyBatchNorm1d(affine=False)) for _ in range(2))
+    plain[0].load_state_dict(model[0].state_dict())
+    optimizer = make(model[0].parameters(), model=model, lr=0.0)
+    for _ in range(3):
+        optimizer.step(regression(model, *batch()))
+        plain(batch()[0])
+        same(buffers(model), buffers(plain))
+
+
+def test_modules_in_a_list_of_the_models_own_may_change():
+    model = nn.Sequential(nn.Linear(3, 6), Lists())
+    optimizer = make(model.parameters(), model=model, lr=0.0)
+    for _ in range(2):
+        model[1].hidden[0] = nn.BatchNorm1d(6, affine=False)
+        optimizer.step(lambda: model(batch()[0]).square().sum() * 0.1)
+        assert int(model[1].hidden[0].num_batches_tracked) == 1
+
+
 def test_places_noted_anew_are_compared_anew():
     """Memory that is resized goes elsewhere, and its tensor then lies there as it lay before the step."""
     buffer = torch.zeros(2, 3)

@@ -19,6 +19,7 @@ FROZEN = {
     "quantized": lambda: torch.quantize_per_channel(torch.ones(4, 4), torch.ones(4), torch.zeros(4), 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "meta": lambda: torch.ones(4, device="meta"),
+    "inference": lambda: torch.inference_mode()(torch.ones)(4),
     "subclass": lambda: TwoTensor(torch.ones(4), torch.ones(4)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -189,7 +190,7 @@ def train(captured, interval, method="finite_difference", base=SGD, steps=6, ora
     torch.manual_seed(3)
     losses = []
     for i in range(steps):
-        losses.append(step(x + i, y).clone())
+        losses.append(step(x + i, y))  # later steps do not overwrite it
         schedule.step()
     return losses, snapshot(optimizer, model), optimizer, step
 
@@ -251,12 +252,58 @@ def test_after_a_capture_that_failed_the_next_call_captures(rehearsed, monkeypat
     assert [graph.replays for graph, _ in rehearsed] == [1, 1]
 
 
-def test_parameters_of_another_optimizer_are_refused_by_name():
+def test_a_pool_that_was_given_serves_all_graphs(rehearsed):
+    model, (x, _) = mlp(), batch()
+    optimizer = make(model.parameters(), model=model, interval=2)
+    capture_step(optimizer, lambda x: model(x).square().mean(), (x,), pool="given")
+    assert [pool for _, pool in rehearsed] == ["given", "given"]
+
+
+def test_a_warmup_of_each_kind_of_step(rehearsed):
+    model, calls, (x, _) = mlp(), [], batch()
+
+    def loss_fn(x):
+        calls.append(x)
+        return model(x).square().mean()
+
+    optimizer = make(model.parameters(), model=model, interval=2)
+    capture_step(optimizer, loss_fn, (x,), warmup=5)
+    assert len(calls) == (5 + 1) * (4 + 1), "and once more of each, captured"
+
+
+def test_the_base_counts_as_stepped_for_schedulers(rehearsed):
+    """Otherwise they warn that they are called too early."""
+    model, (x, _) = mlp(), batch()
+    optimizer = make(model.parameters(), model=model)
+    step = capture_step(optimizer, lambda x: model(x).square().mean(), (x,))
+    optimizer._opt_called = False
+    step(x)
+    assert optimizer._opt_called
+
+
+def test_what_no_graph_can_hold_is_refused_in_every_call(rehearsed, monkeypatch):
+    _, _, optimizer, step = train(True, 1, steps=1)
+    monkeypatch.undo()
+    optimizer.generators = (torch.Generator(),)
+    with pytest.raises(ValueError, match="generators= cannot be used"):
+        step(*batch())
+
+
+def test_another_base_optimizer_captures_anew(captured):
+    captured(batch()[0])
+    made_for = captured._decides(captured.optimizer.settings)
+    captured.optimizer.session.base = copy.copy(captured.optimizer.session.base)
+    assert captured._decides(captured.optimizer.settings) != made_for
+
+
+def test_parameters_of_another_optimizer_are_refused_by_name(rehearsed):
     """A graph's gradients lie in its own memory: no other optimizer could rely on them."""
     model = mlp()
     optimizer = make(model[0].parameters(), model=model)
     optimizer.prepare()
     with pytest.raises(ValueError, match=r"another optimizer: 2\.weight \(shape \(2, 5\)\)"):
         capture.check_others(optimizer.session)
+    with pytest.raises(ValueError, match="another optimizer"):
+        capture_step(optimizer, lambda x: model(x).square().mean(), batch()[:1])
     model[2].requires_grad_(False)
     capture.check_others(optimizer.session)

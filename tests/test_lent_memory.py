@@ -14,6 +14,7 @@ from gam_helpers import METHODS, batch, make, mlp, same, weights
 from gam_fused import torch_private
 from gam_fused.memory import gradients
 from gam_fused.step import closures
+from gam_fused.transaction import other_gradients
 
 FIRST_ORDER = [m for m in METHODS if m != "exact"]
 
@@ -40,7 +41,7 @@ class Graph:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    for module in (gradients, closures):
+    for module in (gradients, closures, other_gradients):
         monkeypatch.setattr(module, "runs_cuda_graphs", lambda device: True)
 
 
@@ -67,6 +68,19 @@ def test_steps_are_those_of_memory_that_stays(graphs, method, base):
         told = optimizer.diagnostics()
         ends.append([*weights(optimizer), *(t for pair in returned[-1:] for t in pair), told["loss"], *_sharpness(told)])
     same(*ends)
+
+
+@pytest.mark.parametrize("method", FIRST_ORDER)
+def test_gradients_for_another_optimizer_are_those_of_pass_1(graphs, method):
+    """And stay so when the graph runs again, which `zero_grad` of the other optimizer may come after."""
+    model, (x, y) = mlp(), batch()
+    others = list(model[2].parameters())
+    optimizer, closure = make(model[0].parameters(), method=method, model=model), Graph(model, x, y)
+    expected = torch.autograd.grad((model(x) - y).square().mean(), others)
+    optimizer.step(closure)
+    kept = [p.grad for p in others]
+    closure()
+    same(kept, list(expected))
 
 
 def _sharpness(told):

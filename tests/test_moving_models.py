@@ -11,7 +11,6 @@ from gam_helpers import freeze, same
 from torch import nn
 
 from gam_fused import FusedGAM
-from gam_fused.transaction.snapshots import BEFORE, Snapshots
 
 # What a forward moves, and how it writes to it.
 
@@ -420,22 +419,3 @@ def test_a_base_that_loads_into_its_own_tensors_and_fails():
     with pytest.raises(ValueError, match="not this one"):
         optimizer.load_state_dict({**saved, "bad": True})
     same(freeze(optimizer.state_dict()), before)
-
-
-def test_memory_that_a_sparse_buffer_has_left_is_not_taken_for_its_own():
-    """Other values of as many elements get that memory from the allocator, if nobody holds it."""
-    for size in (6, 10_000, 100_000):
-        row = torch.ones(size, dtype=torch.float64)
-        buffer = row.to_sparse().coalesce()
-        snapshots = Snapshots([buffer])
-        snapshots.take(BEFORE)
-        left = buffer.values().data_ptr()
-        first = (3 * row).to_sparse().coalesce()
-        torch.utils.swap_tensors(buffer, first)
-        del first  # the values that the buffer had
-        others = [(2 * row).to_sparse().coalesce()]
-        while len(others) < 100 and others[-1].values().data_ptr() != left:
-            others.append((2 * row).to_sparse().coalesce())
-        torch.utils.swap_tensors(buffer, others.pop())
-        snapshots.put_back(BEFORE)
-        assert torch.equal(buffer.to_dense(), row)

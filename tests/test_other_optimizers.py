@@ -62,10 +62,13 @@ def test_they_are_added_to_what_was_there():
         assert torch.equal(dense(model), expected)
 
 
+@pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("k", range(PASSES["finite_difference"]))
-def test_a_step_that_fails_leaves_none(k):
+def test_a_step_that_fails_leaves_none_where_there_was_none(k, there):
+    """One that was there has what the first pass added to it."""
     model, passes = Embedded(), []
     optimizer = make(model.head.parameters(), model=model)
+    expected = 2 * after_one_pass(model)
 
     def closure():
         loss = model.loss()
@@ -75,9 +78,14 @@ def test_a_step_that_fails_leaves_none(k):
             raise ValueError("boom")
         return loss
 
+    if there:
+        model.loss().backward()
     with pytest.raises(ValueError, match="boom"):
         optimizer.step(closure)
-    assert model.embedding.weight.grad is None
+    if there:
+        assert torch.equal(dense(model), expected)
+    else:
+        assert model.embedding.weight.grad is None
 
 
 def test_gradients_in_memory_that_every_pass_writes_to_are_copied():
