@@ -276,6 +276,19 @@ def test_a_large_frozen_part_is_neither_copied_nor_looked_for_in_vain(monkeypatc
     assert optimizer.session.model_state.begin()._layout.frozen == [], "copied a few times, then known not to move"
 
 
+def test_a_large_frozen_part_is_not_copied_where_buffers_are_replaced(monkeypatch):
+    monkeypatch.setattr(model_state, "_COPIED_TO_LEARN", 0)
+    monkeypatch.setattr(model_state, "_TIMES_TRAINED", 0)
+    model, states = nn.Sequential(nn.Linear(6, 300).requires_grad_(False), nn.Linear(300, 6), Codebook()), []
+    done = model_state.StepState.first_pass_done
+    monkeypatch.setattr(model_state.StepState, "first_pass_done", lambda state: (done(state), states.append(state)))
+    optimizer = FusedGAM(model[1:].parameters(), torch.optim.SGD, lr=0.1, model=model)
+    x, _ = batch(features=(6,))
+    optimizer.step(lambda: model(x).square().mean())
+    assert states[0]._after is not states[0]._layout
+    assert states[0]._after.frozen == []
+
+
 def test_a_frozen_parameter_that_begins_to_move_later():
     class Model(nn.Module):
         def __init__(self):
@@ -538,14 +551,20 @@ def test_a_buffer_that_comes_late_around_a_weight_moves_none():
     assert all(not torch.equal(w, seen[0]) for w in seen[1:])
 
 
-def test_a_part_of_the_model_in_a_module_of_the_closures_starts_where_pass_1_did():
+@pytest.mark.parametrize("part", ["module", "buffer"])
+def test_a_part_of_the_model_in_a_module_of_the_closures_starts_where_pass_1_did(part):
     """With two micro-batches, the second module is made when the first batch has moved the buffers."""
     model, seen = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), []
     x, _ = batch(features=(6,))
 
+    def around():
+        if part == "buffer":
+            Holds(model[1].running_mean)
+        return model if part == "buffer" else nn.Sequential(model, nn.Tanh())
+
     def closure():
         seen.append(freeze(model[1].running_mean))
-        return sum(nn.Sequential(model, nn.Tanh())(part).square().mean() for part in x.chunk(2))
+        return sum(around()(half).square().mean() for half in x.chunk(2))
 
     FusedGAM(model.parameters(), torch.optim.SGD, lr=0.0, model=model).step(closure)
     for mean in seen[1:]:

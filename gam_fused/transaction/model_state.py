@@ -155,7 +155,6 @@ class StepState:
 
     def abort(self) -> None:
         """After a failure: restore what was before the step, whichever pass changed it."""
-        self._after = None
         self.replay()
 
 
