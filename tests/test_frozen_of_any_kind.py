@@ -19,7 +19,6 @@ FROZEN = {
     "quantized": lambda: torch.quantize_per_channel(torch.ones(4, 4), torch.ones(4), torch.zeros(4), 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "meta": lambda: torch.ones(4, device="meta"),
-    "inference": lambda: torch.inference_mode()(torch.ones)(4),
     "subclass": lambda: TwoTensor(torch.ones(4), torch.ones(4)),
 }
 
@@ -45,6 +44,17 @@ def test_they_are_left_alone(kind, flatten, backend):
         assert torch.equal(p, q)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.step(regression(model, *batch()))
+
+
+def test_one_made_in_inference_mode_is_left_alone():
+    """It has no version that could be asked for."""
+    model = mlp()
+    with torch.inference_mode():
+        model.register_parameter("frozen", nn.Parameter(torch.ones(4), requires_grad=False))
+    optimizer = make(model[0].parameters(), model=model)
+    for _ in range(2):
+        optimizer.step(regression(model, *batch()))
+    assert torch.equal(model.frozen, torch.ones(4))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -72,21 +72,29 @@ def test_large_ones_are_copied_once_they_have_moved(nothing_is_affordable, write
             assert seen == [0.5**i] * 4
 
 
-def test_one_that_begins_to_move_stays_beside_one_that_moved_before(nothing_is_affordable):
+def test_one_that_rests_for_a_step_is_still_copied(nothing_is_affordable):
+    """While another one begins to move."""
     first, second = Halves(in_place), Halves(in_place, start=2)
     model = nn.ModuleList([first, second])
     optimizer = FusedGAM([*first.q.parameters(), *second.q.parameters()], torch.optim.SGD, lr=0.1, model=model)
     x, _ = batch(features=(6,))
-    for i in range(4):
-        if i == 2:
-            second.start = 1
+    for i in range(3):
+        first.start, second.start = (2, 1) if i == 1 else (1, 2)
         first.seen.clear()
-        second.seen.clear()
         optimizer.step(lambda: (first(x) + second(x)).square().mean())
-        assert torch.equal(first.k, torch.full((6,), 0.5 ** (i + 1)))
-        assert first.seen == [0.5**i] * 4 or i == 0
-    assert torch.equal(second.k, torch.full((6,), 0.25))
-    assert second.seen == [0.5] * 4
+    assert first.seen == [0.5] * 4
+    assert torch.equal(first.k, torch.full((6,), 0.25))
+    assert torch.equal(second.k, torch.full((6,), 0.5))
+
+
+def test_large_ones_that_got_other_memory_between_steps(nothing_is_affordable):
+    """A step that moves them once more goes back to that, not to where they were before."""
+    model = Halves(other_memory, start=2)
+    optimizer = trainer(model)
+    stepped(model, optimizer)
+    model.k.data, model.start = torch.full((6,), 3.0), 1
+    assert stepped(model, optimizer) == [3.0] * 4
+    assert torch.equal(model.k, torch.full((6,), 1.5))
 
 
 @pytest.mark.parametrize("begins", range(8))
