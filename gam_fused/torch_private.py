@@ -258,8 +258,10 @@ def children_in(module: nn.Module) -> dict[str, Any]:
     return module._modules
 
 
-def values_of(t: Tensor) -> Tensor:
-    """The values of a sparse tensor, coalesced or not."""
+def values_of(t: Tensor) -> Tensor | None:
+    """The tensor that a sparse one, coalesced or not, or a jagged one keeps its values in; None of others."""
+    if t.layout is torch.strided or t.is_mkldnn:
+        return None
     return t._values() if t.layout is torch.sparse_coo else t.values()
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from gam_helpers import METHODS, backend_params, batch, make, mlp, regression
+from gam_helpers import METHODS, backend_params, batch, make, mlp, regression, same, snapshot
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -46,15 +46,67 @@ def test_they_are_left_alone(kind, flatten, backend):
     optimizer.step(regression(model, *batch()))
 
 
-def test_one_made_in_inference_mode_is_left_alone():
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_one_made_in_inference_mode_is_left_alone(own, flatten):
     """It has no version that could be asked for."""
     model = mlp()
     with torch.inference_mode():
         model.register_parameter("frozen", nn.Parameter(torch.ones(4), requires_grad=False))
-    optimizer = make(model[0].parameters(), model=model)
+    optimizer = make(model if own else model[0].parameters(), model=model, flatten=flatten)
     for _ in range(2):
         optimizer.step(regression(model, *batch()))
     assert torch.equal(model.frozen, torch.ones(4))
+
+
+BUFFERS = {
+    **FROZEN,
+    "plain": lambda: torch.eye(3),
+    "empty": lambda: torch.empty(0, 3),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "CSR": lambda: torch.eye(3).to_sparse_csr(),
+    "BSR": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+    "mkldnn": lambda: torch.eye(3).to_mkldnn(),
+    "conjugate": lambda: torch.eye(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.eye(3, dtype=torch.complex64).conj().imag,
+    "quantized, 4 bits": lambda: torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.quint4x2),
+}
+IGNORED = ["Sparse invariant checks", "Sparse CSR tensor support", "The PyTorch API of nested", "torch.quantize_per_tensor"]
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{told}:UserWarning" for told in IGNORED))
+@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_of_any_kind_are_left_alone(kind, mode, backend):
+    expected, model = mlp(), mlp()
+    with mode():
+        model.register_buffer("made", BUFFERS[kind]())
+    plain, optimizer = make(expected, backend=backend), make(model, backend=backend)
+    before = str(model.made)
+    for _ in range(2):
+        plain.step(regression(expected, *batch()))
+        optimizer.step(regression(model, *batch()))
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert str(model.made) == before
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{told}:UserWarning" for told in IGNORED))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_buffer_that_cannot_be_copied_must_not_change(method):
+    model = mlp()
+    model.register_buffer("made", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    optimizer = make(model, method=method)
+    before = snapshot(optimizer)
+
+    def closure():
+        model.made.mul_(2)
+        return regression(model, *batch())()
+
+    with pytest.raises(RuntimeError, match=r"wrote to a buffer of model= \(torch.float32, nested\) that torch cannot copy"):
+        optimizer.step(closure)
+    same(snapshot(optimizer), before)
 
 
 @pytest.mark.parametrize("method", METHODS)

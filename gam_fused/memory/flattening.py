@@ -37,7 +37,7 @@ def flatten(param_groups: list[dict[str, Any]], modules: list[nn.Module], made: 
     kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for group in param_groups:
         for p in group["params"]:
-            if p.requires_grad or can_be_trained(p):
+            if p.requires_grad or (can_be_trained(p) and not p.is_inference()):
                 kinds[p.device, p.dtype].append(p)
     for params in kinds.values():
         for p in params:

@@ -215,7 +215,7 @@ def _extent(t: Tensor) -> tuple[str, int, int]:
 
 
 def _overlaps(t: Tensor, extents: list[tuple[str, int, int]]) -> bool:
-    if is_dtensor(t) or t.layout is not torch.strided or t.device.type == "meta" or not t.numel():
+    if is_dtensor(t) or t.layout is not torch.strided or t.is_nested or t.device.type == "meta" or not t.numel():
         return False
     device, start, end = _extent(t)
     return any(device == d and start < e and s < end for d, s, e in extents)

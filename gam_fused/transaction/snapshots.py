@@ -26,6 +26,7 @@ _WORDS = {16: torch.float32, 8: torch.float32, 4: torch.float32, 2: torch.bfloat
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8}
 
 
+_PACKED = (torch.quint4x2, torch.quint2x4)
 _OWN_MEMORY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)  # subclasses may keep their elements elsewhere
 
 
@@ -38,6 +39,8 @@ class Snapshots:
     """
 
     def __init__(self, tensors: Sequence[Tensor], backend: str = "auto"):
+        self._not_copied = [t for t in tensors if not _can_be_copied(t)]
+        tensors = [t for t in tensors if _can_be_copied(t)] if self._not_copied else tensors
         plain = [t for t in tensors if _is_plain(t)]
         self._others = [t for t in tensors if not _is_plain(t)]
         self._placed = plain + [t for t in self._others if t.layout is torch.strided and type(t) in _OWN_MEMORY]
@@ -48,6 +51,7 @@ class Snapshots:
             by_kind[t.device, _WORDS[t.element_size()]].append(t)
         self._kinds = [_Kind(members, word, backend) for (_, word), members in by_kind.items()]
         self._other_copies: dict[int, list[tuple[Tensor, Any]]] = {}
+        self._marks: dict[int, list[_Mark]] = {}
         self._places: dict[int, tuple[_Kind, int]] | None = None  # of the tensors, by id; made when asked for
 
     def _note_places(self) -> None:
@@ -78,6 +82,8 @@ class Snapshots:
             kind.take(number)
         if self._others:
             self._other_copies[number] = [(_clone(t), _Mark(t)) for t in self._others]
+        if self._not_copied:
+            self._marks[number] = list(map(_Mark, self._not_copied))
 
     def bring_home(self) -> None:
         """Move the tensors back to the memory they had, in the layout they had."""
@@ -92,12 +98,23 @@ class Snapshots:
             self._kinds, self._places = [kind.anew() for kind in self._kinds], None
 
     def put_back(self, number: int) -> None:
-        """Restore the contents that copy `number` has, where the tensors lie in their own memory."""
+        """Restore the contents that copy `number` has, where the tensors lie in their own memory.
+
+        Raises:
+            RuntimeError: those of a tensor that torch cannot copy have changed.
+        """
         for kind in self._kinds:
             kind.put_back(number)
         for t, (copy, mark) in zip(self._others, self._other_copies.get(number, []), strict=False):
             if t.layout is torch.strided or _Mark(t) != mark:
-                part(t).copy_(copy)
+                with torch.inference_mode(t.is_inference()):  # such tensors are written to nowhere else
+                    part(t).copy_(copy)
+        for t, mark in zip(self._not_copied, self._marks.get(number, []), strict=False):
+            if _Mark(t) != mark:
+                raise RuntimeError(
+                    f"a pass wrote to a buffer of model= ({t.dtype}, {'nested' if t.is_nested else t.qscheme()}) that torch "
+                    "cannot copy, so the next pass cannot start from what it held; keep such a buffer unchanged"
+                )
 
     def choose(self, number: int, other: int, flag: Tensor) -> None:
         """Copy `number` becomes copy `other` where `flag` (0-d, on any device) is not 0. Does not wait for the device."""
@@ -180,7 +197,7 @@ def _layouts_of(tensors: Sequence[Tensor]) -> list[list[Any]]:
 def _row(t: Tensor, word: torch.dtype) -> Tensor:
     """The elements of a dense tensor, in the order of memory, as words."""
     row = t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
-    return row.view(word) if row.numel() else row.to(word)
+    return row.view(word) if row.numel() else torch.empty(0, dtype=word, device=row.device)
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -198,16 +215,23 @@ def _is_plain(t: Tensor) -> bool:
     )
 
 
+def _can_be_copied(t: Tensor) -> bool:
+    """Whether torch does: neither strided nested tensors nor quantized ones of 4 bits or with zero points in float."""
+    if t.is_quantized:
+        return t.qscheme() in (torch.per_tensor_affine, torch.per_channel_affine) and t.dtype not in _PACKED
+    return not t.is_nested or t.layout is not torch.strided
+
+
 class _Mark:
-    """Changes when a tensor that is not strided is written to or gets other memory.
+    """Changes when a tensor is written to, or, one that is not strided, gets other memory.
 
     It keeps the memory it saw, which other values would otherwise be given once the tensor has left it.
     """
 
     def __init__(self, t: Tensor):
-        strided = t.layout is torch.strided
-        version = None if strided and t.is_inference() else t._version
-        self._values = None if strided else values_of(t).detach()
+        version = None if t.is_inference() else t._version
+        values = values_of(t)
+        self._values = None if values is None else values.detach()
         self._facts = version, None if self._values is None else self._values.data_ptr()
 
     def __eq__(self, other: object) -> bool:
