@@ -234,7 +234,7 @@ def forget_functions_of_weights() -> None:
 
 
 def has_hooks_after_backward(p: Tensor) -> bool:
-    """Whether a hook sees `p.grad` as soon as backward has made it. Only an error asks."""
+    """Whether a hook sees `p.grad` as soon as backward has made it."""
     return bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 

@@ -408,6 +408,19 @@ def test_hooks_that_take_the_gradients_are_named():
         optimizer.step(regression(model, *batch()))
 
 
+def test_exact_names_hooks_that_it_would_not_run():
+    """Nothing is accumulated: under every other method they run."""
+    model, seen = mlp(), []
+    model[2].bias.register_post_accumulate_grad_hook(seen.append)
+    make(model, method="sam").step(regression(model, *batch()))
+    assert len(seen) == 2
+    optimizer = make(model, method="exact")
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"register_post_accumulate_grad_hook do not run, and parameter 3 of group 0"):
+        optimizer.step(regression(model, *batch()))
+    same(snapshot(optimizer), before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_refuses_activation_checkpointing_that_hides_parameters(method):
     """Reentrant: only backward() reaches what lies inside, and with `exact` it would silently not be trained."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gam_fused import torch_private
 from gam_fused.backends.tensor_lists import TensorList
+from gam_fused.checks import describe
 from gam_fused.memory import gradients
 from gam_fused.memory.differentiated import check_differentiated
 from gam_fused.parallel import ddp, dtensor
@@ -193,6 +194,12 @@ class Passes:
             raise RuntimeError(
                 "the closure called backward(), which leaves no graph to differentiate again: with method='exact' it must "
                 "only return the loss. Methods 'finite_difference' and 'accelerated' accept both kinds of closures"
+            )
+        for p in filter(torch_private.has_hooks_after_backward, self.plan.params):
+            raise RuntimeError(
+                "method='exact' computes gradients without accumulating them, so that hooks of "
+                f"register_post_accumulate_grad_hook do not run, and {describe(p, self.session.param_groups)} has one. "
+                "Remove it, use register_hook, or another method"
             )
         scaled = self.session.loss_scaling.scale(closures.differentiable_in(result))
         raw: list[Tensor | None] = list(torch.autograd.grad(scaled, self.plan.params, create_graph=True, allow_unused=True))
