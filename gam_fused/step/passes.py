@@ -22,11 +22,9 @@ from gam_fused.step import averaging, closures
 from gam_fused.step.direction import Lists
 from gam_fused.step.record import Record
 from gam_fused.step.session import Session
-from gam_fused.transaction.batch_contents import BatchContents
+from gam_fused.step.surroundings import Surroundings
 from gam_fused.transaction.interrupts import Interrupts
-from gam_fused.transaction.other_gradients import OtherGradients
 from gam_fused.transaction.randomness import RandomState
-from gam_fused.transaction.training_modes import TrainingModes
 
 _UNREACHED = (
     "the loss depends on no optimized parameter (one that is the optimizer's and has requires_grad=True); check that the "
@@ -67,16 +65,9 @@ class Passes:
         self.at = ""
         self.seen = [[False] * len(b.params) for b in self.blocks]
         self._reshard()
-        self._model = session.model_state.begin() if session.model_state else None
-        self._others = OtherGradients(session.model_state) if session.model_state else None
-        self._modes = TrainingModes(session.model_state) if session.model_state else None
-        self._batch = BatchContents(closures.batch_of(closure))
+        self._surroundings = Surroundings(session, closures.batch_of(closure), settings.preserve_rng_state, random)
         if session.replicas and session.model_state:
             session.replicas.check_others(session.model_state.others)
-        if random is None and settings.preserve_rng_state:
-            random = session.generators_of(self._model.devices if self._model else set()).begin()
-        self._random = random
-        self._settled = False  # whether generators and buffers stand where they shall be after the step
 
     def gradient(self, point: str, *, keep: bool = False, part: bool = False) -> Lists:
         """One pass: the closure at the current weights, called `point`. Returns the gradients, taken from `p.grad`.
@@ -138,13 +129,10 @@ class Passes:
         if first:
             self._clear_gradients()  # what was left there is not of this step; later passes find it taken
         else:
-            for replayed in (self._random, self._model, self._others, self._modes, self._batch):
-                if replayed:
-                    replayed.replay()
+            self._surroundings.replay()
         if self.session.replicas:
             self.session.replicas.align_buffers()
-        watched = self._model.first_pass() if first and self._model else nullcontext()
-        with torch.enable_grad(), watched:
+        with torch.enable_grad(), self._surroundings.first_pass() if first else nullcontext():
             result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate, part)
         kept = closures.kept(result if first else closures.loss_in(result))
         self.record.losses[point] = closures.number_in(kept)
@@ -161,8 +149,7 @@ class Passes:
     def _first_pass_done(self, result: Any) -> None:
         self.session.loss_scaling.publish(self.blocks)
         self.session.precision.see(closures.loss_in(result))
-        if self._model:
-            self._model.first_pass_done()
+        self._surroundings.first_pass_done()
 
     def _forget_weights(self) -> None:
         """What others have made of the weights, and keep, does not see what we write: casts and the like, whole weights."""
@@ -224,23 +211,11 @@ class Passes:
         """Hand over generators and buffers as pass 1 left them."""
         self.settle()
         self._forget_weights()
-        self._model = self._random = None  # a graph keeps the step, which shall keep neither copies nor the batch
-        del self.closure, self._others, self._modes, self._batch
+        del self.closure, self._surroundings  # a graph keeps the step, which shall keep neither copies nor the batch
 
     def settle(self) -> None:
         """Generators and buffers as pass 1 left them, before a base optimizer of the user's runs."""
-        if self._settled:
-            return
-        self._settled = True
-        if self._random:
-            self._random.finish()
-        if self._model:
-            self._model.finish(self.session.skipped)
-        if self._others:
-            self._others.finish()
-        if self._modes:
-            self._modes.finish()
-        self._batch.finish()
+        self._surroundings.settle(self.session.skipped)
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
@@ -248,10 +223,7 @@ class Passes:
             self.plan.put_in_place()
             for b in self.blocks:
                 b.put_back()
-            if not self._settled:
-                for part in (self._random, self._model, self._others, self._modes, self._batch):
-                    if part:
-                        part.abort()
+            self._surroundings.abort()
         try:
             for module in self.session.fsdp_modules:
                 torch_private.drop_pass_of_fsdp(module)

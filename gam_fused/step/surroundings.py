@@ -1,0 +1,65 @@
+"""What the passes of a step share besides the weights: each starts from the same, and the first one's stays."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from gam_fused.step.session import Session
+from gam_fused.transaction.batch_contents import BatchContents
+from gam_fused.transaction.model_state import StepState
+from gam_fused.transaction.other_gradients import OtherGradients
+from gam_fused.transaction.randomness import RandomState
+from gam_fused.transaction.training_modes import TrainingModes
+
+
+class Surroundings:
+    """Random numbers, the model's state (buffers, frozen parameters, submodules, training modes), the gradients of other
+    optimizers and the mini-batch, in one step.
+
+    Args:
+        batch: None if the closure is not given one. replays: whether random numbers are replayed; by `random`, if given.
+    """
+
+    def __init__(self, session: Session, batch: Any, replays: bool, random: RandomState | None):
+        state = session.model_state
+        self._model = state.begin() if state else None
+        of_model = [OtherGradients(state), TrainingModes(state)] if state else []
+        if random is None and replays:
+            random = session.generators_of(self._model.devices if self._model else set()).begin()
+        parts = [random, self._model, *of_model, BatchContents(batch)]
+        self._parts: list[Any] = [part for part in parts if part is not None]
+        self._settled = False  # whether all stand where they shall be after the step
+
+    def first_pass(self) -> AbstractContextManager[None]:
+        """During the closure of the first pass."""
+        return self._model.first_pass() if self._model else nullcontext()
+
+    def first_pass_done(self) -> None:
+        """After the first pass and its backward."""
+        if self._model:
+            self._model.first_pass_done()
+
+    def replay(self) -> None:
+        """Before each further pass."""
+        for part in self._parts:
+            part.replay()
+
+    def settle(self, skipped: Tensor) -> None:
+        """As the first pass left them; in a skipped step (`skipped` is not 0) buffers are as before it."""
+        if self._settled:
+            return
+        self._settled = True
+        for part in self._parts:
+            if isinstance(part, StepState):
+                part.finish(skipped)
+            else:
+                part.finish()
+
+    def abort(self) -> None:
+        """After a failure: as before the step."""
+        if not self._settled:
+            for part in self._parts:
+                part.abort()
