@@ -50,6 +50,22 @@ class Lengths(Module):
         return super().loss(batch)
 
 
+class Taking(Module):
+    """Takes what it needs out of its batch."""
+
+    def loss(self, batch):
+        y, x = batch.pop(), batch.pop()
+        return super().loss([x, y])
+
+
+@pytest.mark.parametrize("fraction", [1, 1 / 2])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_module_that_takes_things_out_of_its_batch(accumulate, fraction):
+    taking, reading = Taking(flatness_fraction=fraction), Module(flatness_fraction=fraction)
+    taken, read = (fit(m, accumulate_grad_batches=accumulate).optimizers[0] for m in (taking, reading))
+    same(contents(taking, taken), contents(reading, read))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("fraction", "part", "accumulate"), [(1 / 4, 2, 1), (3 / 4, 3, 4)])
 def test_flatness_from_a_part_of_the_batch(fraction, part, accumulate, precision):
