@@ -32,6 +32,10 @@ class BatchClosure:
     def __call__(self) -> Any:
         return self.closure(self.batch)
 
+    def renew(self) -> None:
+        """Before a step: `batch` may be, or hold, other samples than in the last."""
+        self._part = None
+
     def on_part(self, fraction: float) -> Any:
         """Of the first `fraction` of the batch."""
         if self._part is None or self._part[0] != fraction:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
 from operator import is_not, or_
 from typing import Any
@@ -69,7 +70,9 @@ class Passes:
         self._model = session.model_state.begin() if session.model_state else None
         self._others = OtherGradients(session.model_state) if session.model_state else None
         self._modes = TrainingModes(session.model_state) if session.model_state else None
-        self._batch = BatchContents(closures.batch_of(closure))
+        if isinstance(closure, closures.BatchClosure):
+            closure.renew()
+        self._batch = BatchContents(closures.batch_of(closure), partial(_restored, session))
         if session.replicas and session.model_state:
             session.replicas.check_others(session.model_state.others)
         if random is None and settings.preserve_rng_state:
@@ -255,3 +258,11 @@ class Passes:
     def _clear_gradients(self) -> None:
         gradients.clear(self.plan.params)
         gradients.clear(self.plan.frozen)
+
+
+def _restored(session: Session) -> Iterator[Tensor]:
+    """What every pass finds as the first did, or, of the weights, as it shall."""
+    yield from session.plan.params
+    for module in session.model_state.submodules if session.model_state else ():
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
