@@ -395,6 +395,11 @@ def _refusals(rank):
     if rank == 1:
         with pytest.raises(TypeError, match="no shard on this rank"):
             make([nn.Parameter(DTensor.from_local(torch.ones(3), elsewhere, [Replicate()]))])
+    closed = make(model)
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match=r"FSDP has not reduced.*set_requires_gradient_sync\(True\)"):
+        closed.step(loss_of(model, *batch(outputs=1, dtype=torch.float64)))
+    model.set_requires_gradient_sync(True)
     optimizer = make(model.parameters())
     optimizer.state[next(model.parameters())] = {"momentum_buffer": torch.zeros(7, 3, dtype=torch.float64)}
     with pytest.raises(TypeError, match=r"torch.distributed.checkpoint"):

@@ -32,6 +32,10 @@ _UNREACHED = (
     "the loss depends on no optimized parameter (one that is the optimizer's and has requires_grad=True); check that the "
     "closure uses this model"
 )
+_UNREDUCED = (
+    "after backward no parameter has a gradient: FSDP has not reduced them over the ranks. The last backward of a pass "
+    "needs set_requires_gradient_sync(True)"
+)
 _TAKEN = (
     "after backward no parameter has a gradient: the loss depends on none, or hooks of register_post_accumulate_grad_hook "
     "take them, as optimizers do that step inside backward. Each pass needs its gradients: remove these hooks"
@@ -187,6 +191,8 @@ class Passes:
 
     def _unreached(self) -> None:
         self.plan.check_in_place(self.session.param_groups)  # of parameters that are not the model's any more
+        if any(map(torch_private.leaves_sums_of_fsdp, self.session.fsdp_modules)):
+            raise RuntimeError(_UNREDUCED)
         hooked = any(map(torch_private.has_hooks_after_backward, self.plan.params))
         raise RuntimeError(_TAKEN if hooked else _UNREACHED)
 

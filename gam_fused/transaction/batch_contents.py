@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gam_fused.torch_private import as_they_are
 from gam_fused.transaction.containers import PLAIN, Path, index, written
 from gam_fused.transaction.module_tree import same_objects
 
@@ -23,7 +24,7 @@ class BatchContents:
 
     def __init__(self, batch: Any, restored: Callable[[], Iterable[Tensor]] = tuple):
         nodes, self._restored = list(_nodes(batch)), restored
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_they_are():
             tensors = [(t, path) for t, path, _ in nodes if isinstance(t, Tensor)]
             self._tensors = [(t, t._version, path) for t, path in tensors if not t.is_inference()]
         self._before = Items((node, items) for node, _, items in nodes if items is not None)
@@ -35,7 +36,7 @@ class BatchContents:
         Raises:
             RuntimeError: a pass has written to a tensor of the batch.
         """
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_they_are():
             changed = [(t, path) for t, version, path in self._tensors if t._version != version]
             if changed:
                 self._check(changed)
