@@ -278,6 +278,24 @@ def test_a_batch_closure_is_used_again_with_another_batch():
     same(*found)
 
 
+def test_a_step_keeps_nothing_that_closures_put_into_a_part():
+    optimizer = make(model := mlp(torch.float64), flatness_fraction=0.5)
+    losses = []
+
+    def closure(b):
+        b["loss"] = (model(b["x"]) - b["y"]).square().mean()
+        losses.append(weakref.ref(b["loss"]))
+        return b["loss"]
+
+    closure = BatchClosure(closure, dict(zip("xy", data(), strict=True)))
+    gc.disable()
+    try:
+        optimizer.step(closure)
+        assert [kept() is not None for kept in losses[1:]] == [False] * 4, "only the first pass filled the batch itself"
+    finally:
+        gc.enable()
+
+
 def test_a_failed_step_keeps_nothing_of_its_batch_alive():
     optimizer = make(model := mlp(torch.float64))
 

@@ -175,7 +175,8 @@ class Replicas:
                     raise ValueError(
                         f"{self._mode}: {name} (shape {tuple(p.shape)}) of the DistributedDataParallel in model= is not "
                         "among this optimizer's parameters, and its gradient would differ between ranks, as DDP averages "
-                        "none during a step. Freeze it by requires_grad_(False), or use perturb_sync='global' with another method"
+                        "none during a step. Freeze it by requires_grad_(False), or use perturb_sync='global' with another "
+                        "method"
                     )
 
     def align_buffers(self) -> None:

@@ -32,10 +32,6 @@ class BatchClosure:
     def __call__(self) -> Any:
         return self.closure(self.batch)
 
-    def renew(self) -> None:
-        """Before a step: `batch` may be, or hold, other samples than in the last."""
-        self._part = None
-
     def on_part(self, fraction: float) -> Any:
         """Of the first `fraction` of the batch."""
         if self._part is None or self._part[0] != fraction:
@@ -44,6 +40,10 @@ class BatchClosure:
         _, part, items = self._part
         items.put_back()  # a pass before may have taken some out
         return self.closure(part)
+
+    def forget_part(self) -> None:
+        """After a step: `batch` may be another in the next, and closures may have put their graphs into the part."""
+        self._part = None
 
 
 def batch_of(closure: Any) -> Any:

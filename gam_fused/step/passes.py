@@ -74,8 +74,6 @@ class Passes:
         self._model = session.model_state.begin() if session.model_state else None
         self._others = OtherGradients(session.model_state) if session.model_state else None
         self._modes = TrainingModes(session.model_state) if session.model_state else None
-        if isinstance(closure, closures.BatchClosure):
-            closure.renew()
         self._batch = BatchContents(closures.batch_of(closure), partial(_restored, session))
         if session.replicas and session.model_state:
             session.replicas.check_others(session.model_state.others)
@@ -243,6 +241,7 @@ class Passes:
         if self._modes:
             self._modes.finish()
         self._batch.finish()
+        self._forget_part()
 
     def abort(self) -> None:
         """After a failure: weights, buffers and generators as before the step, and no gradients left behind."""
@@ -254,12 +253,17 @@ class Passes:
                 for part in (self._random, self._model, self._others, self._modes, self._batch):
                     if part:
                         part.abort()
+            self._forget_part()
         try:
             for module in self.session.fsdp_modules:
                 torch_private.drop_pass_of_fsdp(module)
         finally:
             self._clear_gradients()
             self._forget_weights()
+
+    def _forget_part(self) -> None:
+        if isinstance(self.closure, closures.BatchClosure):
+            self.closure.forget_part()
 
     def _clear_gradients(self) -> None:
         gradients.clear(self.plan.params)
