@@ -163,6 +163,8 @@ class Passes:
         return result
 
     def _first_pass_done(self, result: Any) -> None:
+        if any(b.sharded for b in self.blocks):
+            self.plan.check_sharded(self.session.param_groups)
         self.session.loss_scaling.publish(self.blocks)
         self.session.precision.see(closures.loss_in(result))
         if self._model:
@@ -188,6 +190,7 @@ class Passes:
             self._unreached()
 
     def _unreached(self) -> None:
+        self.plan.check_sharded(self.session.param_groups)
         self.plan.check_in_place(self.session.param_groups)  # of parameters that are not the model's any more
         if any(map(torch_private.leaves_sums_of_fsdp, self.session.fsdp_modules)):
             raise RuntimeError(_UNREDUCED)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.torch_private import as_they_are
 from gam_fused.transaction.containers import PLAIN, Path, index, written
 from gam_fused.transaction.module_tree import same_objects
@@ -146,6 +147,7 @@ def _write(node: Any, items: list[Any]) -> None:
 def _memory(t: Tensor) -> tuple[torch.device, int] | None:
     """Where the memory of `t` begins; None: it has none of its own, as sparse ones."""
     try:
-        return (t.device, address) if (address := t.untyped_storage().data_ptr()) else None
+        mine = local(t) if is_dtensor(t) else t
+        return (t.device, address) if (address := mine.untyped_storage().data_ptr()) else None
     except (RuntimeError, NotImplementedError):
         return None
