@@ -330,6 +330,18 @@ def test_measures_name_a_list_of_batches_that_is_written_to():
         flatness.hessian_trace(loss, model.parameters(), samples=2)
 
 
+def test_a_measure_that_fails_leaves_its_batches_as_they_were():
+    model, batches = mlp(torch.float64), [dict(zip("xy", data(), strict=True))]
+
+    def broken(model, b):
+        raise RuntimeError(f"no memory for {b.pop('y').shape}")
+
+    loss = flatness.over_batches(model, None, batches, batch_loss=broken)
+    with pytest.raises(RuntimeError, match="no memory for"):
+        flatness.hessian_trace(loss, model.parameters(), samples=2)
+    assert list(batches[0]) == ["x", "y"]
+
+
 class Fresh:
     """Batches that are new in every pass."""
 
