@@ -176,6 +176,22 @@ def test_a_batch_that_holds_itself():
     assert list(b) == ["x", "self"]
 
 
+def test_the_order_of_a_dict_is_that_of_one_pass():
+    b = OrderedDict(zip("yxab", (*reversed(data()), 1, 2), strict=True))
+    b.move_to_end("y")
+    optimizer, orders = make(model := mlp(torch.float64)), []
+
+    def closure(b):
+        orders.append("".join(b))
+        b.move_to_end("a")
+        b.pop("b")
+        return (model(b["x"]) - b["y"]).square().mean()
+
+    optimizer.step(closure, b)
+    assert orders == ["xaby"] * 4
+    assert "".join(b) == "xya"
+
+
 class Doubling(UserDict):
     """Makes what it is asked for."""
 

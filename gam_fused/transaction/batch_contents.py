@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import UserDict, UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -114,6 +115,8 @@ def _children(node: Any, items: list[Any]) -> tuple[list[Any], Callable[[int], s
 
 
 def _raw(node: Any) -> Any:
+    if isinstance(node, (dict, list, tuple)):  # nearly always; to ask for the others takes longer
+        return node
     return node.data if isinstance(node, (UserDict, UserList)) else node
 
 
@@ -121,7 +124,8 @@ def _read(node: Any) -> list[Any] | None:
     """Keys and values, items, or names and values of fields; None: nothing that can be written back."""
     raw = _raw(node)
     if isinstance(raw, dict):
-        return [part for item in dict.items(raw) for part in item]
+        kind = OrderedDict if isinstance(raw, OrderedDict) else dict  # not its own, which may make them
+        return list(chain.from_iterable(kind.items(raw)))
     if isinstance(raw, (list, deque)):
         return list(raw)
     if dataclasses.is_dataclass(node) and not isinstance(node, (type, nn.Module)):
