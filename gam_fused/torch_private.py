@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -187,6 +187,21 @@ def drop_pass_of_fsdp(module: Any) -> None:
         module.reset_iter_state()
     else:
         _reset_root_of_fsdp(state)
+
+
+def leaves_sums_of_fsdp(module: Any) -> bool:
+    """Whether backward leaves an FSDP2 module's gradients on their ranks (`set_requires_gradient_sync(False)`)."""
+    return not all(getattr(group, "reduce_grads", True) for group in _groups_of_fsdp(module._get_fsdp_state()))
+
+
+def is_joining(module: Any) -> bool:
+    """Whether a DDP module is inside its `join()`."""
+    return bool(getattr(getattr(module, "_join_config", None), "enable", False))
+
+
+def as_they_are() -> AbstractContextManager[None]:
+    """Inside, subclasses of tensors are not asked how to do what is done with them."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def _groups_of_fsdp(state: Any) -> list[Any]:

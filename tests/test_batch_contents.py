@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import weakref
 from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -124,7 +127,7 @@ def test_a_batch_that_is_written_to_in_place_is_named(method):
         return (model(b["images"][0]) - b["y"]).square().mean()
 
     x, y = data()
-    told = r"wrote to batch\['images'\]\[0\] \(shape \(8, 3\), torch.float64\) in place.*clone"
+    told = r"batch\['images'\]\[0\] \(shape \(8, 3\), torch.float64\) or .* was written to in place.*clone"
     with pytest.raises(RuntimeError, match=told):
         optimizer.step(closure, {"images": (x,), "y": y})
     same(snapshot(optimizer), before)
@@ -140,7 +143,7 @@ def test_a_part_that_is_written_to_is_named():
             x.mul_(0.5)
         return (model(x) - y).square().mean()
 
-    with pytest.raises(RuntimeError, match=r"wrote to batch\[0\]"):
+    with pytest.raises(RuntimeError, match=r"batch\[0\] .* was written to in place"):
         optimizer.step(closure, data())
 
 
@@ -173,6 +176,162 @@ def test_a_batch_that_holds_itself():
     assert list(b) == ["x", "self"]
 
 
+def test_the_order_of_a_dict_is_that_of_one_pass():
+    b = OrderedDict(zip("yxab", (*reversed(data()), 1, 2), strict=True))
+    b.move_to_end("y")
+    optimizer, orders = make(model := mlp(torch.float64)), []
+
+    def closure(b):
+        orders.append("".join(b))
+        b.move_to_end("a")
+        b.pop("b")
+        return (model(b["x"]) - b["y"]).square().mean()
+
+    optimizer.step(closure, b)
+    assert orders == ["xaby"] * 4
+    assert "".join(b) == "xya"
+
+
+class Doubling(UserDict):
+    """Makes what it is asked for."""
+
+    def __getitem__(self, key):
+        return 2 * self.data[key]
+
+
+def test_a_dict_that_makes_its_items_is_not_filled_with_them():
+    seen = []
+
+    def closure(model, b):
+        seen.append(b["x"])
+        return (model(b["x"]) - b["y"]).square().mean()
+
+    x, y = data()
+    trained("finite_difference", 1, closure, lambda: Doubling(x=x, y=y))
+    assert all(torch.equal(s, 2 * x) for s in seen)
+
+
+class Rows(Mapping):
+    """Iterates over its rows, as a TensorDict, and one entry cannot be read."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __getitem__(self, name):
+        if name == "file":
+            raise OSError("no such file")
+        return self.columns[name]
+
+    def __len__(self):
+        return len(self.columns["x"])
+
+    def __iter__(self):
+        return iter([*self.columns["x"], "file"])
+
+
+class Strict(Tensor):
+    """Knows no functions."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise TypeError(f"no {function}")
+
+
+def test_what_a_closure_does_not_read_is_left_alone():
+    x, y = data()
+    chain: Any = None
+    for _ in range(2000):
+        chain = Sample(chain, (chain,))
+    strict = torch.ones(3).as_subclass(Strict)
+    optimizer = make(model := mlp(torch.float64))
+    batch = Rows(x=x, y=y), {"strict": strict, "chain": chain}
+    optimizer.step(lambda b: (model(b[0]["x"]) - b[0]["y"]).square().mean(), batch)
+
+
+class Queue(nn.Module):
+    """Its forward writes to a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = mlp(torch.float64)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(x.detach().mean(0))
+        return self.layer(x + self.mean.clone())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_of_the_model_in_a_batch_may_change(method):
+    """What a step perturbs and restores itself."""
+
+    def reading(b):
+        return (model(b[0]) - b[1]).square().mean() + (2 * b[2]).square().mean() + b[3].mean()
+
+    found = []
+    for inside in (True, False):
+        optimizer = make(model := Queue(), method=method)
+        weight, mean = model.layer[0].weight, model.mean
+        if inside:
+            optimizer.step(reading, (*data(), weight, mean[:2], weight.detach()))
+        else:
+            optimizer.step(lambda w=weight, m=mean: reading((*data(), w, m[:2])))
+        found.append(snapshot(optimizer, model))
+    same(*found)
+
+
+def test_a_batch_closure_is_used_again_with_another_batch():
+    """Parts are those of the batch that it has now."""
+    found = []
+    for again in (True, False):
+        optimizer = make(model := mlp(torch.float64), flatness_fraction=0.5)
+        b = {}
+        closure = BatchClosure(lambda b, m=model: (m(b["x"]) - b["y"]).square().mean(), b)
+        for seed in (1, 2):
+            b["x"], b["y"] = batch(seed=seed, dtype=torch.float64)
+            optimizer.step(closure if again else BatchClosure(closure.closure, b))
+        found.append(snapshot(optimizer))
+    same(*found)
+
+
+def test_a_step_keeps_nothing_that_closures_put_into_a_part():
+    optimizer = make(model := mlp(torch.float64), flatness_fraction=0.5)
+    losses = []
+
+    def closure(b):
+        b["loss"] = (model(b["x"]) - b["y"]).square().mean()
+        losses.append(weakref.ref(b["loss"]))
+        return b["loss"]
+
+    closure = BatchClosure(closure, dict(zip("xy", data(), strict=True)))
+    gc.disable()
+    try:
+        optimizer.step(closure)
+        assert [kept() is not None for kept in losses[1:]] == [False] * 4, "only the first pass filled the batch itself"
+    finally:
+        gc.enable()
+
+
+def test_a_failed_step_keeps_nothing_of_its_batch_alive():
+    optimizer = make(model := mlp(torch.float64))
+
+    def closure(b):
+        (model(b["x"]) - b["y"]).square().mean().backward()
+        raise RuntimeError("bad batch")
+
+    x, y = data()
+    kept = weakref.ref(x)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="bad batch") as caught:
+            optimizer.step(closure, {"x": x, "y": y})
+        del caught, x, y
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 # Passes over the batches of a list.
 
 
@@ -183,8 +342,22 @@ def scaled_in_place(model, b):
 def test_measures_name_a_list_of_batches_that_is_written_to():
     model = mlp(torch.float64)
     loss = flatness.over_batches(model, None, [data(), data()], batch_loss=scaled_in_place)
-    with pytest.raises(RuntimeError, match=r"wrote to batch\[0\]"):
+    with pytest.raises(RuntimeError, match=r"batch\[0\] .* was written to in place"):
         flatness.hessian_trace(loss, model.parameters(), samples=2)
+
+
+def test_a_measure_that_fails_leaves_its_batches_as_they_were():
+    x, y = data()
+    model, batches = mlp(torch.float64), [(x, Sample(x, y))]
+
+    def broken(model, b):
+        b[1].y = None
+        raise RuntimeError("no memory")
+
+    loss = flatness.over_batches(model, None, batches, batch_loss=broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        flatness.hessian_trace(loss, model.parameters(), samples=2)
+    assert batches[0][1].y is y
 
 
 class Fresh:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import unittest.mock
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -370,6 +371,55 @@ def _refusals(rank):
 
 def test_local_mode_says_what_it_needs():
     run(2, _refusals)
+
+
+@contextmanager
+def _left_alone(model):
+    before = fingerprint(model.parameters())
+    yield
+    assert fingerprint(model.parameters()) == before
+
+
+def _what_needs_reductions_by_ddp(rank):
+    """Errors on all ranks alike, in place of torch's internal one and of collectives that do not match."""
+    x, y = batch()
+    for method, mode in (("sam", "local"), ("exact", "global")):
+        told = mode if mode == "local" else method
+        model = DistributedDataParallel(mlp(), static_graph=True)
+        optimizer = make(model.parameters(), method=method, model=model, perturb_sync=mode)
+        with _left_alone(model), pytest.raises(RuntimeError, match=f"{told}'.*static_graph=True"):
+            optimizer.step(regression(model, x, y))
+        model = DistributedDataParallel(mlp())
+        optimizer = make(model.parameters(), method=method, model=model, perturb_sync=mode)
+        with _left_alone(model), pytest.raises(RuntimeError, match=rf"{told}'.*join\(\)"), model.join():
+            optimizer.step(regression(model, x, y))
+    trained, other = (DistributedDataParallel(mlp()) for _ in range(2))
+    optimizer = make(trained.parameters(), method="exact", model=trained)
+    with _left_alone(trained), pytest.raises(RuntimeError, match=r"discriminator, let it call that one's \.module"):
+        optimizer.step(lambda: (trained(x) + other(x) - y).square().mean())
+    x, y = shard_of(rank, x, y)
+    optimizer.step(lambda: (trained(x) + other.module(x) - y).square().mean())
+    assert agree(fingerprint(trained.parameters()))
+
+
+def test_modes_of_ddp_that_need_its_reductions_are_refused():
+    run(2, _what_needs_reductions_by_ddp)
+
+
+def _joined_and_static(rank):
+    """With "global", DDP makes its reductions itself."""
+    x, y = batch()
+    for options in ({"static_graph": True, "gradient_as_bucket_view": True}, {}):
+        model = DistributedDataParallel(mlp(), **options)
+        optimizer = make(model.parameters(), model=model)
+        with model.join() if not options else nullcontext():
+            for _ in range(2 if options else 2 + rank):
+                optimizer.step(regression(model, x, y))
+        assert agree(fingerprint(model.parameters()))
+
+
+def test_join_and_static_graphs_with_global_perturbations():
+    run(2, _joined_and_static)
 
 
 def _of_other_optimizers(rank):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unittest.mock
 
 import pytest
@@ -347,6 +348,22 @@ def _buffers(rank):
         assert torch.equal(full([model.seen])[0], torch.full((4,), 2.0)), method
 
 
+def _weights_in_the_batch(rank):
+    for method in METHODS:
+        if method != "exact":
+            model = shard(net())
+            optimizer = make(model, method=method)
+            x, y = batch(outputs=1, dtype=torch.float64)
+            weight = model[0].weight
+            before = fingerprint([weight.to_local()])
+            optimizer.step(lambda b, model=model: (model(b[0]) - b[1]).square().mean(), (x, y, weight, weight.to_local()))
+            assert fingerprint([weight.to_local()]) != before
+
+
+def test_weights_in_the_batch_may_change():
+    run(2, _weights_in_the_batch)
+
+
 def test_sharded_buffers_move_once():
     run(2, _buffers)
 
@@ -395,6 +412,20 @@ def _refusals(rank):
     if rank == 1:
         with pytest.raises(TypeError, match="no shard on this rank"):
             make([nn.Parameter(DTensor.from_local(torch.ones(3), elsewhere, [Replicate()]))])
+    x, y = batch(outputs=1, dtype=torch.float64)
+    for gather, again in itertools.product((lambda: model(x), model.unshard), (False, True)):
+        gather()
+        early = make(model)  # of whole weights
+        if again:
+            model.reshard()
+        with pytest.raises(RuntimeError, match=r"parameter 4 .* no memory any more.*reshard\(\)"):
+            early.step(loss_of(model, x, y))
+        model.reshard()
+    closed = make(model)
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match=r"FSDP has not reduced.*set_requires_gradient_sync\(True\)"):
+        closed.step(loss_of(model, x, y))
+    model.set_requires_gradient_sync(True)
     optimizer = make(model.parameters())
     optimizer.state[next(model.parameters())] = {"momentum_buffer": torch.zeros(7, 3, dtype=torch.float64)}
     with pytest.raises(TypeError, match=r"torch.distributed.checkpoint"):

@@ -96,12 +96,15 @@ class _OverBatches(BatchedLoss):
         device = next(self.model.parameters()).device
         kept = isinstance(self._loader, (list, tuple))  # the next pass is given the very same
         for batch in one_pass(self._loader, self._batches):
-            contents = BatchContents(batch) if kept else None
-            if n := _samples(batch):
+            if not (n := _samples(batch)):
+                continue
+            contents = BatchContents(batch if kept else None)
+            try:
                 loss = self._loss(self.model, _on(device, batch))
-                if contents:
-                    contents.replay()
-                yield n, loss
+            finally:
+                contents.abort()
+            contents.replay()
+            yield n, loss
 
 
 def _with_target(criterion: Callable[..., Tensor]) -> Callable[[nn.Module, Any], Tensor]:

@@ -32,8 +32,8 @@ def check_differentiated(loss: Tensor, gradients: Sequence[Tensor | None], *, ag
             )
         if again and (name := once_differentiable_in(node)):
             raise RuntimeError(
-                f"{name} in the loss is marked @once_differentiable: its part of the Hessian would be missing. Every method "
-                "but 'exact' does without"
+                f"{name} in the loss is marked @once_differentiable: its part of the Hessian would be missing. Write its "
+                "backward so that it can be differentiated, or use another method than 'exact'"
             )
         seen.add(node)
         waiting += [after for after, _ in node.next_functions]

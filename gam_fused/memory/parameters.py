@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,12 +82,23 @@ def _check_kind(p: Tensor, groups: Groups) -> None:
     if is_dtensor(p):
         _check_placements(p, groups)
     elif p.numel() and p.device.type != "meta" and not _address(p):
+        check_sharded([p], groups)
         raise TypeError(
             f"{describe(p, groups)} is a {type(p).__name__}, whose elements kernels cannot access. "
             "Optimize the tensors that it wraps"
         )
     if _overlaps_itself(local(p)):
         raise ValueError(f"{describe(p, groups)} is expanded or overlaps itself; use p.detach().clone()")
+
+
+def check_sharded(params: Iterable[Tensor], groups: Groups) -> None:
+    """Raises RuntimeError for a whole weight that FSDP had gathered for a pass, and has freed since."""
+    for p in params:
+        if type(p) is torch.nn.Parameter and p.numel() and not p.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{describe(p, groups)} has no memory any more, as whole weights that FSDP gathers and frees: the optimizer "
+                "was made after a forward or unshard(). Call reshard() on the model before it is made"
+            )
 
 
 def _address(p: Tensor) -> int:

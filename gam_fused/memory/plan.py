@@ -14,6 +14,7 @@ from gam_fused.backends.tensor_lists import is_dense
 from gam_fused.checks import Groups, describe
 from gam_fused.constants import Control
 from gam_fused.memory.blocks import Block, Device, Table
+from gam_fused.memory.parameters import check_sharded
 from gam_fused.memory.reductions import ShardSums
 from gam_fused.parallel import dtensor
 from gam_fused.parallel.dtensor import is_dtensor
@@ -96,6 +97,12 @@ class Plan:
                     f"the closure made {describe(p, param_groups)} require a gradient, which it did not before the step: "
                     "unfreeze parameters before the step, and freeze them after it"
                 )
+
+    def check_sharded(self, param_groups: Groups) -> None:
+        """After the first pass: raises RuntimeError for a whole weight that FSDP had gathered, and has freed since."""
+        for block in self.blocks:
+            if not block.sharded:
+                check_sharded(block.params, param_groups)
 
     def put_in_place(self) -> None:
         """Parameters that a closure has given other memory lie in their own again."""

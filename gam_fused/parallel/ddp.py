@@ -25,6 +25,7 @@ from gam_fused.checks import Groups, describe
 from gam_fused.parallel.ddp_buffers import SharedBuffers
 from gam_fused.parallel.dtensor import is_dtensor
 from gam_fused.parallel.fsdp import refuse_fsdp1
+from gam_fused.torch_private import is_joining
 
 
 def replicas(modules: Sequence[nn.Module], groups: Groups, *, local: bool, twice: bool) -> Replicas | None:
@@ -95,7 +96,8 @@ def no_unseen_ddp(seen: Replicas | None) -> Iterator[None]:
                 return
             raise RuntimeError(
                 "method='exact' under DistributedDataParallel averages gradients and Hessian-vector products itself, so it "
-                "needs the wrapper: FusedGAM(..., model=ddp_model)"
+                "needs the wrapper: FusedGAM(..., model=ddp_model). Where the closure also uses another one that it does "
+                "not train, as a GAN's discriminator, let it call that one's .module"
             )
 
     if not (dist.is_available() and dist.is_initialized()):
@@ -128,7 +130,17 @@ class Replicas:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """For the time of a step DDP reduces and broadcasts nothing. Its next forward aligns buffers, as after any step."""
+        """For the time of a step DDP reduces and broadcasts nothing. Its next forward aligns buffers, as after any step.
+
+        Raises:
+            RuntimeError: inside `join()`, or from the first backward of a static graph: DDP cannot do without these there.
+        """
+        if any(map(is_joining, self.ddp)):
+            raise RuntimeError(
+                f"{self._mode} averages over the ranks by itself, which DistributedDataParallel.join() does not see: ranks "
+                "that have run out of batches would not take part. Give all ranks equally many, or use "
+                "perturb_sync='global' with a method other than 'exact'"
+            )
         for buffers in self._buffers:
             buffers.begin()
         with ExitStack() as stack:
@@ -138,9 +150,21 @@ class Replicas:
                 stack.callback(setattr, module, "require_forward_param_sync", True)
             try:
                 yield
+            except RuntimeError as error:
+                if "expect_autograd_hooks_" not in str(error) or not any(m.static_graph for m in self.ddp):
+                    raise
+                raise RuntimeError(
+                    f"{self._mode} makes no use of DDP's all-reduce, without which DistributedDataParallel cannot record a "
+                    "static graph: wrap the model without static_graph=True, or use perturb_sync='global' with a method "
+                    "other than 'exact'"
+                ) from error
             finally:
                 for buffers in self._buffers:
                     buffers.end()
+
+    @property
+    def _mode(self) -> str:
+        return "perturb_sync='local'" if self.local else "method='exact'"
 
     def check_others(self, others: Sequence[Tensor]) -> None:
         """Raises ValueError for trainable parameters that are not the optimizer's: nobody averages their gradients."""
@@ -148,11 +172,11 @@ class Replicas:
         for module in self.ddp if trainable else ():
             for name, p in module.module.named_parameters():
                 if id(p) in trainable and name not in module.parameters_to_ignore:
-                    which = "perturb_sync='local'" if self.local else "method='exact'"
                     raise ValueError(
-                        f"{which}: {name} (shape {tuple(p.shape)}) of the DistributedDataParallel in model= is not among "
-                        "this optimizer's parameters, and its gradient would differ between ranks, as DDP averages none "
-                        "during a step. Freeze it by requires_grad_(False), or use perturb_sync='global' with another method"
+                        f"{self._mode}: {name} (shape {tuple(p.shape)}) of the DistributedDataParallel in model= is not "
+                        "among this optimizer's parameters, and its gradient would differ between ranks, as DDP averages "
+                        "none during a step. Freeze it by requires_grad_(False), or use perturb_sync='global' with another "
+                        "method"
                     )
 
     def align_buffers(self) -> None:

@@ -41,6 +41,10 @@ class BatchClosure:
         items.put_back()  # a pass before may have taken some out
         return self.closure(part)
 
+    def forget_part(self) -> None:
+        """After a step: `batch` may be another in the next, and closures may have put their graphs into the part."""
+        self._part = None
+
 
 def batch_of(closure: Any) -> Any:
     """The mini-batch that a closure is given, or None."""

@@ -30,6 +30,10 @@ _UNREACHED = (
     "the loss depends on no optimized parameter (one that is the optimizer's and has requires_grad=True); check that the "
     "closure uses this model"
 )
+_UNREDUCED = (
+    "after backward no parameter has a gradient: FSDP has not reduced them over the ranks. The last backward of a pass "
+    "needs set_requires_gradient_sync(True)"
+)
 _TAKEN = (
     "after backward no parameter has a gradient: the loss depends on none, or hooks of register_post_accumulate_grad_hook "
     "take them, as optimizers do that step inside backward. Each pass needs its gradients: remove these hooks"
@@ -65,7 +69,7 @@ class Passes:
         self.at = ""
         self.seen = [[False] * len(b.params) for b in self.blocks]
         self._reshard()
-        self._surroundings = Surroundings(session, closures.batch_of(closure), settings.preserve_rng_state, random)
+        self._surroundings = Surroundings(session, closure, settings.preserve_rng_state, random)
         if session.replicas and session.model_state:
             session.replicas.check_others(session.model_state.others)
 
@@ -147,6 +151,8 @@ class Passes:
         return result
 
     def _first_pass_done(self, result: Any) -> None:
+        if any(b.sharded for b in self.blocks):
+            self.plan.check_sharded(self.session.param_groups)
         self.session.loss_scaling.publish(self.blocks)
         self.session.precision.see(closures.loss_in(result))
         self._surroundings.first_pass_done()
@@ -171,7 +177,10 @@ class Passes:
             self._unreached()
 
     def _unreached(self) -> None:
+        self.plan.check_sharded(self.session.param_groups)
         self.plan.check_in_place(self.session.param_groups)  # of parameters that are not the model's any more
+        if any(map(torch_private.leaves_sums_of_fsdp, self.session.fsdp_modules)):
+            raise RuntimeError(_UNREDUCED)
         hooked = any(map(torch_private.has_hooks_after_backward, self.plan.params))
         raise RuntimeError(_TAKEN if hooked else _UNREACHED)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from gam_fused.step.closures import BatchClosure, batch_of
 from gam_fused.step.session import Session
 from gam_fused.transaction.batch_contents import BatchContents
 from gam_fused.transaction.model_state import StepState
@@ -20,16 +23,17 @@ class Surroundings:
     optimizers and the mini-batch, in one step.
 
     Args:
-        batch: None if the closure is not given one. replays: whether random numbers are replayed; by `random`, if given.
+        replays: whether random numbers are replayed; by `random`, if given.
     """
 
-    def __init__(self, session: Session, batch: Any, replays: bool, random: RandomState | None):
+    def __init__(self, session: Session, closure: Callable[[], Any], replays: bool, random: RandomState | None):
         state = session.model_state
+        self._closure = closure if isinstance(closure, BatchClosure) else None
         self._model = state.begin() if state else None
         of_model = [OtherGradients(state), TrainingModes(state)] if state else []
         if random is None and replays:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
-        parts = [random, self._model, *of_model, BatchContents(batch)]
+        parts = [random, self._model, *of_model, BatchContents(batch_of(closure), partial(_restored, session))]
         self._parts: list[Any] = [part for part in parts if part is not None]
         self._settled = False  # whether all stand where they shall be after the step
 
@@ -57,9 +61,23 @@ class Surroundings:
                 part.finish(skipped)
             else:
                 part.finish()
+        self._forget_part()
 
     def abort(self) -> None:
         """After a failure: as before the step."""
         if not self._settled:
             for part in self._parts:
                 part.abort()
+            self._forget_part()
+
+    def _forget_part(self) -> None:
+        if self._closure:
+            self._closure.forget_part()
+
+
+def _restored(session: Session) -> Iterator[Tensor]:
+    """What every pass finds as the first did, or, of the weights, as it shall."""
+    yield from session.plan.params
+    for module in session.model_state.submodules if session.model_state else ():
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import UserDict, UserList, deque
-from collections.abc import Iterator
+from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from gam_fused.transaction.containers import PLAIN, Path, opened, written
+from gam_fused.parallel.dtensor import is_dtensor, local
+from gam_fused.torch_private import as_they_are
+from gam_fused.transaction.containers import PLAIN, Path, index, written
 from gam_fused.transaction.module_tree import same_objects
 
 
 class BatchContents:
-    """A mini-batch during one step: its containers are put back for every pass, and its tensors must not change."""
+    """A mini-batch during one step: its containers are put back for every pass, and its tensors must not change.
 
-    def __init__(self, batch: Any):
-        nodes = list(_nodes(batch, (), set()))
-        self._tensors = [(t, t._version, path) for t, path in nodes if isinstance(t, Tensor) and not t.is_inference()]
-        self._before = Items(node for node, _ in nodes)
+    Args:
+        restored: tensors that the step itself restores for every pass. They may be in the batch too, and be written to.
+    """
+
+    def __init__(self, batch: Any, restored: Callable[[], Iterable[Tensor]] = tuple):
+        nodes, self._restored = list(_nodes(batch)), restored
+        with as_they_are():
+            tensors = [(t, path) for t, path, _ in nodes if isinstance(t, Tensor)]
+            self._tensors = [(t, t._version, path) for t, path in tensors if not t.is_inference()]
+        self._before = Items((node, items) for node, _, items in nodes if items is not None)
         self._after: Items | None = None  # once further passes follow
 
     def replay(self) -> None:
@@ -28,12 +38,10 @@ class BatchContents:
         Raises:
             RuntimeError: a pass has written to a tensor of the batch.
         """
-        for t, version, path in self._tensors:
-            if t._version != version:
-                raise RuntimeError(
-                    f"computing the loss wrote to {written(path)} (shape {tuple(t.shape)}, {t.dtype}) in place, so the next "
-                    "pass would see another batch. Write to a copy instead: x = x.clone()"
-                )
+        with as_they_are():
+            changed = [(t, path) for t, version, path in self._tensors if t._version != version]
+            if changed:
+                self._check(changed)
         self._after = self._after or self._before.now()
         self._before.put_back()
 
@@ -46,15 +54,24 @@ class BatchContents:
         """After a failure: as before the step."""
         self._before.put_back()
 
+    def _check(self, changed: list[tuple[Tensor, Path]]) -> None:
+        mine = set(map(_memory, self._restored()))
+        for t, path in changed:
+            if (memory := _memory(t)) is None or memory not in mine:
+                raise RuntimeError(
+                    f"in a pass, {written(path)} (shape {tuple(t.shape)}, {t.dtype}) or a tensor whose memory it shares was "
+                    "written to in place, so the next pass could see another batch. Write to a copy instead: x = x.clone()"
+                )
+
 
 class Items:
-    """What the dicts, lists and dataclasses among `nodes` hold."""
+    """Dicts, lists and dataclasses, each with what it holds."""
 
-    def __init__(self, nodes: Iterator[Any]):
-        self._held = [(node, items) for node in nodes if (items := _read(node)) is not None]
+    def __init__(self, held: Iterable[tuple[Any, list[Any]]]):
+        self._held = list(held)
 
     def now(self) -> Items:
-        return Items(node for node, _ in self._held)
+        return Items((node, _read(node) or []) for node, _ in self._held)
 
     def put_back(self) -> None:
         for node, items in self._held:
@@ -64,42 +81,77 @@ class Items:
 
 def items_in(batch: Any) -> Items:
     """What the containers of a mini-batch hold."""
-    return Items(node for node, _ in _nodes(batch, (), set()))
+    return Items((node, items) for node, _, items in _nodes(batch) if items is not None)
 
 
-def _nodes(node: Any, path: Path, seen: set[int]) -> Iterator[tuple[Any, Path]]:
-    """Tensors and containers in `node`, and where."""
-    if isinstance(node, Tensor):
-        yield node, path
-    elif id(node) not in seen and (inside := opened(node)):
-        seen.add(id(node))  # one that holds itself ends
-        yield node, path
-        for i, child in enumerate(inside.children):
-            if type(child) not in PLAIN:
-                yield from _nodes(child, (path, inside.label, i), seen)
+def _nodes(batch: Any) -> Iterator[tuple[Any, Path, list[Any] | None]]:
+    """Tensors and containers in `batch`, where they are, and what can be written back into them.
+
+    What reads or makes its items only when it is asked for them is neither.
+    """
+    waiting: list[tuple[Any, Path]] = [(batch, ())]
+    seen: set[int] = set()  # one that holds itself ends
+    while waiting:
+        node, path = waiting.pop()
+        if isinstance(node, Tensor):
+            yield node, path, None
+            continue
+        items = _read(node)
+        if id(node) in seen or (items is None and not isinstance(node, tuple)):
+            continue
+        seen.add(id(node))
+        yield node, path, items
+        children, label = (node, index) if items is None else _children(node, items)
+        waiting += [(c, (path, label, i)) for i, c in enumerate(children) if type(c) not in PLAIN][::-1]
+
+
+def _children(node: Any, items: list[Any]) -> tuple[list[Any], Callable[[int], str]]:
+    """What a container holds, and how the way to the i-th is written."""
+    raw = _raw(node)
+    if isinstance(raw, (list, deque)):
+        return items, index
+    names = items[::2]
+    return items[1::2], (lambda i: f"[{names[i]!r}]") if isinstance(raw, dict) else (lambda i: f".{names[i]}")
+
+
+def _raw(node: Any) -> Any:
+    if isinstance(node, (dict, list, tuple)):  # nearly always; to ask for the others takes longer
+        return node
+    return node.data if isinstance(node, (UserDict, UserList)) else node
 
 
 def _read(node: Any) -> list[Any] | None:
     """Keys and values, items, or names and values of fields; None: nothing that can be written back."""
-    if isinstance(node, (dict, UserDict)):
-        return [part for item in node.items() for part in item]
-    if isinstance(node, (list, UserList, deque)):
-        return list(node)
-    if dataclasses.is_dataclass(node):
-        names = [f.name for f in dataclasses.fields(node) if hasattr(node, f.name)]
-        return [part for name in names for part in (name, getattr(node, name))]
+    raw = _raw(node)
+    if isinstance(raw, dict):
+        kind = OrderedDict if isinstance(raw, OrderedDict) else dict  # not its own, which may make them
+        return list(chain.from_iterable(kind.items(raw)))
+    if isinstance(raw, (list, deque)):
+        return list(raw)
+    if dataclasses.is_dataclass(node) and not isinstance(node, (type, nn.Module)):
+        names = [f.name for f in dataclasses.fields(node) if not isinstance(getattr(type(node), f.name, None), property)]
+        return [part for name in names if hasattr(node, name) for part in (name, getattr(node, name))]
     return None
 
 
 def _write(node: Any, items: list[Any]) -> None:
-    pairs = zip(items[::2], items[1::2], strict=True)
-    if isinstance(node, (dict, UserDict)):
-        node.clear()
+    raw, pairs = _raw(node), zip(items[::2], items[1::2], strict=True)
+    if isinstance(raw, dict):
+        raw.clear()
         for key, value in pairs:
-            node[key] = value
-    elif isinstance(node, (list, UserList, deque)):
-        node.clear()
-        node.extend(items)
+            raw[key] = value
+    elif isinstance(raw, (list, deque)):
+        raw.clear()
+        raw.extend(items)
     else:
         for name, value in pairs:
             object.__setattr__(node, name, value)
+
+
+def _memory(t: Tensor) -> tuple[torch.device, int] | None:
+    """Where the memory of `t` begins; None: it has none of its own, as sparse ones."""
+    try:
+        mine = local(t) if is_dtensor(t) else t
+        return (t.device, address) if (address := mine.untyped_storage().data_ptr()) else None
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -17,7 +17,11 @@ Path = tuple[Any, ...]  # () or (path of the parent, how it writes the way to a 
 
 
 def written(path: Path) -> str:
-    return f"{written(path[0])}{path[1](path[2])}" if path else "batch"
+    parts = []
+    while path:
+        path, label, i = path
+        parts.append(label(i))
+    return "batch" + "".join(reversed(parts))
 
 
 class Opened(NamedTuple):
