@@ -147,6 +147,29 @@ def test_a_part_that_is_written_to_is_named():
         optimizer.step(closure, data())
 
 
+WRITES = {
+    "a mask of labels": lambda x, y: y.masked_fill_(y < 0, -1.0),
+    "random places": lambda x, y: x.index_fill_(1, torch.randperm(3)[:2], 0.0),
+    "bounds": lambda x, y: x.clamp_(-0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("fraction", [1, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_closure_may_write_what_it_writes_again(kind, method, fraction):
+    """Every pass computes the loss of the same batch."""
+
+    def in_place(model, b):
+        WRITES[kind](*b)
+        return (model(b[0]) - b[1]).square().mean()
+
+    def on_copies(model, b):
+        return in_place(model, [t.clone() for t in b])
+
+    same(trained(method, fraction, in_place, data), trained(method, fraction, on_copies, data))
+
+
 def test_a_plain_step_may_write_to_its_batch():
     """One pass, as under torch."""
     optimizer = make(model := mlp(torch.float64), interval=2)

@@ -103,7 +103,7 @@ class _OverBatches(BatchedLoss):
                 loss = self._loss(self.model, _on(device, batch))
             finally:
                 contents.abort()
-            contents.replay()
+            contents.check_unwritten()
             yield n, loss
 
 

@@ -138,6 +138,7 @@ class Passes:
             self.session.replicas.align_buffers()
         with torch.enable_grad(), self._surroundings.first_pass() if first else nullcontext():
             result = self.session.loss_scaling.run(self.interrupts.let_through, self._call, differentiate, part)
+        self._surroundings.pass_done()
         kept = closures.kept(result if first else closures.loss_in(result))
         self.record.losses[point] = closures.number_in(kept)
         if first:

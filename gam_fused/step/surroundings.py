@@ -33,7 +33,8 @@ class Surroundings:
         of_model = [OtherGradients(state), TrainingModes(state)] if state else []
         if random is None and replays:
             random = session.generators_of(self._model.devices if self._model else set()).begin()
-        parts = [random, self._model, *of_model, BatchContents(batch_of(closure), partial(_restored, session))]
+        self._batch = BatchContents(batch_of(closure), partial(_restored, session))
+        parts = [random, self._model, *of_model, self._batch]
         self._parts: list[Any] = [part for part in parts if part is not None]
         self._settled = False  # whether all stand where they shall be after the step
 
@@ -41,8 +42,12 @@ class Surroundings:
         """During the closure of the first pass."""
         return self._model.first_pass() if self._model else nullcontext()
 
+    def pass_done(self) -> None:
+        """After each pass. Raises RuntimeError if it has changed a batch in another way than the pass before."""
+        self._batch.pass_done()
+
     def first_pass_done(self) -> None:
-        """After the first pass and its backward."""
+        """After the first pass, once gradients are published."""
         if self._model:
             self._model.first_pass_done()
 

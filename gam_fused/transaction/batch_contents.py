@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gam_fused.backends.uploads import is_capturing
 from gam_fused.parallel.dtensor import is_dtensor, local
 from gam_fused.torch_private import as_they_are
 from gam_fused.transaction.containers import PLAIN, Path, index, written
@@ -18,7 +19,7 @@ from gam_fused.transaction.module_tree import same_objects
 
 
 class BatchContents:
-    """A mini-batch during one step: its containers are put back for every pass, and its tensors must not change.
+    """A mini-batch during one step: its containers are put back for every pass, and its tensors must be the same in each.
 
     Args:
         restored: tensors that the step itself restores for every pass. They may be in the batch too, and be written to.
@@ -28,20 +29,35 @@ class BatchContents:
         nodes, self._restored = list(_nodes(batch)), restored
         with as_they_are():
             tensors = [(t, path) for t, path, _ in nodes if isinstance(t, Tensor)]
-            self._tensors = [(t, t._version, path) for t, path in tensors if not t.is_inference()]
+            self._tensors = [(t, path) for t, path in tensors if not t.is_inference()]
+            self._versions = [t._version for t, _ in self._tensors]
+        self._copies: dict[int, Tensor] = {}  # of those that a pass has written to, as it left them; by their numbers
         self._before = Items((node, items) for node, _, items in nodes if items is not None)
         self._after: Items | None = None  # once further passes follow
 
-    def replay(self) -> None:
-        """Before each further pass.
+    def pass_done(self) -> None:
+        """After each pass. It may write to a tensor what the pass before has written, as a mask of labels.
 
         Raises:
-            RuntimeError: a pass has written to a tensor of the batch.
+            RuntimeError: it has written something else.
         """
-        with as_they_are():
-            changed = [(t, path) for t, version, path in self._tensors if t._version != version]
-            if changed:
-                self._check(changed)
+        for i in self._written():
+            t = self._tensors[i][0]
+            if is_capturing(t.device):  # which cannot compare; the steps before it have been checked
+                continue
+            if i not in self._copies and type(t) is Tensor and t.layout is torch.strided and not t.is_nested:
+                self._copies[i] = t.detach().clone()
+            elif i not in self._copies or not torch.equal(t, self._copies[i]):
+                raise self._error(i)
+            self._versions[i] = t._version
+
+    def check_unwritten(self) -> None:
+        """Raises RuntimeError if a tensor has been written to."""
+        for i in self._written():
+            raise self._error(i)
+
+    def replay(self) -> None:
+        """Before each further pass."""
         self._after = self._after or self._before.now()
         self._before.put_back()
 
@@ -54,14 +70,20 @@ class BatchContents:
         """After a failure: as before the step."""
         self._before.put_back()
 
-    def _check(self, changed: list[tuple[Tensor, Path]]) -> None:
-        mine = set(map(_memory, self._restored()))
-        for t, path in changed:
-            if (memory := _memory(t)) is None or memory not in mine:
-                raise RuntimeError(
-                    f"in a pass, {written(path)} (shape {tuple(t.shape)}, {t.dtype}) or a tensor whose memory it shares was "
-                    "written to in place, so the next pass could see another batch. Write to a copy instead: x = x.clone()"
-                )
+    def _written(self) -> list[int]:
+        with as_they_are():
+            found = [i for i, (t, _) in enumerate(self._tensors) if t._version != self._versions[i]]
+            if not found:
+                return []
+            exempt = {*map(_memory, self._restored())} - {None}
+            return [i for i in found if _memory(self._tensors[i][0]) not in exempt]
+
+    def _error(self, i: int) -> RuntimeError:
+        t, path = self._tensors[i]
+        return RuntimeError(
+            f"{written(path)} (shape {tuple(t.shape)}, {t.dtype}) or a tensor whose memory it shares was written to in place, "
+            "so that passes see different batches. Write to a copy instead: x = x.clone()"
+        )
 
 
 class Items:
