@@ -80,15 +80,20 @@ def _nodes(node: Any, path: Path, seen: set[int]) -> Iterator[tuple[Any, Path]]:
 
 
 def _read(node: Any) -> list[Any] | None:
-    """Keys and values, items, or names and values of fields; None: nothing that can be written back."""
+    """Keys and values, items, or names and values of attributes; None: nothing that can be written back."""
     if isinstance(node, (dict, UserDict)):
         return [part for item in node.items() for part in item]
     if isinstance(node, (list, UserList, deque)):
         return list(node)
     if dataclasses.is_dataclass(node):
-        names = [f.name for f in dataclasses.fields(node) if hasattr(node, f.name)]
-        return [part for name in names for part in (name, getattr(node, name))]
+        return [part for name in _attributes(node) for part in (name, getattr(node, name))]
     return None
+
+
+def _attributes(node: Any) -> list[str]:
+    """The fields of a dataclass that are set, and what else was set on it."""
+    fields = [f.name for f in dataclasses.fields(node) if hasattr(node, f.name)]
+    return list(dict.fromkeys([*fields, *getattr(node, "__dict__", ())]))
 
 
 def _write(node: Any, items: list[Any]) -> None:
@@ -101,5 +106,7 @@ def _write(node: Any, items: list[Any]) -> None:
         node.clear()
         node.extend(items)
     else:
+        for name in set(_attributes(node)) - set(items[::2]):
+            object.__delattr__(node, name)
         for name, value in pairs:
             object.__setattr__(node, name, value)
