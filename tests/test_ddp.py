@@ -372,6 +372,22 @@ def test_local_mode_says_what_it_needs():
     run(2, _refusals)
 
 
+def _changed(rank):
+    """The method, then the mode."""
+    model, optimizer = build(mlp(), "global")
+    for method, mode in (("sam", "global"), ("exact", "global"), ("sam", "global"), ("sam", "local")):
+        optimizer.method, optimizer.perturb_sync = method, mode
+        before = fingerprint(model.parameters())
+        optimizer.step(regression(model, *shard_of(rank, *batch())))
+        assert agree(fingerprint(model.parameters())), (method, mode)
+        assert fingerprint(model.parameters()) != before
+        assert (optimizer.session.replicas is not None) == (method == "exact" or mode == "local")
+
+
+def test_who_averages_follows_changes_between_steps():
+    run(2, _changed)
+
+
 def _of_other_optimizers(rank):
     for method, mode in (("sam", "local"), ("exact", "global")):
         net = mlp()

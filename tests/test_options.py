@@ -371,6 +371,17 @@ def test_a_setting_changed_in_place_acts_in_the_next_step():
         optimizer.step(closure)
 
 
+def test_a_setting_that_comes_back_acts_in_the_next_step():
+    """After a tensor, of which nobody can tell whether it has changed."""
+    optimizer, closure = trainer("sam", model := mlp(), regression(model, *batch()))
+    (group,), moved = optimizer.param_groups, []
+    for lr in (0.1, torch.tensor(0.0), 0.1):
+        group["lr"], before = lr, weights(optimizer)
+        optimizer.step(closure)
+        moved.append(any((p != q).any() for p, q in zip(weights(optimizer), before, strict=True)))
+    assert moved == [True, False, True]
+
+
 @pytest.mark.parametrize("spacing", ["above the probe", "below the probe"])
 def test_the_noise_ratio_is_that_of_the_estimate(spacing):
     """precision.py: u = 0.72 eps |theta|, noise u/sqrt(6) where u is below the length, sqrt(u length) above."""
