@@ -73,6 +73,17 @@ def test_flatten_takes_added_groups_and_empty_parameters_in():
     same(weights(optimizer), weights(other))
 
 
+def test_flatten_moves_what_it_has_moved_before():
+    """Of what is left in its buffer, where a parameter is taken out of the groups."""
+    model = nn.ParameterList([torch.ones(3), torch.ones(4), torch.ones(5)])
+    optimizer = make(model, flatten=True)
+    optimizer.step(lambda: sum(p.square().sum() for p in model))
+    del optimizer.param_groups[0]["params"][1]
+    optimizer.step(lambda: sum(p.square().sum() for p in model))
+    assert lies_flat(nn.ParameterList([model[0], model[2]]))
+    assert not lies_flat(model)
+
+
 def test_flatten_refuses_what_is_not_its_own():
     whole = torch.zeros(2, 6)
     with pytest.raises(ValueError, match=r"flatten=True.*parameter 0 of group 0.*shares its storage"):

@@ -12,6 +12,7 @@ import torch
 from gam_helpers import METHODS, PASSES, batch, closure_of, make, mlp, regression, trainer
 from torch import nn
 
+from gam_fused.step import session
 from gam_fused.transaction import randomness
 from gam_fused.transaction.randomness import source_of
 
@@ -303,6 +304,15 @@ def test_a_base_that_draws_gets_new_numbers_in_every_step(method):
             o.step(closure) if o is optimizer else (closure(), o.step())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_devices_of_the_plan_and_of_the_model_have_generators(monkeypatch):
+    monkeypatch.setattr(session, "Generators", lambda devices, own: devices)
+    optimizer = make(mlp().parameters())
+    optimizer.prepare()
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert optimizer.session.generators_of({other}) == {cpu, other}
+    assert optimizer.session.generators_of(set()) == {cpu}
 
 
 def test_generators_can_be_set_and_are_not_copied():
