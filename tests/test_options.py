@@ -73,6 +73,15 @@ def test_flatten_takes_added_groups_and_empty_parameters_in():
     same(weights(optimizer), weights(other))
 
 
+def test_flatten_can_be_set_between_steps():
+    optimizer, closure = trainer("finite_difference", model := mlp(), regression(model, *batch()))
+    optimizer.step(closure)
+    assert not lies_flat(model)
+    optimizer.flatten = True
+    optimizer.step(closure)
+    assert lies_flat(model)
+
+
 def test_flatten_moves_what_it_has_moved_before():
     """Of what is left in its buffer, where a parameter is taken out of the groups."""
     model = nn.ParameterList([torch.ones(3), torch.ones(4), torch.ones(5)])
