@@ -82,6 +82,14 @@ def test_flatten_can_be_set_between_steps():
     assert lies_flat(model)
 
 
+def test_a_wrong_setting_is_told_before_memory_moves():
+    optimizer, closure = trainer("finite_difference", model := mlp(), regression(model, *batch()))
+    optimizer.flatten, optimizer.alpha = True, -1.0
+    with pytest.raises(ValueError, match=r"alpha=-1.0"):
+        optimizer.step(closure)
+    assert not lies_flat(model)
+
+
 def test_flatten_moves_what_it_has_moved_before():
     """Of what is left in its buffer, where a parameter is taken out of the groups."""
     model = nn.ParameterList([torch.ones(3), torch.ones(4), torch.ones(5)])
