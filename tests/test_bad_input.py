@@ -400,6 +400,11 @@ def test_a_module_of_torchscript_that_comes_later_is_refused_by_name():
         optimizer.step(regression(model, *batch()))
 
 
+def test_a_tensor_of_several_numbers_is_no_number():
+    with pytest.raises(TypeError, match=r"rho must be a number, but is tensor\(\[0., 0.\]\)"):
+        make(mlp().parameters(), rho=torch.zeros(2))
+
+
 def test_hooks_that_take_the_gradients_are_named():
     model = mlp()
     optimizer = make(model)
