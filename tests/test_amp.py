@@ -430,3 +430,20 @@ def test_diagnostics_are_unscaled(method):
         told.append(optimizer.diagnostics())
     for name, value in told[0].items():
         assert told[1][name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+
+
+def test_a_disabled_scaler_is_none():
+    """A closure need not scale its loss by it."""
+    model = mlp()
+    optimizer = make(model.parameters(), grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert optimizer.grad_scaler is None
+    before = weights(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = regression(model, *batch())()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert any((p != q).any() for p, q in zip(weights(optimizer), before, strict=True))

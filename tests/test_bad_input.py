@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gam_fused import FusedGAM, FusedSAM, flatness
+from gam_fused.memory import differentiated
 from gam_fused.methods import TAKES
 
 NAN, INF = float("nan"), float("inf")
@@ -399,6 +400,11 @@ def test_a_module_of_torchscript_that_comes_later_is_refused_by_name():
         optimizer.step(regression(model, *batch()))
 
 
+def test_a_tensor_of_several_numbers_is_no_number():
+    with pytest.raises(TypeError, match=r"rho must be a number, but is tensor\(\[0., 0.\]\)"):
+        make(mlp().parameters(), rho=torch.zeros(2))
+
+
 def test_hooks_that_take_the_gradients_are_named():
     model = mlp()
     optimizer = make(model)
@@ -445,6 +451,22 @@ def test_exact_refuses_activation_checkpointing_that_hides_parameters(method):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
 
 
+def test_exact_allows_activation_checkpointing_that_hides_none():
+    """Of a frozen part below the trained one."""
+    model, twin = mlp(torch.float64), mlp(torch.float64)
+    x, y = batch(dtype=torch.float64)
+    model[:2].requires_grad_(False)
+    twin[:2].requires_grad_(False)
+
+    def closure():
+        hidden = checkpoint(model[:2], x.detach().requires_grad_(), use_reentrant=True)
+        return (model[2](hidden) - y).square().mean()
+
+    make(model, method="exact").step(closure)
+    make(twin, method="exact").step(lambda: (twin(x) - y).square().mean())
+    same(list(model.parameters()), list(twin.parameters()))
+
+
 class Once(torch.autograd.Function):
     """As custom kernels are, of deformable convolutions for one: without a second derivative."""
 
@@ -474,3 +496,21 @@ def test_a_function_without_a_second_derivative_is_named_where_one_is_needed(las
     with pytest.raises(RuntimeError, match="Once in the loss is marked @once_differentiable"):
         flatness.hessian_eigenvalues(loss, model.parameters())
     assert flatness.zeroth_order_flatness(loss, model, 0.1) > 0
+    with_one_more = [*model.parameters(), nn.Parameter(torch.zeros(2))]  # which the loss does not depend on
+    assert flatness.zeroth_order_flatness(loss, with_one_more, 0.1) > 0
+
+
+def test_a_graph_of_many_ways_is_gone_through_once(monkeypatch):
+    """As residual connections make it: twice as many with each."""
+    asked = []
+    monkeypatch.setattr(differentiated, "once_differentiable_in", lambda node: asked.append(node) or "")
+    weight = nn.Parameter(torch.ones(3))
+
+    def closure():
+        x = weight
+        for _ in range(8):
+            x = x + x.sin()
+        return x.sum()
+
+    make([weight], method="exact").step(closure)
+    assert len(asked) == 2 * (1 + 2 * 8 + 1), "in two passes: of the sum, of eight times two, of the weight"

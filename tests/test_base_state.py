@@ -270,6 +270,16 @@ def test_the_bases_own_load_state_dict_and_groups_stay_linked(base):
     fused.param_groups[0]["lr"] = plain.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_groups_keep_their_radius_when_the_base_loads_by_itself(copied):
+    models, plain, fused = pair("SGD")
+    run(models, (plain, fused), 1)
+    fused = copy.deepcopy(fused) if copied else fused
+    fused.param_groups[0]["rho"] = 0.7
+    fused.base_optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert fused.param_groups[0]["rho"] == 0.7
+
+
 def test_a_group_added_through_the_base():
     model = mlp()
     base = SGD(model[0].parameters(), lr=0.1)

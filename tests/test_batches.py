@@ -393,6 +393,8 @@ def test_a_batch_without_a_function_is_an_error():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"step takes a function that computes the loss.*not a Tensor"):
         FusedGAM(model, torch.optim.SGD, lr=0.1).step(torch.zeros(1), X)
+    with pytest.raises(RuntimeError, match=r"step needs a closure"):
+        FusedGAM(model, torch.optim.SGD, lr=0.1).step(None, X)
 
 
 # Micro-batches.

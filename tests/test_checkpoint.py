@@ -105,9 +105,13 @@ def test_skipped_steps_survive():
     model = mlp()
     optimizer = build(model)
     optimizer.step(lambda: regression(model, *batch())() * float("nan"))
-    resumed = build(mlp())
-    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert int(resumed.skipped_steps) == 1
+    resumed, used = build(mlp()), build(other := mlp())
+    train(used, other, 2)
+    for loaded in (resumed, used):
+        loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+        assert int(loaded.skipped_steps) == 1
+    train(used, other, 1)
+    assert int(used.skipped_steps) == 1
 
 
 @pytest.mark.parametrize("base", TORCH)
@@ -272,6 +276,19 @@ def test_step_without_closure_creates_state_only_at_lr_0_with_zero_gradients(bas
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step()
     same(weights(optimizer), before)
+
+
+@pytest.mark.parametrize("base", TORCH)
+def test_skipped_steps_are_counted_on_after_a_step_without_closure(base):
+    model = mlp()
+    optimizer = build(model, base=base, lr=0.0)
+    optimizer.step(lambda: regression(model, *batch())() * float("nan"))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    train(optimizer, model, 1)
+    assert optimizer.skipped_steps == 1
 
 
 def test_settings_of_every_method_are_in_the_state_dict_as_plain_numbers():

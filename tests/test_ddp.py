@@ -360,6 +360,19 @@ def _refusals(rank):
     with pytest.raises(RuntimeError, match=r"method='exact'.*model=ddp_model"):
         optimizer.step(regression(wrapped, *batch()))
     assert fingerprint(wrapped.parameters()) == before
+    optimizer = make(wrapped.parameters(), method="exact", model=wrapped)
+    other = DistributedDataParallel(mlp(seed=5))
+    with pytest.raises(RuntimeError, match=r"method='exact'.*model=ddp_model"):
+        optimizer.step(lambda: regression(wrapped, *batch())() + regression(other, *batch())())
+    assert fingerprint(wrapped.parameters()) == before
+    by_itself = [dist.new_group([r]) for r in range(2)][rank]
+    alone = DistributedDataParallel(mlp(seed=4), process_group=by_itself)
+    make(alone.parameters(), method="exact").step(regression(alone, *batch()))  # with nobody to average with
+    with pytest.raises(ValueError, match="several process groups"):
+        make([*wrapped.parameters(), *alone.parameters()], perturb_sync="local", model=[wrapped, alone])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(outside, ["2.bias"])
+    with pytest.raises(ValueError, match=r"parameter 3 of group 0 .*not averaged by the DistributedDataParallel"):
+        make(outside.parameters(), perturb_sync="local", model=DistributedDataParallel(outside))
     inside = nn.ModuleDict({"trained": wrapped})
     optimizer = make(wrapped.parameters(), perturb_sync="local", model=inside)
     with pytest.raises(ValueError, match="not averaged"):
@@ -422,6 +435,22 @@ def test_join_and_static_graphs_with_global_perturbations():
     run(2, _joined_and_static)
 
 
+def _changed(rank):
+    """The method, then the mode."""
+    model, optimizer = build(mlp(), "global")
+    for method, mode in (("sam", "global"), ("exact", "global"), ("sam", "global"), ("sam", "local")):
+        optimizer.method, optimizer.perturb_sync = method, mode
+        before = fingerprint(model.parameters())
+        optimizer.step(regression(model, *shard_of(rank, *batch())))
+        assert agree(fingerprint(model.parameters())), (method, mode)
+        assert fingerprint(model.parameters()) != before
+        assert (optimizer.session.replicas is not None) == (method == "exact" or mode == "local")
+
+
+def test_who_averages_follows_changes_between_steps():
+    run(2, _changed)
+
+
 def _of_other_optimizers(rank):
     for method, mode in (("sam", "local"), ("exact", "global")):
         net = mlp()
@@ -432,12 +461,17 @@ def _of_other_optimizers(rank):
         with pytest.raises(ValueError, match=rf"{mode if mode == 'local' else method}'.*: 2\.weight \(shape \(2, 5\)\)"):
             optimizer.step(closure)
         assert fingerprint(net.parameters()) == before
-        net[2].requires_grad_(False)
-        model = DistributedDataParallel(net)
-        optimizer = make(net[0].parameters(), method=method, model=model, perturb_sync=mode)
-        optimizer.step(regression(model, *shard_of(rank, *batch())))
-        assert agree(fingerprint(net.parameters()))
-        assert fingerprint(net.parameters()) != before
+        for ignored in (True, False):  # DDP does not average those that it is told to ignore: each rank has its own
+            if ignored:
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["2.weight", "2.bias"])
+            else:
+                net[2].requires_grad_(False)
+            model = DistributedDataParallel(net)
+            optimizer = make(net[0].parameters(), method=method, model=model, perturb_sync=mode)
+            optimizer.step(regression(model, *shard_of(rank, *batch())))
+            assert agree(fingerprint(net.parameters()))
+            assert fingerprint(net.parameters()) != before
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, [])
 
 
 def test_gradients_for_another_optimizer_that_nobody_averages_are_refused():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.processes
+MANY = 2**40  # more than a float32 counts
 CASES = [("local", "finite_difference"), ("local", "exact"), ("global", "exact")]
 
 
@@ -24,7 +25,7 @@ class Reads(nn.Module):
         torch.manual_seed(0)
         self.linear, self.seen = nn.Linear(3, 2), seen
         self.register_buffer("mean", torch.zeros(1))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("count", torch.tensor(MANY))
         self.register_buffer("own", torch.zeros(1))
 
     def forward(self, x):
@@ -57,7 +58,8 @@ def _every_pass(rank, mode, method):
         assert (rank == 1 and step > 0) == (seen[0] != before)
         assert not agree(model.module.mean.item())  # as after one pass of DDP
         assert not agree(model.module.own.item())
-    assert model.module.count.item() == 3
+    assert model.module.count.item() == MANY + 3
+    torch.testing.assert_close(model.module.own, 3 * batch(seed=rank + 1)[0].sum().reshape(1))
     model(batch()[0])
     assert seen[-1] != model.module.mean.item()
     assert agree(seen[-1])  # DDP does it itself in its next forward

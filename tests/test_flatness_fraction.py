@@ -48,6 +48,22 @@ def test_one_pass_sees_the_whole_batch(method):
     assert task.seen == [16], "a step between is a plain one"
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exact"])
+def test_the_sharpness_is_that_of_the_part(method):
+    task, losses = Watched(method), []
+    closure = task.closure
+
+    def noting(part):
+        losses.append(closure(part))
+        return losses[-1]
+
+    task.closure = noting
+    task.step()
+    told = task.optimizer.diagnostics()
+    assert told["loss"] == losses[0]
+    assert told["sharpness"] == losses[2].double() - losses[1].double()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_batch_may_be_given_as_the_part(method):
     """At fraction 1 `step(closure, batch)` is `step(closure)`, bit for bit."""

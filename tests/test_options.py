@@ -73,6 +73,34 @@ def test_flatten_takes_added_groups_and_empty_parameters_in():
     same(weights(optimizer), weights(other))
 
 
+def test_flatten_can_be_set_between_steps():
+    optimizer, closure = trainer("finite_difference", model := mlp(), regression(model, *batch()))
+    optimizer.step(closure)
+    assert not lies_flat(model)
+    optimizer.flatten = True
+    optimizer.step(closure)
+    assert lies_flat(model)
+
+
+def test_a_wrong_setting_is_told_before_memory_moves():
+    optimizer, closure = trainer("finite_difference", model := mlp(), regression(model, *batch()))
+    optimizer.flatten, optimizer.alpha = True, -1.0
+    with pytest.raises(ValueError, match=r"alpha=-1.0"):
+        optimizer.step(closure)
+    assert not lies_flat(model)
+
+
+def test_flatten_moves_what_it_has_moved_before():
+    """Of what is left in its buffer, where a parameter is taken out of the groups."""
+    model = nn.ParameterList([torch.ones(3), torch.ones(4), torch.ones(5)])
+    optimizer = make(model, flatten=True)
+    optimizer.step(lambda: sum(p.square().sum() for p in model))
+    del optimizer.param_groups[0]["params"][1]
+    optimizer.step(lambda: sum(p.square().sum() for p in model))
+    assert lies_flat(nn.ParameterList([model[0], model[2]]))
+    assert not lies_flat(model)
+
+
 def test_flatten_refuses_what_is_not_its_own():
     whole = torch.zeros(2, 6)
     with pytest.raises(ValueError, match=r"flatten=True.*parameter 0 of group 0.*shares its storage"):
@@ -369,6 +397,17 @@ def test_a_setting_changed_in_place_acts_in_the_next_step():
     betas[0] = float("nan")
     with pytest.raises(ValueError, match="beta1 of group 0"):
         optimizer.step(closure)
+
+
+def test_a_setting_that_comes_back_acts_in_the_next_step():
+    """After a tensor, of which nobody can tell whether it has changed."""
+    optimizer, closure = trainer("sam", model := mlp(), regression(model, *batch()))
+    (group,), moved = optimizer.param_groups, []
+    for lr in (0.1, torch.tensor(0.0), 0.1):
+        group["lr"], before = lr, weights(optimizer)
+        optimizer.step(closure)
+        moved.append(any((p != q).any() for p, q in zip(weights(optimizer), before, strict=True)))
+    assert moved == [True, False, True]
 
 
 @pytest.mark.parametrize("spacing", ["above the probe", "below the probe"])

@@ -312,8 +312,9 @@ def test_a_frozen_parameter_that_begins_to_move_later():
         torch.testing.assert_close(model.k.weight, before * 0.5 ** (i + 1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("bad", [None, 0, 2])
-def test_a_closure_may_leave_the_model_in_another_training_mode(bad):
+def test_a_closure_may_leave_the_model_in_another_training_mode(bad, others):
     """As one that ends with an evaluation does: every pass starts in training mode, as under torch alone."""
     model = net("late").append(nn.BatchNorm1d(2)).append(nn.Dropout(0.5))
     x, _ = batch(features=(6,))
@@ -322,7 +323,7 @@ def test_a_closure_may_leave_the_model_in_another_training_mode(bad):
     def closure():
         modes.append([m.training for m in model])
         loss = model(x).square().mean()
-        model.eval()
+        model.train(others and len(modes) > 1)
         if len(modes) - 1 == bad:
             raise RuntimeError("bad batch")
         return loss
@@ -336,6 +337,27 @@ def test_a_closure_may_leave_the_model_in_another_training_mode(bad):
             optimizer.step(closure)
         assert all(m.training for m in model)
     assert all(map(all, modes)), modes
+
+
+def test_training_modes_are_put_back_without_a_call_of_a_modules_own_train():
+    """One may do more, as one that merges an adapter into its weights."""
+    calls = []
+
+    class Merging(nn.Linear):
+        def train(self, mode=True):
+            calls.append(mode)
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(6, 6), nn.Dropout(0.5))
+    x, _ = batch(features=(6,))
+
+    def closure():
+        loss = model(x).square().mean()
+        model.eval()
+        return loss
+
+    make(model).step(closure)
+    assert calls == [False] * 4
 
 
 def test_activation_checkpointing_moves_buffers_as_in_one_pass():

@@ -12,6 +12,8 @@ import torch
 from gam_helpers import METHODS, PASSES, batch, closure_of, make, mlp, regression, trainer
 from torch import nn
 
+from gam_fused.step import session
+from gam_fused.transaction import randomness
 from gam_fused.transaction.randomness import source_of
 
 
@@ -131,6 +133,7 @@ GLOBAL = {
     "torch": lambda: torch.rand(3),
     "random": lambda: torch.tensor([random.random() for _ in range(3)]),
     "random, words anew": lambda: torch.tensor([random.random() for _ in range(400)][-3:]),
+    "random, a whole turn": lambda: torch.tensor([random.random() for _ in range(312)][-3:]),  # the position comes back
     "random.gauss": lambda: torch.tensor([random.gauss(0, 1) for _ in range(3)]),
     "numpy": lambda: torch.from_numpy(numpy.random.rand(3)),
     "numpy normal": _numpy_normal,
@@ -206,22 +209,43 @@ def test_the_second_of_a_pair_of_normal_numbers_is_replayed_after_the_same_seed(
     assert len(set(seen)) == 1
 
 
-def test_a_global_generator_of_another_kind():
+def test_passes_that_draw_less_leave_what_the_first_left():
+    """As one may on a part of the mini-batch."""
+    calls = []
+
+    def draw():
+        calls.append(torch.rand(3 if len(calls) % 4 == 0 else 1))
+        return calls[-1]
+
+    torch.manual_seed(3)
+    expected = [torch.rand(3) for _ in range(4)]
+    draws, after = draws_of_steps(draw, "finite_difference", lambda: torch.manual_seed(3))
+    for (first, *others), once in zip(draws, expected, strict=False):
+        assert torch.equal(first, once)
+        assert all(torch.equal(d, once[:1]) for d in others)
+    assert torch.equal(after, expected[-1])
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "MT19937"])
+def test_another_global_generator(kind, monkeypatch):
+    monkeypatch.setattr(randomness, "_NUMPY", [])  # nothing is known of the one before but what these steps learn
     model, seen = mlp(), []
+    optimizer = make(model.parameters())
     before = numpy.random.get_bit_generator()
-    numpy.random.set_bit_generator(numpy.random.PCG64(0))
 
     def closure():
         seen.append(numpy.random.rand())
         return regression(model, *batch())()
 
+    optimizer.step(closure)
+    numpy.random.set_bit_generator(getattr(numpy.random, kind)(0))
     try:
         for _ in range(2):
-            make(model.parameters()).step(closure)
+            optimizer.step(closure)
     finally:
         numpy.random.set_bit_generator(before)
-    assert [len(set(seen[i : i + 4])) for i in (0, 4)] == [1, 1]
-    assert len(set(seen)) == 2
+    assert [len(set(seen[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1]
+    assert len(set(seen)) == 3
 
 
 def test_what_is_no_generator_is_refused():
@@ -282,6 +306,15 @@ def test_a_base_that_draws_gets_new_numbers_in_every_step(method):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_devices_of_the_plan_and_of_the_model_have_generators(monkeypatch):
+    monkeypatch.setattr(session, "Generators", lambda devices, own: devices)
+    optimizer = make(mlp().parameters())
+    optimizer.prepare()
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert optimizer.session.generators_of({other}) == {cpu, other}
+    assert optimizer.session.generators_of(set()) == {cpu}
+
+
 def test_generators_can_be_set_and_are_not_copied():
     model, generator = mlp(), torch.Generator()
     optimizer = make(model.parameters(), generators=[generator])
@@ -329,3 +362,20 @@ def test_a_generator_that_keeps_its_state_elsewhere_is_asked():
     source = source_of(Own(3))
     assert source.read() == Own(3).getstate()
     assert not source.is_at(source.read())
+
+
+def test_a_state_that_gains_an_entry_has_changed():
+    class Counting:
+        """A generator that numbers what it draws, of which there is no word before the first."""
+
+        def __init__(self):
+            self.bit_generator = self
+            self.state = {}
+
+        def draw(self):
+            self.state = {"drawn": self.state.get("drawn", 0) + 1}
+            return torch.tensor([self.state["drawn"]])
+
+    generator = Counting()
+    draws, after = draws_of_steps(generator.draw, "finite_difference", generators=[generator])
+    check_draws(draws, after, [torch.tensor([n]) for n in (1, 2, 3, 4)])

@@ -128,3 +128,21 @@ def _one_after_the_other(rank, between):
 @pytest.mark.parametrize("between", ["load", "copy"])
 def test_what_a_rank_told_of_an_earlier_failure_is_no_answer_to_another(between):
     run(2, _one_after_the_other, between)
+
+
+def _together_then_alone(rank):
+    training = Training("global", "finite_difference")
+    training.step()
+    with pytest.raises(ValueError, match="a fault"):
+        training.step(Fault(3, "forward", ValueError))
+    if rank:
+        training.step()  # the other one gives up after its last part in this step
+        is_left(training)
+    else:
+        with pytest.raises(ValueError, match="a fault"):
+            training.step(Fault(3, "backward", ValueError))
+        is_stopped(training, "in pass 4")
+
+
+def test_what_all_told_of_a_failure_is_no_answer_to_the_next_at_that_step():
+    run(2, _together_then_alone)

@@ -195,18 +195,15 @@ class Exchange:
 
     Args:
         tensors: of one device and dtype; the buffer holds as many of their shapes.
-        dense: whether each fills its memory without gaps.
 
     Attributes:
         views: the buffer as tensors of those shapes.
         skipped: 0-d, not 0 where a rank skips the step.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, dense: bool):
+    def __init__(self, tensors: Sequence[Tensor]):
         like = tensors[0]
         notes = torch.empty(1 + len(tensors), dtype=like.dtype, device=like.device)
-        if not dense:
-            tensors = [t.new_empty(t.shape) for t in tensors]
         self.buffer, views = flat_views([*tensors, notes])
         self.skipped, self._had_one = (notes := views.pop())[0], notes[1:]
         self.views = TensorList(views, lasting=True)

@@ -17,7 +17,7 @@ def average(replicas: Replicas, blocks: list[Block], lists: Lists) -> Lists:
     """Lists of this rank, averaged over all; what is missing on some ranks counts as zero there."""
     averaged = []
     for b, lst in zip(blocks, lists, strict=True):
-        exchange = Exchange(b.theta.tensors, dense=b.dense)
+        exchange = Exchange(b.theta.tensors)
         pairs = [(view, t) for view, t in zip(exchange.views.tensors, lst.tensors, strict=True) if t is not None]
         if pairs:
             torch._foreach_copy_([view for view, _ in pairs], [t for _, t in pairs])
@@ -37,7 +37,7 @@ def average_direction(replicas: Replicas, blocks: list[Block], d: Direction, see
     directions = []
     for i, b in enumerate(blocks):
         if b.average is None:  # once per step, before it is clipped
-            b.average = Exchange(b.theta.tensors, dense=b.dense)
+            b.average = Exchange(b.theta.tensors)
         exchange, control = b.average, b.unscaled_control
         control[Control.FOUND_INF].copy_(b.control[Control.FOUND_INF])
         control[Control.EPS].copy_(b.control[Control.EPS] * b.control[Control.LOSS_SCALE])  # beside norms that are scaled

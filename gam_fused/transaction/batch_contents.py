@@ -80,8 +80,9 @@ class BatchContents:
 
     def _error(self, i: int) -> RuntimeError:
         t, path = self._tensors[i]
+        which = f"{written(path)} (shape {tuple(t.shape)}, {t.dtype})"
         return RuntimeError(
-            f"{written(path)} (shape {tuple(t.shape)}, {t.dtype}) or a tensor whose memory it shares was written to in place, "
+            f"{which} or a tensor whose memory it shares was written to in place, "
             "so that passes see different batches. Write to a copy instead: x = x.clone()"
         )
 
@@ -143,7 +144,7 @@ def _raw(node: Any) -> Any:
 
 
 def _read(node: Any) -> list[Any] | None:
-    """Keys and values, items, or names and values of fields; None: nothing that can be written back."""
+    """Keys and values, items, or names and values of attributes; None: nothing that can be written back."""
     raw = _raw(node)
     if isinstance(raw, dict):
         kind = OrderedDict if isinstance(raw, OrderedDict) else dict  # not its own, which may make them
@@ -151,9 +152,15 @@ def _read(node: Any) -> list[Any] | None:
     if isinstance(raw, (list, deque)):
         return list(raw)
     if dataclasses.is_dataclass(node) and not isinstance(node, (type, nn.Module)):
-        names = [f.name for f in dataclasses.fields(node) if not isinstance(getattr(type(node), f.name, None), property)]
-        return [part for name in names if hasattr(node, name) for part in (name, getattr(node, name))]
+        return [part for name in _attributes(node) for part in (name, getattr(node, name))]
     return None
+
+
+def _attributes(node: Any) -> list[str]:
+    """The fields of a dataclass that are set, and what else was set on it."""
+    names = [f.name for f in dataclasses.fields(node) if not isinstance(getattr(type(node), f.name, None), property)]
+    fields = [name for name in names if hasattr(node, name)]
+    return list(dict.fromkeys([*fields, *getattr(node, "__dict__", ())]))
 
 
 def _write(node: Any, items: list[Any]) -> None:
@@ -166,6 +173,8 @@ def _write(node: Any, items: list[Any]) -> None:
         raw.clear()
         raw.extend(items)
     else:
+        for name in set(_attributes(node)) - set(items[::2]):
+            object.__delattr__(node, name)
         for name, value in pairs:
             object.__setattr__(node, name, value)
 
