@@ -52,6 +52,33 @@ def test_hooks_after_backward():
     assert torch_private.has_hooks_after_backward(p)
 
 
+def test_functions_of_a_first_derivative_alone():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 2 * g
+
+    x = torch.ones(1, requires_grad=True)
+    assert torch_private.once_differentiable_in(Once.apply(x).grad_fn).endswith("Once")
+    assert not torch_private.once_differentiable_in((2 * x).grad_fn)
+
+
+def test_subclasses_that_are_not_asked():
+    class Refusing(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *_):
+            raise AssertionError("asked")
+
+    t = torch.zeros(1).as_subclass(Refusing)
+    with torch_private.as_they_are():
+        assert t._version == 0
+
+
 def test_stages_of_a_scaler():
     scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     assert torch_private.scaler_stage(scaler, optimizer) is OptState.READY
